@@ -1,0 +1,83 @@
+# Everything a developer runs. Each target does its own set-up; `make PYTHON=python3.12` chooses the Python of a
+# new environment, and the environment variables CXX and CXXFLAGS the compiler and its flags.
+
+PYTHON ?= python3
+WARNINGS ?= -Wall -Wextra
+
+BIN := .venv/bin
+ENVIRONMENT := .venv/installed
+PEERS := .venv/installed-peers
+LIBRARY := ttsr_fast/_C.abi3.so
+KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
+BUILD_FILES := setup.py ttsr_fast/build.py $(KERNELS) $(ENVIRONMENT)
+
+# GCC, because its run-time libraries are preloaded below.
+SANITIZED := build/sanitized/$(LIBRARY)
+SANITIZER := g++
+SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZER_TESTS := tests/test_search.py tests/test_gather_fold.py tests/test_ops.py
+
+.DEFAULT_GOAL := help
+.PHONY: help env build demo test check format sanitize bench wheel clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+env: $(ENVIRONMENT)  ## create .venv with everything that development needs
+
+# The package is installed as a link to this folder; the kernels are built by the next rule.
+$(ENVIRONMENT): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing the package and the tools of development into .venv, which takes minutes"
+	@TTSR_FAST_BUILD=none $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+build: $(LIBRARY)  ## compile the kernels in place
+
+$(LIBRARY): $(BUILD_FILES)
+	CXXFLAGS="$(WARNINGS) $$CXXFLAGS" TTSR_FAST_BUILD=cpu \
+	$(BIN)/python setup.py --quiet build_ext --inplace --force
+
+demo: build  ## super-resolve a stereo pair, draw what matched, time the search
+	$(BIN)/python bench/demo.py
+	$(BIN)/python bench/search.py --quick
+
+test: build  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadgroup
+
+check: env  ## lint, formatting and types; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(KERNELS)
+
+format: env  ## rewrite the sources as `make check` wants them
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(KERNELS)
+
+sanitize: $(SANITIZED)  ## run the tests of the operators under AddressSanitizer and UBSan
+	LD_PRELOAD="$$($(SANITIZER) -print-file-name=libasan.so) $$($(SANITIZER) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	TTSR_FAST_LIBRARY=$(SANITIZED) TTSR_FAST_TEST_BACKENDS=cpp OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest --quiet --capture=no $(SANITIZER_TESTS)
+
+$(SANITIZED): $(BUILD_FILES)
+	CXX=$(SANITIZER) CXXFLAGS="$(SANITIZER_FLAGS)" TTSR_FAST_BUILD=cpu \
+	$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitized --force
+
+bench: build $(PEERS)  ## measure everything into bench/results; takes long
+	$(BIN)/python bench/search.py --out bench/results
+	$(BIN)/python bench/transfer.py --out bench/results
+
+$(PEERS): $(ENVIRONMENT)
+	TTSR_FAST_BUILD=none $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[peers]"
+	touch $@
+
+wheel: build  ## build the wheel and the source archive into dist
+	TTSR_FAST_BUILD=cpu $(BIN)/python -m build --no-isolation
+
+clean:  ## remove everything that was made here
+	rm -rf .venv build dist out .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -f ttsr_fast/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,288 @@
+"""Tables and plots of the results of `search.py` and `transfer.py`.
+
+    python bench/report.py out/*.json                        markdown on the terminal
+    python bench/report.py out/*.json --images docs/images   and the plots, <stem>.png
+
+The benchmarks themselves show their results with the tables and plots of this file and `plots.py`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import plots
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Data = dict[str, Any]
+STYLE: Data = {
+    "box": SIMPLE_HEAD,
+    "show_edge": False,
+    "pad_edge": False,
+    "collapse_padding": True,
+    "title_justify": "left",
+    "caption_justify": "left",
+}
+INDICES = ("random", "coherent", "all to one")
+OPERATIONS = ("gather_fold", "adjoint", "SearchTransfer", "with gradients")
+UNITS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+
+
+# --- text ---
+
+
+def seconds_text(seconds: float) -> str:
+    """Three significant digits and a unit."""
+    unit = next((unit for unit, scale in UNITS.items() if seconds >= scale), "µs")
+    return f"{_digits(seconds / UNITS[unit])} {unit}"
+
+
+def _range_text(low: float, high: float) -> str:
+    """Two times in the unit of the first."""
+    number, unit = seconds_text(low).split()
+    return f"{number} to {_digits(high / UNITS[unit])}"
+
+
+def bytes_text(count: float | None) -> str:
+    """Decimal units, as memory is sold."""
+    if count is None:
+        return "not measured"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{_digits(count / scale)} {unit}"
+    return f"{_digits(count / 1e3)} kB"
+
+
+def count_text(count: float) -> str:
+    """Thousands, millions and billions."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{_digits(count / scale)} {unit}"
+    return _digits(count)
+
+
+def _digits(x: float) -> str:
+    return f"{x:.0f}" if x >= 99.95 else f"{x:.1f}" if x >= 9.995 else f"{x:.2f}"
+
+
+def size_title(entry: Data) -> str:
+    """`100x100`, or `100x100 in 108x96` where the grids differ."""
+    query, key = ("x".join(map(str, entry[side])) for side in ("query", "key"))
+    return query if query == key else f"{query} in {key}"
+
+
+def machine_text(machine: Data) -> str:
+    """One line on what the numbers were measured with."""
+    versions = {name: v for name, v in machine["versions"].items() if v and name != "numpy"}
+    return ", ".join(
+        (
+            machine["cpu"],
+            f"{machine['threads']} threads",
+            machine["capability"],
+            *(f"{name} {version}" for name, version in versions.items()),
+            machine["date"][:10],
+        )
+    )
+
+
+def _cell(row: Data, separator: str) -> str:
+    """Time and memory, or why there is none."""
+    if row["status"] == "ok":
+        return f"{seconds_text(row['median_s'])}{separator}{bytes_text(row['peak_bytes'])}"
+    return f"FAILED: {row['reason']}" if row["status"] == "failed" else row["reason"]
+
+
+# --- on the terminal ---
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar that disappears when it is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+
+
+def search_table(data: Data, entry: Data) -> Table:
+    """All there is to say about one size of a search sweep."""
+    gemm = entry["gemm_flop_per_s"]["float32"]
+    lines = [
+        f"one pixel GEMM at this run's {gemm / 1e9:.0f} GFLOP/s: "
+        f"{seconds_text(entry['pixel_gemm_s'])}"
+    ]
+    table = Table(
+        title=f"\n{size_title(entry)}, {data['channels']} channels, "
+        f"{count_text(entry['pairs'])} pairs",
+        **STYLE,
+    )
+    table.add_column("", no_wrap=True)
+    for name in ("time", "20 to 80 %", "pairs/s", "of GEMM", "memory", "error", "same key"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in entry["rows"].values():
+        if row["status"] != "ok":
+            lines.append(f"{row['label']}: {_cell(row, '')}")
+            continue
+        table.add_row(
+            row["label"],
+            seconds_text(row["median_s"]),
+            _range_text(row["low_s"], row["high_s"]),
+            count_text(row["pairs_per_s"]),
+            f"{row['gemm_share']:.0%}",
+            bytes_text(row["peak_bytes"]),
+            f"{row['max_abs_error']:.0e}",
+            f"{row['index_agreement']:.2%}",
+            style="bold" if row["backend"] else "",
+        )
+    table.caption = "\n".join(lines)
+    return table
+
+
+def transfer_table(data: Data) -> Table:
+    """Time and memory of every case of a transfer run."""
+    copy = data["copy_bytes_per_s"] / 1e9
+    failures = {
+        f"{data['labels'][name]}: {_cell(row, '')}"
+        for case in data["cases"]
+        for name, row in case["rows"].items()
+        if row["status"] == "failed"
+    }
+    table = Table(
+        title=f"\nTransfer, {size_title(data)}, float32; ms with indices {'/'.join(INDICES)}",
+        caption="\n".join([f"a copy runs at {copy:.1f} GB/s", *sorted(failures)]),
+        **STYLE,
+    )
+    header, left = _transfer_header(data)
+    for n, name in enumerate(header):
+        table.add_column(name, justify="left" if n < left else "right", no_wrap=n < left)
+    for row in _transfer_rows(data, "\n"):
+        table.add_row(*row)
+    return table
+
+
+def _transfer_header(data: Data) -> tuple[list[str], int]:
+    """Column names, and how many of them describe the case."""
+    first = next(iter(data["labels"].values()))
+    return ["", "level", "layout", *data["labels"].values(), f"{first}, % of copy"], 3
+
+
+def _transfer_rows(data: Data, separator: str) -> list[list[str]]:
+    """One row per operation, level and layout; the times of the indices side by side."""
+    groups: dict[tuple[str, str, str], list[Data]] = {}
+    for case in data["cases"]:
+        place = (case["operation"], case.get("level", ""), case.get("layout", ""))
+        groups.setdefault(place, []).append(case["rows"])
+    first = next(iter(data["labels"]))
+    rows = []
+    for place in sorted(groups, key=lambda place: OPERATIONS.index(place[0])):
+        group = groups[place]
+        cells = [_group_cell([rows[name] for rows in group], separator) for name in data["labels"]]
+        shares = [f"{100 * x[first]['copy_share']:.0f}" for x in group if "copy_share" in x[first]]
+        rows.append([*place, *cells, "/".join(shares)])
+    return rows
+
+
+def _group_cell(rows: list[Data], separator: str) -> str:
+    """Times side by side and the largest memory, or that a result was wrong."""
+    if any(row["status"] == "failed" for row in rows):
+        return "FAILED"
+    peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
+    times = "/".join(_digits(row["median_s"] * 1e3) for row in rows)
+    return f"{times}{separator}{bytes_text(max(peaks, default=None))}"
+
+
+# --- markdown ---
+
+
+def markdown(data: Data) -> str:
+    """The tables of one result file.
+
+    Raises:
+        ValueError: the file holds no results that are known here.
+    """
+    render = {"search": _search_markdown, "transfer": _transfer_markdown}.get(data.get("kind", ""))
+    if render is None:
+        raise ValueError(f"kind must be 'search' or 'transfer', got {data.get('kind')!r}")
+    return render(data)
+
+
+def _rows_to_markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    ruler = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows))
+
+
+def _search_markdown(data: Data) -> str:
+    names = list(data["sizes"][0]["rows"])
+    labels = [data["sizes"][0]["rows"][name]["label"] for name in names]
+    sweep = _rows_to_markdown(
+        ["queries in keys", "pairs", *labels],
+        [
+            [
+                size_title(entry),
+                count_text(entry["pairs"]),
+                *(_cell(entry["rows"][name], "<br>") for name in names),
+            ]
+            for entry in data["sizes"]
+        ],
+    )
+    entry = max(data["sizes"], key=_worth_detail)
+    detail = _rows_to_markdown(
+        ["", "pairs/s", "GFLOP/s of 9 products", "of the GEMM rate", "max error", "same key"],
+        [
+            [
+                row["label"],
+                count_text(row["pairs_per_s"]),
+                f"{row['effective_flop_per_s'] / 1e9:.0f}",
+                f"{row['gemm_share']:.0%}",
+                f"{row['max_abs_error']:.0e}",
+                f"{row['index_agreement']:.2%}",
+            ]
+            for row in entry["rows"].values()
+            if row["status"] == "ok"
+        ],
+    )
+    return (
+        f"Search, {data['channels']} channels, float32; median time and peak memory above inputs "
+        f"and results. {machine_text(data['machine'])}.\n\n{sweep}\n\n"
+        f"At {size_title(entry)}, where one product over pixels takes "
+        f"{seconds_text(entry['pixel_gemm_s'])}:\n\n{detail}\n"
+    )
+
+
+def _worth_detail(entry: Data) -> tuple[bool, int]:
+    """The largest size at which the whole matrix of scores still fits."""
+    return entry["rows"].get("unfold", {}).get("status") == "ok", entry["pairs"]
+
+
+def _transfer_markdown(data: Data) -> str:
+    header, left = _transfer_header(data)
+    return (
+        f"Transfer, {size_title(data)}, float32; median ms with indices {'/'.join(INDICES)} "
+        f"and peak memory above inputs and results. {machine_text(data['machine'])}, copy at "
+        f"{data['copy_bytes_per_s'] / 1e9:.1f} GB/s.\n\n"
+        f"{_rows_to_markdown(header, _transfer_rows(data, '<br>'), left)}\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables of every file; 2 if one cannot be read."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="write the plots there")
+    args = parser.parse_args(argv)
+    for path in args.files:
+        try:
+            data = json.loads(path.read_text())
+            print(markdown(data))
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{path}: {error}")
+        if args.images is not None:
+            plots.draw(data, args.images / f"{path.stem}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+#include "pack.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace ttsr_fast {
+
+namespace {
+
+// Widths of a tile in bytes of a row of products. What a group of walks touches stays in the L2 cache: its
+// partial sums (query tile x key tile x group x (kernel_size - 1)) and the pixels of a few rows.
+int64_t tile_bytes(Side side, int kernel_size) {
+  if (side == Side::kKey) return 768;
+  return kernel_size <= 3 ? 256 : 512;  // the halo costs more
+}
+
+// What a band may take: beyond it, memory no longer grows with the image.
+constexpr int64_t kBandBytes = 128 << 20, kBandPatches = 1 << 18;
+
+int64_t element_bytes(Element e) { return e == Element::kDouble ? 8 : 4; }
+
+// Packs pixels [begin, begin + count) of `row` ([channels][pixels]) as [depth][stride].
+template <class S>
+void pack_columns(const S* row, int64_t pixels, int64_t channels, int64_t begin, int64_t count,
+                  int64_t stride, Element element, void* out) {
+  if (element == Element::kBFloat16) {
+    BFloat16* pairs = static_cast<BFloat16*>(out);
+    for (int64_t c = 0; c < round_up(channels, 2); ++c) {
+      for (int64_t x = 0; x < stride; ++x) {
+        const bool inside = c < channels && x < count;
+        pairs[((c / 2) * stride + x) * 2 + c % 2] =
+            inside ? BFloat16(float(row[c * pixels + begin + x])) : BFloat16(0.f);
+      }
+    }
+    return;
+  }
+  S* plain = static_cast<S*>(out);
+  for (int64_t c = 0; c < channels; ++c) {
+    std::memcpy(plain + c * stride, row + c * pixels + begin, count * sizeof(S));
+    std::fill(plain + c * stride + count, plain + (c + 1) * stride, S(0));
+  }
+}
+
+}  // namespace
+
+Packed::Packed(Side side_, const Tensor& x, Element element_, int kernel_size_, int64_t padding_,
+               const Isa& isa)
+    : side(side_), element(element_), kernel_size(kernel_size_), padding(padding_),
+      lanes(isa.vector_bytes / element_bytes(element_)), channels(x.size(1)),
+      depth(element_ == Element::kBFloat16 ? (x.size(1) + 1) / 2 : x.size(1)), height(x.size(2)),
+      width(x.size(3)), grid_height(height + 2 * padding - kernel_size + 1),
+      grid_width(width + 2 * padding - kernel_size + 1),
+      rounded(element_ == Element::kBFloat16 && x.scalar_type() != ScalarType::BFloat16) {
+  const int64_t widest = tile_bytes(side, kernel_size) / element_bytes(element);
+  if (side == Side::kQuery) {  // equal tiles
+    const int64_t halo = kernel_size - 1, count = (width - halo + widest - halo - 1) / (widest - halo);
+    set_tiles(count > 1 ? (width - halo + count - 1) / count + halo : std::max<int64_t>(width, kernel_size));
+  } else {  // the whole number of vectors that wastes the fewest lanes, and of those the most
+    const int64_t narrowest = round_up(kernel_size, lanes);
+    int64_t best = narrowest;
+    for (int64_t p = narrowest; p <= widest; p += lanes) {
+      if (set_tiles(p) <= set_tiles(best)) best = p;
+    }
+    set_tiles(best);
+  }
+  const int64_t row_bytes = set_tiles(tile_pixels) * depth * element_bytes(element);
+  band = std::min(kBandBytes / row_bytes - kernel_size + 1, kBandPatches / grid_width);
+  band = std::clamp<int64_t>(band, 1, grid_height);
+  const int64_t image_rows = std::min(band + kernel_size - 1, height);
+  rows_ = scratch(image_rows * row_bytes);
+  squared_ = scratch(image_rows * width * sizeof(double));
+}
+
+// Cuts the columns into tiles of that many pixels, halo included; the pixels stored for a row.
+int64_t Packed::set_tiles(int64_t pixels) {
+  const int64_t halo = kernel_size - 1;
+  tile_pixels = pixels;
+  tiles = std::max<int64_t>(1, (width - halo + pixels - halo - 1) / (pixels - halo));
+  int64_t stored = 0;
+  for (int64_t t = 0; t < tiles; ++t) stored += stored_pixels(t);
+  return stored;
+}
+
+Tile Packed::tile(int64_t t) const {
+  Tile tile;
+  tile.first_row = row_begin();
+  tile.height = height;
+  const int64_t stop = t + 1 < tiles ? tile_begin(t + 1) : grid_width;
+  tile.columns = stop - tile_begin(t);
+  const int64_t first = tile_begin(t) - padding, start = std::max<int64_t>(first, 0);
+  tile.left = start - first;
+  tile.pixels = std::min(width, stop - padding + kernel_size - 1) - start;
+  int64_t before = 0;
+  for (int64_t u = 0; u < t; ++u) before += stored_pixels(u);
+  tile.rows = static_cast<const char*>(rows_.const_data_ptr()) +
+              before * (row_end() - row_begin()) * depth * element_bytes(element);
+  tile.row_stride = stored_pixels(t) * depth;
+  return tile;
+}
+
+int64_t Packed::stored_pixels(int64_t t) const {
+  const int64_t start = std::max<int64_t>(tile_begin(t) - padding, 0);
+  const int64_t stop = t + 1 < tiles ? tile_begin(t + 1) - padding + kernel_size - 1 : width;
+  return side == Side::kKey ? round_up(stop - start, lanes) : stop - start;
+}
+
+double Packed::patch_norm(int64_t y, int64_t x) const {
+  const double* map = static_cast<const double*>(squared_.const_data_ptr());
+  double sum = 0;
+  for (int64_t v = std::max<int64_t>(y - padding, 0); v < std::min(height, y - padding + kernel_size); ++v) {
+    for (int64_t u = std::max<int64_t>(x - padding, 0); u < std::min(width, x - padding + kernel_size); ++u) {
+      sum += map[(v - row_begin()) * width + u];
+    }
+  }
+  return std::sqrt(sum);
+}
+
+void Packed::fill(const Tensor& x, int64_t n, int64_t begin_, int64_t end_) {
+  begin = begin_;
+  end = end_;
+  with_element(x, [&](auto element) {
+    const Maps<const decltype(element)> maps(x);
+    parallel_tasks(row_end() - row_begin(),
+                   [&](int64_t row, int64_t) { fill_row(maps, n, row_begin() + row); });
+  });
+}
+
+template <class T>
+void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y) {
+  using S = Sum<T>;
+  std::vector<S> row;
+  std::vector<double> norm;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const Tile tile = this->tile(t);
+    const int64_t start = tile_begin(t) - padding + tile.left, pixels = tile.pixels;
+    row.resize(channels * pixels);
+    norm.assign(pixels, 0.0);
+    const auto take = [&](int64_t c, int64_t u) { row[c * pixels + u] = S(*maps.at(n, c, y, start + u)); };
+    if (maps.stride_c < maps.stride_w) {
+      for (int64_t u = 0; u < pixels; ++u) {
+        for (int64_t c = 0; c < channels; ++c) take(c, u);
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t u = 0; u < pixels; ++u) take(c, u);
+      }
+    }
+    if (rounded) {
+      for (S& value : row) value = S(float(BFloat16(float(value))));
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t u = 0; u < pixels; ++u) {
+        norm[u] += double(row[c * pixels + u]) * double(row[c * pixels + u]);
+      }
+    }
+    std::copy(norm.begin(), norm.end(),
+              static_cast<double*>(squared_.mutable_data_ptr()) + (y - row_begin()) * width + start);
+
+    char* out = static_cast<char*>(const_cast<void*>(tile.rows)) +
+                (y - row_begin()) * tile.row_stride * element_bytes(element);
+    const auto pack = [&](int64_t from, int64_t count, int64_t stride) {
+      pack_columns(row.data(), pixels, channels, from, count, stride, element, out);
+      out += stride * depth * element_bytes(element);
+    };
+    if (side == Side::kKey) {
+      for (int64_t u = 0; u < pixels; u += lanes) pack(u, std::min(lanes, pixels - u), lanes);
+    } else {
+      const Panels panels(pixels);
+      for (int64_t p = 0; p < panels.count; ++p) {
+        const int64_t count = panels.begin(p + 1) - panels.begin(p);
+        pack(panels.begin(p), count, count);
+      }
+    }
+  }
+}
+
+}  // namespace ttsr_fast

@@ -1,0 +1,45 @@
+// Copies of the features in the order in which the search kernel reads them.
+#pragma once
+
+#include "../common.h"
+#include "isa.h"
+
+namespace ttsr_fast {
+
+enum class Side { kQuery, kKey };
+
+// A band of patch rows of one image, cut into column tiles and packed. The query is stored in panels
+// [depth][pixels of the panel], the key in vectors [depth][lanes], zero-padded.
+struct Packed {
+  Side side;
+  Element element;
+  int kernel_size;
+  int64_t padding, lanes;
+  int64_t channels, depth;  // depth: packed elements per pixel
+  int64_t height, width;    // of the image
+  int64_t grid_height, grid_width;
+  int64_t tiles, tile_pixels;
+  int64_t band;                // patch rows that there is room for
+  int64_t begin = 0, end = 0;  // patch rows of the band
+  bool rounded;                // the features were rounded to bfloat16
+
+  Packed(Side side, const Tensor& x, Element element, int kernel_size, int64_t padding, const Isa& isa);
+
+  void fill(const Tensor& x, int64_t n, int64_t begin, int64_t end);  // packs a band of image n
+  Tile tile(int64_t t) const;
+  int64_t tile_begin(int64_t t) const { return t ? padding + t * (tile_pixels - kernel_size + 1) : 0; }
+  double patch_norm(int64_t y, int64_t x) const;  // of the patch at a grid position, as packed
+
+ private:
+  Tensor rows_;     // [tiles][image rows of the band], tiles of unlike width
+  Tensor squared_;  // [image rows of the band][width] double: squared norm of every pixel
+
+  int64_t row_begin() const { return std::max<int64_t>(begin - padding, 0); }
+  int64_t row_end() const { return std::min(end - padding + kernel_size - 1, height); }
+  int64_t stored_pixels(int64_t t) const;
+  int64_t set_tiles(int64_t pixels);
+  template <class T>
+  void fill_row(const Maps<const T>& maps, int64_t n, int64_t y);
+};
+
+}  // namespace ttsr_fast

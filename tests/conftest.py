@@ -1,0 +1,81 @@
+"""Fixtures for all tests: poisoned memory, seeds, threads, and the backends under test."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from ttsr_fast import backends
+
+# A backend that is listed must run: a missing one is an error, never a skipped test.
+BACKENDS = os.environ.get("TTSR_FAST_TEST_BACKENDS", "cpp,torch").split(",")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: left out where there is no CUDA device")
+    config.addinivalue_line("markers", "compiled: left out where cpp is not to be tested")
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    possible = {"gpu": torch.cuda.is_available(), "compiled": "cpp" in BACKENDS}
+    missing = {name for name, here in possible.items() if not here}
+    left_out = {item for item in items if missing & {mark.name for mark in item.iter_markers()}}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend under test."""
+    reason = backends.why_not(request.param, torch.device("cpu"))
+    if reason is not None:
+        pytest.fail(f"backend {request.param!r} is to be tested and cannot run: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN and huge negative integers, so that reading it unwritten shows.
+
+    For the whole session, because PyTorch keeps tables of its own functions that it fills once.
+    """
+    with torch.device("cpu"):  # fills the table of factory functions with the originals
+        torch.empty(0)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch.Tensor, "new_empty"),
+        ):
+            patch.setattr(owner, name, _poisoning(getattr(owner, name)))
+        yield
+
+
+def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocate_poisoned(*args, **kwargs) -> Tensor:
+        x = allocate(*args, **kwargs)
+        with torch.no_grad():
+            if x.is_floating_point():
+                x.fill_(float("nan"))
+            elif x.dtype in (torch.int32, torch.int64):
+                x.fill_(torch.iinfo(x.dtype).min)
+        return x
+
+    return allocate_poisoned

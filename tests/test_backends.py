@@ -1,0 +1,168 @@
+"""The choice of a backend, its explanation, and that nothing falls back behind one's back."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ttsr_fast import backends, gather_fold, search
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+OPERATORS = ("search", "gather_fold", "gather_fold_adjoint", "gather_dot")
+
+
+@pytest.fixture
+def without_cpp(monkeypatch):
+    reasons = {"cpp": "it is switched off"}
+    monkeypatch.setattr(backends, "why_not", lambda name, device: reasons.get(name))
+
+
+def run(command, **settings):
+    """A finished process with `settings` in its environment."""
+    environment = {**os.environ, **settings}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def inputs():
+    return torch.randn(1, 3, 5, 6), torch.randn(1, 3, 4, 7)
+
+
+def test_a_reason_is_given_or_it_runs(backend):
+    assert backends.can_run(backend, CPU) and backends.why_not(backend, CPU) is None
+    assert not backends.can_run("cpp", META)
+    with pytest.raises(RuntimeError, match="'cpp' cannot run on meta: .* for the CPU"):
+        backends.can_run("cpp", META, raise_error=True)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_first_that_can_run_is_chosen(monkeypatch, name):
+    x, _ = inputs()
+    for count in range(len(backends.BACKENDS)):
+        missing = backends.BACKENDS[:count]
+        monkeypatch.setattr(backends, "why_not", lambda b, _, m=missing: "off" if b in m else None)
+        chosen = backends.choose(name, x, None)
+        assert chosen is backends.choose(name, x, backends.BACKENDS[count])
+    for other in backends.BACKENDS[:-1]:
+        monkeypatch.setattr(backends, "why_not", lambda *_: None)
+        assert backends.choose(name, x, other) is not chosen
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_backend_has_every_operator(backend, name):
+    assert callable(backends.choose(name, inputs()[0], backend))
+
+
+def test_explicit_backend_does_not_fall_back(without_cpp, monkeypatch):
+    query, key = inputs()
+    index = torch.zeros(1, 5, 6, dtype=torch.int64)
+    refused = pytest.raises(RuntimeError, match="'cpp' cannot run on cpu: it is switched off")
+    with refused:
+        search(query, key, backend="cpp")
+    with refused:
+        gather_fold(key, index, backend="cpp")
+    monkeypatch.setenv("TTSR_FAST_BACKEND", "cpp")
+    with refused:
+        search(query, key)
+    with refused:
+        gather_fold(key, index)
+
+
+def test_none_chooses_what_is_left(without_cpp):
+    query, key = inputs()
+    match, expected = search(query, key), search(query, key, backend="torch")
+    assert torch.equal(match.score, expected.score) and torch.equal(match.index, expected.index)
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_environment_variable_equals_the_argument(monkeypatch, name):
+    used = []
+
+    def record(*arguments):
+        used.append(name)
+        arguments[3].zero_(), arguments[4].zero_()
+
+    monkeypatch.setitem(backends._IMPLEMENTATIONS[name], "search", record)
+    query, key = inputs()
+    search(query, key, backend=name)
+    monkeypatch.setenv("TTSR_FAST_BACKEND", name)
+    search(query, key)
+    assert used == [name, name]
+    other = "reference" if name == "torch" else "torch"
+    search(query, key, backend=other)
+    assert used == [name, name], "the argument comes first"
+    monkeypatch.setenv("TTSR_FAST_BACKEND", "")
+    assert backends.choose("search", query, None) is not None
+
+
+def test_environment_variable_that_names_nothing(monkeypatch):
+    monkeypatch.setenv("TTSR_FAST_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="backend must be None or one of .*got 'fastest'"):
+        search(*inputs())
+
+
+def test_backward_uses_the_backend_of_the_forward(monkeypatch, backend):
+    asked = []
+    choose = backends.choose
+
+    def record(name, x, wanted):
+        asked.append((name, wanted))
+        return choose(name, x, wanted)
+
+    monkeypatch.setattr(backends, "choose", record)
+    query, key = (x.requires_grad_() for x in inputs())
+    score, index = search(query, key, backend=backend)
+    gather_fold(key, index, weight=score, backend=backend).sum().backward()
+    assert {name for name, _ in asked} == set(OPERATORS)
+    assert {wanted for _, wanted in asked} == {backend}
+
+
+def test_missing_library_is_explained(monkeypatch):
+    monkeypatch.setattr(backends, "_library", lambda: None)
+    reason = backends.load_library.__wrapped__()
+    assert "TTSR_FAST_BUILD" in reason and "ttsr-fast env --build" in reason
+
+
+def test_library_that_does_not_load_gives_the_reason(monkeypatch, tmp_path):
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setenv("TTSR_FAST_LIBRARY", str(broken))
+    reason = backends.load_library.__wrapped__()
+    assert reason.startswith(f"_C.abi3.so does not load under torch {torch.__version__}")
+    assert "file too short" in reason or "invalid ELF header" in reason
+
+
+def test_library_without_the_kernels_is_refused():
+    """A library that loads and is another one, in a process of its own."""
+    other = Path(torch.__file__).parent / "lib" / "libshm.so"
+    script = "from ttsr_fast import backends; print(backends.load_library())"
+    result = run([sys.executable, "-c", script], TTSR_FAST_LIBRARY=str(other))
+    assert result.stdout == f"{other} was compiled from other sources; compile it again\n"
+
+
+def test_reference_backend_runs_everything():
+    query, key = (x.requires_grad_() for x in inputs())
+    score, index = search(query, key, backend="reference")
+    out = gather_fold(key, index, weight=score, backend="reference")
+    grads = torch.autograd.grad(out.sum(), (query, key))
+    score, index = search(query, key, backend="torch")
+    out = gather_fold(key, index, weight=score, backend="torch")
+    for x, y in zip(grads, torch.autograd.grad(out.sum(), (query, key)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_every_instruction_set(instruction_set, request):
+    """The tests of `search`, with the kernels that another processor would run."""
+    tests = str(request.path.with_name("test_search.py"))
+    chosen = "options or ties or (shapes and float32)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", chosen]
+    result = run(command, TTSR_FAST_ISA=instruction_set, TTSR_FAST_TEST_BACKENDS="cpp")
+    refused = "TTSR_FAST_ISA must name an instruction set of this processor" in result.stdout
+    assert result.returncode == 0 or (refused and instruction_set != "baseline"), result.stdout

@@ -1,0 +1,369 @@
+"""The benchmarks: what they refuse, what they measure, and what they write."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from ttsr_fast import reference
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for a script of that folder
+
+import harness
+import peers
+import plots
+import report
+import search
+import transfer
+from gate import SearchTruth, WrongResult, check_close
+
+MIB = 1 << 20
+QUERY, KEY = (7, 9), (6, 8)
+each = pytest.mark.parametrize
+Found = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the benchmarks set it for the libraries they load
+
+
+@pytest.fixture(scope="module")
+def maps() -> Found:
+    return peers.maps(QUERY, KEY, channels=8)
+
+
+@pytest.fixture(scope="module")
+def truth(maps: Found) -> SearchTruth:
+    return SearchTruth(*maps)
+
+
+@pytest.fixture(scope="module")
+def found(maps: Found) -> Found:
+    return reference.search(*maps)
+
+
+# --- the gate ---
+
+
+def test_truth_is_the_oracle(maps: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    score, index = reference.search(*(x.double() for x in maps))
+    monkeypatch.setattr("gate.STRIP_BYTES", 1)  # a strip of keys per row
+    for limit in (1000, 20):
+        truth = SearchTruth(*maps, limit=limit)
+        assert len(truth.positions.unique()) == min(limit, 63)
+        torch.testing.assert_close(truth.best, score.flatten()[truth.positions])
+        torch.testing.assert_close(truth.index, index.flatten()[truth.positions])
+
+
+def test_gate_accepts_the_right_result(truth: SearchTruth, found: Found) -> None:
+    measured = truth.check(found)
+    assert measured["index_agreement"] == 1
+    assert measured["max_abs_error"] < 1e-6
+    assert measured["checked_queries"] == 63
+
+
+def runner_up(maps: Found, found: Found) -> Found:
+    """The right score of the second best key, for one query."""
+    q, k = (torch.nn.functional.unfold(x, 3, padding=1)[0] for x in maps)
+    scores = torch.nn.functional.normalize(k, dim=0).T @ torch.nn.functional.normalize(q, dim=0)
+    value, where = scores[:, 5].topk(2).values[1], scores[:, 5].topk(2).indices[1]
+    score, index = (x.clone() for x in found)
+    score.view(-1)[5], index.view(-1)[5] = value, where
+    return score, index
+
+
+def test_gate_refuses_a_worse_key(maps: Found, truth: SearchTruth, found: Found) -> None:
+    with pytest.raises(WrongResult, match="below the maximum"):
+        truth.check(runner_up(maps, found))
+    assert truth.check(runner_up(maps, found), tolerance=1.0)["index_agreement"] == 62 / 63
+
+
+def spoil(found: Found, score: float = 0.0, index: int = 0) -> Found:
+    changed = (found[0].clone(), found[1].clone())
+    changed[0].view(-1)[3] += score
+    changed[1].view(-1)[3] += index
+    return changed
+
+
+@each(
+    "change, message",
+    [
+        ({"score": 1e-5}, "off by 1.0e-05"),
+        ({"score": float("nan")}, "off by nan"),
+        ({"index": 48}, r"outside \[0, 48\)"),
+        ({"index": -48}, r"outside \[0, 48\)"),
+    ],
+)
+def test_gate_refuses(truth: SearchTruth, found: Found, change: dict, message: str) -> None:
+    with pytest.raises(WrongResult, match=message):
+        truth.check(spoil(found, **change))
+
+
+def test_gate_refuses_another_shape(truth: SearchTruth, found: Found) -> None:
+    with pytest.raises(WrongResult, match="shapes"):
+        truth.check((found[0][:, :3], found[1][:, :3]))
+
+
+@each("error, passes", [(0.9e-6, True), (1.1e-6, False), (float("nan"), False)])
+def test_tensors_are_held_to_a_tolerance(error: float, passes: bool) -> None:
+    want = torch.tensor([4.0, -8.0], dtype=torch.float64)
+    got = want + torch.tensor([8 * error, 0.0])
+    if passes:
+        assert check_close("a", [got], [want], 1e-6)["max_relative_error"] == pytest.approx(error)
+    else:
+        with pytest.raises(WrongResult, match="a is off by"):
+            check_close("a", [got], [want], 1e-6)
+
+
+# --- time ---
+
+
+def test_quantiles() -> None:
+    timing = harness.summarise([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert timing == harness.Timing(median_s=3.5, low_s=2.0, high_s=5.0, reps=6)
+
+
+def test_runs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    clock = iter(range(1000))  # every run takes a second
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    runs = {name: partial(calls.append, name) for name in "abc"}
+    timings = harness.time_interleaved(runs, seconds=2.0, min_reps=3)
+    assert [timing.reps for timing in timings.values()] == [3, 3, 3]
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"  # a warm-up, then three rounds
+    calls.clear()
+    harness.time_interleaved(runs, seconds=20.0)
+    assert "".join(calls[:9]) == "abc" + "aabbcc"  # a tenth of the time in every turn
+
+
+def test_slow_run_is_not_repeated() -> None:
+    calls = []
+    runs = {"slow": lambda: calls.append(time.sleep(0.05))}
+    timing = harness.time_interleaved(runs, seconds=0.01, min_reps=5)["slow"]
+    assert (timing.reps, len(calls)) == (1, 1)
+    assert timing.median_s >= 0.05
+
+
+# --- memory ---
+
+
+def allocating_job(through_torch: bool):
+    """A run that fills 64 MiB on the way to its result of 16 MiB; its input takes as much."""
+    fill = torch.ones if through_torch else partial(np.ones, dtype=np.float32)
+
+    def run(given: Tensor, mebibytes: int) -> Tensor:
+        buffer = fill(mebibytes * MIB // 4)
+        return given * float(buffer[0])
+
+    return partial(run, torch.ones(1), 1), lambda: partial(run, torch.ones(4 * MIB), 64)
+
+
+@each("through_torch", [True, False])
+def test_memory_counts_whoever_allocates(through_torch: bool) -> None:
+    peak = harness.peak_bytes(allocating_job, through_torch)
+    assert peak == pytest.approx(64 * MIB, abs=3 * MIB)
+
+
+def failing_job():
+    raise ValueError("no such thing")
+
+
+def test_memory_passes_a_failure_on() -> None:
+    with pytest.raises(RuntimeError, match="ValueError: no such thing"):
+        harness.peak_bytes(failing_job)
+
+
+# --- the search benchmark ---
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    sizes = ["--sizes", "8x8", "6x9:7x5", "--channels", "16", "--seconds", "0.001"]
+    return [*sizes, "--backends", "torch-fp32", "--out", str(folder), *more]
+
+
+def test_sweep_writes_results_a_plot_and_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search.main(arguments(tmp_path, "--peers", "unfold", "chunked")) == 0
+    data = json.loads((tmp_path / "search.json").read_text())
+    assert [entry["pairs"] for entry in data["sizes"]] == [54 * 35, 64 * 64]
+    for entry in data["sizes"]:
+        assert list(entry["rows"]) == ["torch-fp32", "unfold", "chunked"]
+        for row in entry["rows"].values():
+            assert row["status"] == "ok"
+            assert row["low_s"] <= row["median_s"] <= row["high_s"]
+            assert row["pairs_per_s"] == pytest.approx(entry["pairs"] / row["median_s"])
+            assert row["effective_flop_per_s"] == pytest.approx(row["pairs_per_s"] * 2 * 9 * 16)
+            assert row["index_agreement"] == 1
+        shares = [row["gemm_share"] for row in entry["rows"].values()]
+        assert shares[0] * entry["rows"]["torch-fp32"]["median_s"] == pytest.approx(
+            entry["pixel_gemm_s"]
+        )
+    with Image.open(tmp_path / "search.png") as image:
+        image.verify()
+    assert "6x9 in 7x5, 16 channels, 1.89 k pairs" in capsys.readouterr().out
+
+    images = tmp_path / "images"
+    assert report.main([str(tmp_path / "search.json"), "--images", str(images)]) == 0
+    printed = capsys.readouterr().out
+    assert "| queries in keys | pairs | torch fp32 | unfold + bmm | in chunks |" in printed
+    assert "| 8x8 | 4.10 k | " in printed
+    assert [path.name for path in images.iterdir()] == ["search.png"]
+
+
+def test_no_time_is_given_for_a_wrong_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def wrong(query: Tensor, key: Tensor) -> Found:
+        calls.append(query.shape)
+        return spoil(reference.search(query, key), score=1e-3)
+
+    monkeypatch.setitem(peers.ALL, "torch-fp32", replace(peers.ALL["torch-fp32"], search=wrong))
+    assert search.main(arguments(tmp_path, "--no-peers")) == 1
+    assert "torch fp32: FAILED: a score is off by 1.0e-03" in capsys.readouterr().out
+    for entry in json.loads((tmp_path / "search.json").read_text())["sizes"]:
+        row = entry["rows"]["torch-fp32"]
+        assert row["status"] == "failed"
+        assert not {"median_s", "pairs_per_s", "peak_bytes"} & set(row)
+    assert len(calls) == 2, "one run per size, for the check"
+
+
+def test_what_does_not_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = search.parse(["--quick"])
+    huge = search.Size.parse("270x480")
+    assert peers.ALL["unfold"].bytes_needed(huge.queries, huge.keys, 256) > 67e9
+    monkeypatch.setattr(harness, "available_bytes", lambda: 64 << 30)
+    assert search.why_not("unfold", huge, [], args) == "does not fit (needs 69.6 GB)"
+    assert search.why_not("chunked", huge, [], args) is None
+
+    never = replace(peers.ALL["unfold"], search=lambda query, key: pytest.fail("it was tried"))
+    monkeypatch.setitem(peers.ALL, "unfold", never)
+    monkeypatch.setattr(harness, "available_bytes", lambda: 1)
+    args.channels, args.seconds = 8, 0.001
+    size = search.Size.parse("8x8")
+    entry = search.measure_size(size, ["unfold"], [], args, step=lambda text: None)
+    assert entry["rows"]["unfold"]["reason"].startswith("does not fit")
+
+
+def test_all_but_the_default_are_skipped_where_slow() -> None:
+    args = search.parse(["--limit", "60"])
+    before = [{"pairs": 100, "rows": {name: {"median_s": 7.0} for name in peers.ALL}}]
+    size = search.Size((1, 10), (1, 100))
+    assert search.why_not("chunked", size, before, args) == "skipped (estimated 70.0 s)"
+    assert search.why_not("torch-fp32", size, before, args) == "skipped (estimated 70.0 s)"
+    assert search.why_not("cpp-fp32", size, before, args) is None
+    before[0]["pairs"] = 200
+    assert search.why_not("chunked", size, before, args) is None
+
+
+@each("text", ["8", "8x", "0x4", "8x8:3", "8x8:3x3:1x1"])
+def test_size_that_makes_no_sense(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        search.parse(["--sizes", text])
+    assert f"must read 100x100 or 100x100:108x96, got '{text}'" in capsys.readouterr().err
+
+
+@each("name", [name for name in peers.PEERS if name != "keops"])  # which compiles for a while
+def test_peers_are_right(name: str, maps: Found, truth: SearchTruth) -> None:
+    peer = peers.PEERS[name]
+    if peer.why_not() is None:
+        assert truth.check(peer.search(*maps), peer.tolerance)["index_agreement"] == 1
+    else:
+        assert "is not installed" in peer.why_not()
+
+
+# --- the transfer benchmark ---
+
+
+def test_transfer_cases_are_right_and_can_be_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["torch", "reference"]
+    data = {
+        "kind": "transfer",
+        "machine": harness.machine(),
+        "query": QUERY,
+        "key": KEY,
+        "labels": {name: transfer.LABELS[name] for name in names},
+        "cases": [],
+        "copy_bytes_per_s": 2e10,
+    }
+    for cases in (transfer.fold_cases, transfer.module_cases):
+        for case, contenders in cases(names, QUERY, KEY):
+            rows = {}
+            for name, contender in contenders.items():
+                accuracy = contender.check(contender.run())
+                rows[name] = {"status": "ok", "median_s": 2e-3, "peak_bytes": 5e6, **accuracy}
+            data["cases"].append(case | {"rows": rows})
+    assert len(data["cases"]) == 3 * 3 * 2 * 2 + 2
+
+    Console().print(report.transfer_table(data))
+    assert "adjoint" in capsys.readouterr().out
+    assert "| gather_fold | lv1 | NHWC | 2.00/2.00/2.00<br>5.00 MB |" in report.markdown(data)
+    plots.draw(data, tmp_path / "transfer.png")
+    with Image.open(tmp_path / "transfer.png") as image:
+        image.verify()
+
+
+def test_wrong_transfer_is_refused() -> None:
+    _, contenders = next(transfer.fold_cases(["torch"], QUERY, KEY))
+    (result,) = contenders["torch"].run()
+    with pytest.raises(WrongResult, match="result is off by"):
+        contenders["torch"].check((result + 1e-4,))
+
+
+def test_transfer_jobs_repeat_the_runs() -> None:
+    job = (transfer.fold_job, "torch", "adjoint", "lv2", "NHWC", "random", QUERY, KEY)
+    (gradient,) = job[0](*job[1:])[1]()()
+    maps = transfer.make_maps("lv2", "NCHW", QUERY, KEY)
+    truth = transfer.fold_truths(*maps, transfer.make_index("random", QUERY, KEY), stride=2)
+    torch.testing.assert_close(gradient.double(), truth["adjoint"], rtol=1e-5, atol=1e-5)
+
+
+# --- text and pictures ---
+
+
+@each(
+    "text, expected",
+    [
+        (report.seconds_text(59.96), "60.0 s"),
+        (report.seconds_text(0.0123456), "12.3 ms"),
+        (report.seconds_text(4e-6), "4.00 µs"),
+        (report.bytes_text(67.18e9), "67.2 GB"),
+        (report.bytes_text(1.5e6), "1.50 MB"),
+        (report.bytes_text(None), "not measured"),
+        (report.count_text(16.8e9), "16.8 G"),
+        (report.count_text(7), "7.00"),
+    ],
+)
+def test_numbers_as_text(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def test_labels_are_moved_apart_no_further_than_needed() -> None:
+    assert plots.spread([0.0, 20.0, 22.0, 40.0], 10.0) == [0.0, 16.0, 26.0, 40.0]
+    assert plots.spread([0.0, 1.0, 2.0], 10.0) == [-9.0, 1.0, 11.0]
+
+
+@each("content", ['{"kind": "weather"}', "no json", "{}"])
+def test_report_refuses_other_files(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(path)])
+    assert "other.json" in capsys.readouterr().err

@@ -1,0 +1,334 @@
+"""The command line: the files it writes, one line and an exit code for every bad input."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from typer.testing import CliRunner
+
+import ttsr_fast
+from ttsr_fast import backends
+from ttsr_fast.cli import EXTRAS, app
+from ttsr_fast.images import Image, read_image
+from ttsr_fast.model import TTSR, save_model
+from ttsr_fast.pictures import draw_match
+from ttsr_fast.upscale import upscale
+
+ROOT = Path(__file__).parent.parent
+each = pytest.mark.parametrize
+
+
+def noise(*shape, dtype=np.uint8, seed=3):
+    top = np.iinfo(dtype).max
+    return np.random.default_rng(seed).integers(0, top, shape, dtype, endpoint=True)
+
+
+LOW, REF = noise(6, 7, 3), noise(32, 36, 3, seed=4)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a picture, a reference, and things that are neither."""
+    monkeypatch.chdir(tmp_path)
+    Image(LOW).save("low.png")
+    Image(REF).save("ref.png")
+    Image(REF[:11]).save("tiny.png")
+    Path("broken.png").write_bytes(Path("low.png").read_bytes()[:60])
+    Path("text.pth").write_text("not a checkpoint")
+    torch.save({"a": torch.zeros(3)}, "foreign.pth")
+    return tmp_path
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def assert_refused(result, message, code=2):
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# --- upscale --------------------------------------------------------------------------------------
+
+
+@each(
+    ("arguments", "name"),
+    [
+        ((), "low_x4.png"),
+        (("-o", "out.png"), "out.png"),
+        (("-o", "sub"), "sub/low_x4.png"),
+        (("--suffix", "", "-o", "sub"), "sub/low.png"),
+        (("--suffix", "_big", "--ext", "tif"), "low_big.tif"),
+    ],
+)
+def test_upscale_writes_what_the_function_returns(folder, arguments, name):
+    Path("sub").mkdir()
+    before = names(folder)
+    result = run("upscale", "low.png", "--ref", "ref.png", *arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.fullmatch(rf"{name} \(28 x 24, \d+\.\d s\)\n", result.stdout)
+    assert names(folder) == sorted([*before, name])
+    np.testing.assert_array_equal(read_image(name).pixels, upscale(LOW, REF).image.pixels)
+
+
+@each(
+    ("options", "expected"),
+    [
+        (("--phases", "1"), {"phases": 1}),
+        (("--method", "detail", "--device", "cpu"), {}),
+        (("--backend", "reference", "--precision", "bf16"), {"precision": "bf16"}),
+    ],
+)
+def test_options_reach_the_function(folder, options, expected):
+    assert run("upscale", "low.png", "--ref", "ref.png", *options).exit_code == 0
+    result = upscale(LOW, REF, **expected, backend="reference").image.pixels
+    assert np.abs(read_image("low_x4.png").pixels.astype(int) - result).max() <= 1
+
+
+def test_weights_make_it_ttsr(folder):
+    torch.manual_seed(1)
+    model = TTSR((1, 0, 0, 1), 4)
+    save_model(model, "tiny.pth")
+    assert run("upscale", "low.png", "--ref", "ref.png", "--weights", "tiny.pth").exit_code == 0
+    expected = upscale(LOW, REF, model=model).image.pixels
+    np.testing.assert_array_equal(read_image("low_x4.png").pixels, expected)
+
+
+def test_quiet_says_nothing(folder):
+    result = run("upscale", "low.png", "--ref", "ref.png", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    assert Path("low_x4.png").is_file()
+
+
+def test_the_suffix_is_kept_where_it_can_hold_the_result(folder):
+    alpha = noise(6, 7)
+    Image(LOW, alpha).save("a.webp")
+    Image(LOW[..., :1]).save("b.JPG")
+    deep = noise(6, 7, 3, dtype=np.uint16)
+    tifffile.imwrite("c.tif", deep, photometric="rgb")
+    for name, result in (("a.webp", "a_x4.webp"), ("b.JPG", "b_x4.JPG"), ("c.tif", "c_x4.png")):
+        assert run("upscale", name, "--ref", "ref.png").exit_code == 0
+        expected = upscale(name, REF).image
+        written = read_image(result)
+        if name != "b.JPG":
+            np.testing.assert_array_equal(written.to_array(), expected.to_array(), strict=True)
+        assert written.pixels.shape == expected.pixels.shape
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(folder):
+    for name in ("lows", "refs"):
+        Path(name).mkdir()
+    for number in range(3):
+        Image(noise(4, 5, 3, seed=number)).save(f"lows/{number}.png")
+        Image(noise(20, 24, 3, seed=9 + number)).save(f"refs/{number}.{('png', 'bmp')[number % 2]}")
+    Path("lows/notes.txt").write_text("no picture")
+    return folder
+
+
+def test_a_folder_takes_references_of_the_same_name(folders):
+    result = run("upscale", "lows", "--ref", "refs")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert names(folders / "lows_x4") == [f"{number}_x4.png" for number in range(3)]
+    for number, ref in enumerate(("0.png", "1.bmp", "2.png")):
+        expected = upscale(f"lows/{number}.png", f"refs/{ref}").image.pixels
+        np.testing.assert_array_equal(read_image(f"lows_x4/{number}_x4.png").pixels, expected)
+
+
+def test_a_folder_takes_one_reference_for_all(folders):
+    result = run("upscale", "lows", "--ref", "ref.png", "-o", "new/out", "--suffix", "")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 3
+    for number in range(3):
+        expected = upscale(f"lows/{number}.png", REF).image.pixels
+        np.testing.assert_array_equal(read_image(f"new/out/{number}.png").pixels, expected)
+
+
+def test_a_picture_takes_its_reference_from_a_folder(folders):
+    assert run("upscale", "lows/1.png", "--ref", "refs", "-o", "out.png").exit_code == 0
+    expected = upscale("lows/1.png", "refs/1.bmp").image.pixels
+    np.testing.assert_array_equal(read_image("out.png").pixels, expected)
+
+
+def test_failures_do_not_stop_a_folder(folders):
+    Path("lows/0.png").write_bytes(b"damaged")
+    Path("refs/1.bmp").unlink()
+    result = run("upscale", "lows", "--ref", "refs")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"lows_x4/2_x4.png \(20 x 16, .*\)\n", result.stdout)
+    assert result.stderr.splitlines() == [
+        "error: cannot read lows/0.png: it is no picture, or damaged",
+        "error: lows/1.png has 0 references in refs, one is expected",
+        "error: 2 of 3 pictures failed",
+    ]
+    assert names(folders / "lows_x4") == ["2_x4.png"]
+
+
+def test_two_pictures_are_not_written_into_one_file(folders):
+    Image(LOW).save("lows/0.bmp")
+    result = run("upscale", "lows", "--ref", "ref.png", "--ext", "png", "--quiet")
+    assert_refused(
+        result,
+        "cannot write lows_x4/0_x4.png: it is an input or another result\n"
+        "error: 1 of 4 pictures failed",
+        code=1,
+    )
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+PAIR = ("low.png", "--ref", "ref.png")
+
+
+@each(
+    ("arguments", "message"),
+    [
+        (("none.png", "--ref", "ref.png"), "cannot read none.png: no such file or folder"),
+        (("low.png", "--ref", "none.png"), "cannot read none.png: no such file or folder"),
+        (("broken.png", "--ref", "ref.png"), "cannot read broken.png: .*truncated.*"),
+        (("low.png", "--ref", "broken.png"), "cannot read broken.png: .*truncated.*"),
+        (("low.png", "--ref", "tiny.png"), "ref must have .* 12x12 pixels, got 36x11"),
+        ((*PAIR, "-o", "none/a.png"), "cannot write none/a.png: there is no folder none"),
+        ((*PAIR, "-o", "low.png/a.png"), "cannot write low.png/a.png: there is no folder low.png"),
+        ((*PAIR, "-o", "/proc/a.png"), "cannot write /proc/a.png: no file can be made in /proc .*"),
+        ((*PAIR, "-o", "a.xyz"), "cannot write a.xyz: the suffix must be one of .*"),
+        ((*PAIR, "-o", "low.png"), "cannot write low.png: it is an input or another result"),
+        ((*PAIR, "--suffix", ""), "cannot write low.png: it is an input or another result"),
+        ((*PAIR, "--ext", "gif"), "--ext must be auto or one of png, .*, got gif"),
+        ((*PAIR, "--method", "magic"), "--method must be one of detail, ttsr, got magic"),
+        ((*PAIR, "--method", "ttsr"), "--method ttsr needs --weights"),
+        ((*PAIR, "--phases", "3"), "--phases must be one of 1, 2, 4, got 3"),
+        ((*PAIR, "--backend", "abacus"), "--backend must be one of .*, got abacus"),
+        ((*PAIR, "--precision", "fp4"), "--precision must be one of .*, got fp4"),
+        ((*PAIR, "--device", "abacus"), "--device must be one of cpu.*, got abacus"),
+        ((*PAIR, "--weights", "none.pth"), "cannot read none.pth: .*"),
+        ((*PAIR, "--weights", "text.pth"), "cannot read text.pth: .*"),
+        ((*PAIR, "--weights", "foreign.pth"), "foreign.pth .*"),
+        ((*PAIR, "--weights", "foreign.pth", "--phases", "2"), "--weights are for --method ttsr.*"),
+        (("sub", "--ref", "ref.png"), "sub holds no pictures .*"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_in_one_line(folder, arguments, message):
+    Path("sub").mkdir()
+    before = {name: Path(name).read_bytes() for name in names(folder)}
+    assert_refused(run("upscale", *arguments), message)
+    assert {name: Path(name).read_bytes() for name in names(folder)} == before
+
+
+def test_a_folder_cannot_go_into_a_file(folders):
+    assert_refused(run("upscale", "lows", "--ref", "refs", "-o", "low.png/out"), ".*low.png.*")
+
+
+def test_a_failure_leaves_the_existing_result_alone(folder):
+    Path("out.png").write_bytes(b"before")
+    before = names(folder)
+    assert_refused(run("upscale", "low.png", "--ref", "tiny.png", "-o", "out.png"), "ref must .*")
+    assert Path("out.png").read_bytes() == b"before"
+    assert names(folder) == before
+
+
+def test_usage_is_explained(folder):
+    for arguments in (("upscale", "low.png"), ("upscale", *PAIR, "--loud"), ("enlarge",)):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert "Usage: " in result.stderr
+    assert "LR" in run("upscale", "--help").stdout
+
+
+# --- match, env and the program -------------------------------------------------------------------
+
+
+def test_match_draws_the_result(folder):
+    result = run("match", "low.png", "--ref", "ref.png", "-o", "sheet.png", "--phases", "1")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"sheet.png \(1552 x \d+, \d+\.\d s\)\n", result.stdout)
+    expected = draw_match(Image(LOW), Image(REF), *upscale(LOW, REF, phases=1))
+    np.testing.assert_array_equal(read_image("sheet.png").pixels, expected.pixels)
+
+
+@each(
+    ("arguments", "message"),
+    [
+        (("low.png", "--ref", "tiny.png", "-o", "a.png"), "ref must have at least one patch .*"),
+        (("none.png", "--ref", "ref.png", "-o", "a.png"), "cannot read none.png: no such file"),
+        ((*PAIR, "-o", "a.xyz"), "cannot write a.xyz: the suffix must be one of .*"),
+    ],
+)
+def test_match_refuses_bad_input(folder, arguments, message):
+    assert_refused(run("match", *arguments), message)
+
+
+def test_env_tells_what_runs_and_why_not(monkeypatch):
+    monkeypatch.setattr(
+        backends, "why_not", lambda name, device: None if name == "torch" else f"no {device}"
+    )
+    lines = dict(line.split("  ", 1) for line in run("env").stdout.splitlines())
+    lines = {name: value.strip() for name, value in lines.items()}
+    assert lines["ttsr-fast"] == ttsr_fast.__version__
+    assert lines["torch"].startswith(torch.__version__)
+    assert lines["cpu capability"] == torch.backends.cpu.get_cpu_capability()
+    assert lines["devices"].split(", ")[0] == "cpu"
+    assert lines["torch on cpu"] == "runs"
+    assert lines["reference on cpu"] == "no: no cpu"
+    assert re.search(r"pillow \d+\.\d+", lines["extra cli"])
+
+
+def test_env_names_the_instruction_set(monkeypatch):
+    monkeypatch.setattr(backends, "why_not", lambda name, device: None)
+    monkeypatch.setattr(backends, "instruction_set", lambda: "avx2")
+    assert re.search(r"^cpp on cpu +runs, avx2$", run("env").stdout, re.MULTILINE)
+
+
+def test_env_builds_the_kernels_first(monkeypatch):
+    monkeypatch.setattr("ttsr_fast.build.build_library", lambda: Path("/cache/kernels.so"))
+    assert run("env", "--build").stdout.splitlines()[0] == "compiled /cache/kernels.so"
+
+    def fail():
+        raise RuntimeError("there is no compiler\n(a second line)")
+
+    monkeypatch.setattr("ttsr_fast.build.build_library", fail)
+    assert_refused(run("env", "--build"), "there is no compiler")
+
+
+def test_extras_are_those_of_the_package():
+    text = (ROOT / "pyproject.toml").read_text()
+    for extra, expected in EXTRAS.items():
+        (names,) = re.findall(rf"^{extra} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
+        assert tuple(re.findall(r'"([\w-]+)', names)) == expected
+
+
+def test_version():
+    assert run("--version").stdout == f"ttsr-fast {ttsr_fast.__version__}\n"
+
+
+def program(*arguments):
+    command = [sys.executable, "-m", "ttsr_fast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+
+
+def test_the_program_runs(folder):
+    result = program("upscale", *PAIR)
+    assert (result.returncode, result.stderr) == (0, "")
+    np.testing.assert_array_equal(read_image("low_x4.png").pixels, upscale(LOW, REF).image.pixels)
+
+
+def test_the_program_fails_in_one_line(folder):
+    result = program("upscale", "broken.png", "--ref", "ref.png")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch("error: cannot read broken.png: .*truncated.*\n", result.stderr)

@@ -1,0 +1,380 @@
+"""Pictures: every mode and depth there and back, every kind of source, and every bad file."""
+
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image as pillow
+
+from ttsr_fast import images
+from ttsr_fast.images import Image, as_image, check_output, read_image
+
+each = pytest.mark.parametrize
+
+
+def noise(*shape, dtype=np.uint8):
+    top = np.iinfo(dtype).max
+    return np.random.default_rng(7).integers(0, top, shape, dtype, endpoint=True)
+
+
+def png(array, colour_type, *chunks, size=None):
+    """A PNG of `[H, W, C]` samples, unfiltered, with `chunks` before its pixels."""
+
+    def chunk(kind, data):
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    width, height = size or (array.shape[1], array.shape[0])
+    header = struct.pack(">2I5B", width, height, 8 * array.itemsize, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in array)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def assert_same(image, array):
+    """`image` is the `[H, W, C]` samples of `array`."""
+    colours = 1 if array.shape[2] < 3 else 3
+    np.testing.assert_array_equal(image.pixels, array[..., :colours], strict=True)
+    if array.shape[2] == colours:
+        assert image.alpha is None
+    else:
+        np.testing.assert_array_equal(image.alpha, array[..., colours], strict=True)
+
+
+# --- there and back -------------------------------------------------------------------------------
+
+
+@each(
+    ("suffix", "dtype", "channels"),
+    [
+        *((".png", dtype, n) for dtype in (np.uint8, np.uint16) for n in (1, 2, 3, 4)),
+        *((".tif", np.uint8, n) for n in (1, 2, 3, 4)),
+        (".TIFF", np.uint16, 1),
+        *((".webp", np.uint8, n) for n in (3, 4)),
+        *((".bmp", np.uint8, n) for n in (1, 3)),
+    ],
+)
+@each("size", [(5, 7), (1, 1)])
+def test_lossless_files_return_every_sample(tmp_path, suffix, dtype, channels, size):
+    array = noise(*size, channels, dtype=dtype)
+    as_image(array).save(tmp_path / f"picture{suffix}")
+    assert_same(read_image(tmp_path / f"picture{suffix}"), array)
+    assert [file.name for file in tmp_path.iterdir()] == [f"picture{suffix}"]
+
+
+@each("suffix", [".jpg", ".jpeg"])
+def test_jpeg_returns_every_sample_nearly(tmp_path, suffix):
+    ramp = np.linspace(0, 255, 40)
+    planes = np.broadcast_arrays(ramp, ramp[:, None], 128)
+    array = np.stack(planes, axis=2).astype(np.uint8)
+    as_image(array).save(tmp_path / f"picture{suffix}")
+    difference = read_image(tmp_path / f"picture{suffix}").pixels.astype(int) - array
+    assert np.abs(difference).max() <= 4
+
+
+@each(("colour_type", "channels"), [(0, 1), (4, 2), (2, 3), (6, 4)])
+def test_16_bit_png_of_others_is_read_whole(tmp_path, colour_type, channels):
+    array = noise(5, 7, channels, dtype=np.uint16)
+    (tmp_path / "picture.png").write_bytes(png(array, colour_type))
+    assert_same(read_image(tmp_path / "picture.png"), array)
+
+
+@each("channels", [2, 3, 4])
+def test_16_bit_png_of_ours_is_read_by_others(tmp_path, channels):
+    array = noise(5, 7, channels, dtype=np.uint16)
+    as_image(array).save(tmp_path / "picture.png")
+    with pillow.open(tmp_path / "picture.png") as opened:
+        upper = np.asarray(opened)  # which is all that Pillow keeps; grey it repeats
+    expected = array[..., [0, 0, 0, 1]] if channels == 2 else array
+    np.testing.assert_array_equal(upper, expected >> 8)
+
+
+@each(
+    "options",
+    [
+        {},
+        {"byteorder": ">"},
+        {"compression": "zlib"},
+        {"compression": "zlib", "predictor": True, "byteorder": ">"},
+        {"compression": "lzw", "predictor": True},
+        {"tile": (16, 16)},
+        {"planarconfig": "separate"},
+        {"planarconfig": "separate", "compression": "zlib", "tile": (16, 16)},
+    ],
+    ids=str,
+)
+@each("channels", [3, 4])
+def test_16_bit_tiff_is_read_whole(tmp_path, options, channels):
+    array = noise(20, 30, channels, dtype=np.uint16)
+    if channels == 4:
+        options = {**options, "extrasamples": ["unassalpha"]}
+    samples = np.moveaxis(array, 2, 0) if "planarconfig" in options else array
+    tifffile.imwrite(tmp_path / "picture.tif", samples, photometric="rgb", **options)
+    assert_same(read_image(tmp_path / "picture.tif"), array)
+
+
+def test_samples_without_a_meaning_are_dropped(tmp_path):
+    array = noise(20, 30, 4, dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="rgb", extrasamples=["unspecified"])
+    assert_same(read_image(tmp_path / "a.tif"), array[..., :3])
+
+
+UPRIGHT = {  # EXIF orientation: how to turn the stored picture
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x, 1),
+}
+
+
+@each("orientation", UPRIGHT)
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    array, exif = noise(4, 6, 3), pillow.Exif()
+    exif[274] = orientation
+    pillow.fromarray(array).save(tmp_path / "picture.png", exif=exif)
+    assert_same(read_image(tmp_path / "picture.png"), UPRIGHT[orientation](array))
+    with pillow.open(tmp_path / "picture.png") as opened:
+        assert_same(as_image(opened), UPRIGHT[orientation](array))
+
+    deep = noise(4, 6, 3, dtype=np.uint16)
+    tags = [(274, "H", 1, orientation, True)]
+    tifffile.imwrite(tmp_path / "deep.tif", deep, photometric="rgb", extratags=tags)
+    assert_same(read_image(tmp_path / "deep.tif"), UPRIGHT[orientation](deep))
+    (tmp_path / "deep.png").write_bytes(png(deep, 2, (b"eXIf", exif.tobytes()[6:])))
+    assert_same(read_image(tmp_path / "deep.png"), UPRIGHT[orientation](deep))
+
+
+PALETTE = np.array([[255, 0, 0], [0, 128, 7], [9, 8, 200]], np.uint8)
+INDICES = np.array([[0, 1, 2], [2, 2, 1]], np.uint8)
+
+
+def test_palette_becomes_colour(tmp_path):
+    opaque = (b"PLTE", PALETTE.tobytes())
+    (tmp_path / "picture.png").write_bytes(png(INDICES[..., None], 3, opaque))
+    assert_same(read_image(tmp_path / "picture.png"), PALETTE[INDICES])
+
+
+def test_transparent_palette_becomes_colour_and_alpha(tmp_path):
+    alpha = np.array([0, 77, 255], np.uint8)
+    chunks = (b"PLTE", PALETTE.tobytes()), (b"tRNS", alpha.tobytes())
+    (tmp_path / "picture.png").write_bytes(png(INDICES[..., None], 3, *chunks))
+    expected = np.dstack((PALETTE[INDICES], alpha[INDICES]))
+    assert_same(read_image(tmp_path / "picture.png"), expected)
+
+
+@each("dtype", [np.uint8, np.uint16])
+@each(("colour_type", "channels"), [(0, 1), (2, 3)])
+def test_transparent_colour_becomes_alpha(tmp_path, colour_type, channels, dtype):
+    array = noise(4, 5, channels, dtype=dtype)
+    key = (b"tRNS", array[2, 3].astype(">u2").tobytes())
+    (tmp_path / "picture.png").write_bytes(png(array, colour_type, key))
+    alpha = np.where((array == array[2, 3]).all(axis=2), 0, np.iinfo(dtype).max)
+    expected = np.dstack((array, alpha.astype(dtype)))
+    assert_same(read_image(tmp_path / "picture.png"), expected)
+
+
+def test_black_and_white_becomes_grey(tmp_path):
+    array = noise(4, 9) > 100
+    pillow.fromarray(array).save(tmp_path / "picture.png")
+    assert_same(read_image(tmp_path / "picture.png"), array[..., None].astype(np.uint8) * 255)
+
+
+@each("name", ["a.png", "deep.png", "a.tif", "a.jpg", "a.webp"])
+def test_colour_profile_is_kept(tmp_path, name):
+    pixels = noise(5, 6, 3, dtype=np.uint16 if name == "deep.png" else np.uint8)
+    profile = bytes(range(200)) * 3
+    Image(pixels, None, profile).save(tmp_path / name)
+    assert read_image(tmp_path / name).icc_profile == profile
+    with pillow.open(tmp_path / name) as opened:
+        assert opened.info["icc_profile"] == profile
+
+
+# --- what is a picture ----------------------------------------------------------------------------
+
+
+def test_every_kind_of_source(tmp_path):
+    array = noise(6, 5, 4)
+    pillow.fromarray(array).save(tmp_path / "picture.png")
+    image = read_image(tmp_path / "picture.png")
+    for source in (str(tmp_path / "picture.png"), array, pillow.fromarray(array), image):
+        assert_same(as_image(source), array)
+    assert_same(as_image(array[..., 0]), array[..., :1])
+    np.testing.assert_array_equal(image.to_array(), array)
+    np.testing.assert_array_equal(as_image(array[..., 0]).to_array(), array[..., 0])
+
+
+@each("shape", [(3, 4, 5), (1, 3, 4, 5), (1, 4, 5), (1, 1, 4, 5)])
+def test_tensors_are_kept_to_16_bits(shape):
+    x = torch.rand(shape, dtype=torch.float64) * 2 - 1
+    image = as_image(x)
+    assert image.pixels.dtype == np.uint16
+    planes = x.reshape(-1, 4, 5).permute(1, 2, 0)
+    expected = ((planes + 1) * 32767.5).round().numpy()
+    np.testing.assert_array_equal(image.pixels, expected)
+    assert (image.to_tensor() - x.float()).abs().max() < 2e-5
+
+
+@each(
+    ("source", "error", "message"),
+    [
+        (
+            np.zeros((4, 4), np.float32),
+            TypeError,
+            "lr must be an array of uint8 or uint16, got flo",
+        ),
+        (np.zeros((4, 4, 5), np.uint8), ValueError, r"lr must be .* got \[4, 4, 5\]"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, r"lr must be a non-empty .* got \[0, 4, 3\]"),
+        (np.zeros(4, np.uint8), ValueError, r"lr must be .* got \[4\]"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), TypeError, "lr must be a floating.* torch.uint8"),
+        (torch.zeros(2, 3, 4, 4), ValueError, r"lr must be .* got \[2, 3, 4, 4\]"),
+        (torch.zeros(3, 0, 4), ValueError, r"lr must be a non-empty .* got \[3, 0, 4\]"),
+        (torch.full((3, 2, 2), torch.nan), ValueError, r"lr \[3, 2, 2\] holds NaN"),
+        (pillow.new("CMYK", (4, 4)), ValueError, "lr: mode CMYK is not supported"),
+        (pillow.new("RGB", (0, 4)), ValueError, "lr: it has no pixels"),
+        (4, TypeError, "lr must be a path, .* got int"),
+    ],
+)
+def test_other_sources_are_refused(source, error, message):
+    with pytest.raises(error, match=message):
+        as_image(source, "lr")
+
+
+# --- bad files ------------------------------------------------------------------------------------
+
+
+def save_frames(path):
+    frames = [pillow.new("L", (4, 4), value) for value in (0, 255)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def save_multiplied(path):
+    pixels = noise(8, 8, 4, dtype=np.uint16)
+    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=["assocalpha"])
+
+
+def save_cut(path):
+    planes = noise(3, 8, 8, dtype=np.uint16)
+    tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate")
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+GOOD = png(noise(30, 30, 3), 2)
+DEEP_GOOD = png(noise(30, 30, 3, dtype=np.uint16), 2)
+BAD_FILES = {  # message, and the content or what writes it
+    "ink.tif": ("mode CMYK is not supported", pillow.new("CMYK", (4, 4)).save),
+    "frames.gif": ("it holds 2 frames", save_frames),
+    "multiplied.tif": ("16-bit colour multiplied by its alpha", save_multiplied),
+    "cut.tif": ("truncated|failed to read", save_cut),
+    "deep.png": ("image file is truncated", DEEP_GOOD[: len(DEEP_GOOD) // 2]),
+    "tail.png": ("truncated|too small", DEEP_GOOD[:-30]),
+    "damaged.png": ("data stream|CRC", DEEP_GOOD[:1000] + b"\xff" * 99 + DEEP_GOOD[1099:]),
+    "text.png": ("it is no picture", b"not a picture"),
+    "empty.png": ("it is no picture", b""),
+    "header.png": ("Truncated", GOOD[:20]),
+    "cut.png": ("image file is truncated", GOOD[: len(GOOD) // 2]),
+    "changed.png": ("data stream", GOOD[:1000] + b"\xff" * 99 + GOOD[1099:]),
+    "zero.png": ("it is no picture", png(noise(1, 1, 3), 2, size=(0, 5))),
+    "bomb.png": ("178956970 pixels, .* crop it", png(noise(1, 1), 0, size=(20000, 9000))),
+}
+
+
+@each("name", BAD_FILES)
+def test_bad_files_are_refused_in_one_line(tmp_path, name):
+    message, content = BAD_FILES[name]
+    path = tmp_path / name
+    content(path) if callable(content) else path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^cannot read {path}: .*{message}") as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"^cannot read {path}: no such file$"):
+            read_image(path)
+
+
+def test_pillow_is_asked_for_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match="pictures need Pillow: pip install 'ttsr-fast"):
+        images.downscale(noise(8, 8))
+
+
+@each("name", ["a.png", "a.tif"])
+@each("missing", ["imagecodecs", "tifffile"])
+def test_what_16_bit_colour_needs_is_asked_for_when_it_is_missing(
+    tmp_path, monkeypatch, name, missing
+):
+    array = noise(8, 8, 3, dtype=np.uint16)
+    (tmp_path / "a.png").write_bytes(png(array, 2))
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="rgb")
+    monkeypatch.setitem(sys.modules, missing, None)
+    for do in (
+        lambda: read_image(tmp_path / name),
+        lambda: check_output(tmp_path / "b.png", Image(array)),
+    ):
+        with pytest.raises(ImportError, match="needs imagecodecs and tifffile: pip install 'ttsr"):
+            do()
+    as_image(array[..., 0]).save(tmp_path / "grey.png")
+    assert_same(read_image(tmp_path / "grey.png"), array[..., :1])
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+GREY, COLOUR = noise(4, 4, 1), noise(4, 4, 3)
+DEEP = noise(4, 4, 3, dtype=np.uint16)
+
+
+@each(
+    ("name", "image", "error", "message"),
+    [
+        ("a.gif", Image(COLOUR), ValueError, "the suffix must be one of .png"),
+        ("a", Image(COLOUR), ValueError, "the suffix must be one of .png"),
+        ("a.jpg", Image(GREY, GREY[..., 0]), ValueError, "JPEG holds no transparency; use .png"),
+        ("a.bmp", Image(COLOUR, GREY[..., 0]), ValueError, "BMP holds no transparency; use .png"),
+        ("a.jpg", Image(DEEP[..., :1]), ValueError, "JPEG is not written in 16-bit grey; use"),
+        ("a.tif", Image(DEEP), ValueError, "TIFF is not written in 16-bit RGB; use .png"),
+        ("none/a.png", Image(COLOUR), FileNotFoundError, "there is no folder .*none$"),
+        ("file/a.png", Image(COLOUR), FileNotFoundError, "there is no folder .*file$"),
+        ("folder.png", Image(COLOUR), IsADirectoryError, "it is a folder"),
+        ("/proc/a.png", Image(COLOUR), PermissionError, "no file can be made in /proc "),
+    ],
+)
+def test_bad_outputs_are_refused_before_the_work(tmp_path, name, image, error, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for write in (
+        lambda: check_output(tmp_path / name, image),
+        lambda: image.save(tmp_path / name),
+    ):
+        with pytest.raises(error, match=f"cannot write {tmp_path / name}: {message}"):
+            write()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_a_failure_leaves_the_existing_file_alone(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"before")
+    with pytest.raises(ValueError, match="cannot write .*a.jpg: "):
+        Image(np.zeros((1, 70000, 1), np.uint8)).save(
+            tmp_path / "a.jpg"
+        )  # more than JPEG can count
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a.jpg": b"before"}
+
+
+def test_a_full_disk_leaves_the_existing_file_alone(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    (tmp_path / "a.png").write_bytes(b"before")
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        Image(COLOUR).save(tmp_path / "a.png")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a.png": b"before"}

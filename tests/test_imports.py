@@ -1,0 +1,119 @@
+"""The layers of the package: who may import whom, how long a file may be, what an import may do."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What each module or subpackage may import, besides the standard library and its own files.
+LAW: dict[str, set[str]] = {
+    "__init__": {"functional", "modules", "model", "upscale"},
+    "__main__": {"cli"},
+    "functional": {"ops", "torch"},
+    "ops": {"backends", "portable", "torch"},
+    "backends": {"build", "portable", "reference", "torch"},
+    "build": {"torch"},
+    "portable": {"torch"},
+    "reference": {"torch"},
+    "modules": {"functional", "torch"},
+    "model": {"modules", "torch", "safetensors"},
+    "images": {"imagecodecs", "numpy", "PIL", "tifffile", "torch"},
+    "upscale": {"functional", "images", "model", "torch"},
+    "pictures": {"images", "numpy", "PIL", "torch"},
+}
+LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
+# What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
+LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setuptools", "skimage"}
+LEFT_ALONE |= {"imagecodecs", "safetensors", "tifffile", "triton", "typer"}
+
+PACKAGE = sorted((ROOT / "ttsr_fast").rglob("*.py"))
+BENCH = sorted((ROOT / "bench").rglob("*.py"))
+PYTHON = [*PACKAGE, *BENCH, *sorted((ROOT / "tests").rglob("*.py")), ROOT / "setup.py"]
+KERNELS = sorted((ROOT / "csrc").rglob("*.[ch]*"))
+each = pytest.mark.parametrize
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports anywhere, absolute and dotted."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)}:{node.lineno} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(ROOT / "ttsr_fast").parts[0].removesuffix(".py")
+
+
+def imported_layer(module: str) -> str:
+    """The part of the package that a module belongs to, or the name of another package."""
+    root, *rest = module.split(".")
+    if root != "ttsr_fast":
+        return root
+    return rest[0] if rest and rest[0] in LAW else "__init__"
+
+
+@each("path", PACKAGE, ids=name)
+def test_package_obeys_the_law(path: Path) -> None:
+    assert layer(path) in LAW, "a new layer: say in LAW what it may import"
+    allowed = {*LAW[layer(path)], layer(path), *sys.stdlib_module_names}
+    assert {imported_layer(module) for module in imports(path)} - allowed == set()
+
+
+@each("path", BENCH, ids=name)
+def test_bench_stands_on_the_package_alone(path: Path) -> None:
+    roots = {module.split(".")[0] for module in imports(path)}
+    assert not roots & {"tests", *(test.stem for test in (ROOT / "tests").glob("*.py"))}
+
+
+@each("path", KERNELS, ids=name)
+def test_kernels_keep_to_the_stable_abi(path: Path) -> None:
+    included = re.findall(r"#\s*include\s*<([^>]*/[^>]*)>", path.read_text())
+    allowed = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+    assert [header for header in included if not header.startswith(allowed)] == []
+
+
+@each("path", [*PYTHON, *KERNELS], ids=name)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@each("path", PYTHON, ids=name)
+def test_functions_are_short(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) and node.body[1:] else node.body
+            assert node.end_lineno is not None
+            assert node.end_lineno - body[0].lineno < 60, f"{node.name} is too long"
+
+
+def test_import_does_nothing_else() -> None:
+    """It prints nothing, starts no process, reads no network and loads nothing that is optional."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+def forbid(event, arguments):
+    if event in ("os.system", "os.posix_spawn", "socket.connect", "subprocess.Popen"):
+        sys.exit(f"{event} {arguments}")
+sys.addaudithook(forbid)
+import ttsr_fast
+assert not torch.cuda.is_initialized()
+loaded = {name.split(".")[0] for name in set(sys.modules) - before}
+sys.exit(" ".join(loaded & %r) or 0)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program % LEFT_ALONE], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (result.stdout, result.stderr.strip(), result.returncode) == ("", "", 0)

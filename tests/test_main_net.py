@@ -1,0 +1,128 @@
+"""The main network against a restatement in plain functions of its weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ttsr_fast.model import MainNet
+
+
+def plain_main_net(weights, blocks, res_scale, lr, s, t3, t2, t1):
+    """Texture transformer of arXiv 2006.04139 on 1x, 2x and 4x, from a dict of weights."""
+
+    def conv(name, *parts, stride=1):
+        weight = weights[name + ".weight"]
+        bias, padding = weights[name + ".bias"], weight.shape[-1] // 2
+        return F.conv2d(torch.cat(parts, 1), weight, bias, stride=stride, padding=padding)
+
+    def relu(name, *parts, stride=1):
+        return conv(name, *parts, stride=stride).clamp(min=0)
+
+    def bicubic(x, factor):
+        size = [factor * n for n in x.shape[2:]]
+        return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+
+    def trunk(name, count, x):
+        for i in range(count):
+            x = x + res_scale * conv(f"{name}.{i}.conv2", relu(f"{name}.{i}.conv1", x))
+        return x
+
+    def shuffled(name, x):
+        return F.pixel_shuffle(conv(name, x), 2).clamp(min=0)
+
+    x0 = relu("SFE.conv_head", lr)
+    x = x0 + conv("SFE.conv_tail", trunk("SFE.RBs", blocks[0], x0))
+    x11 = x + s * conv("conv11_head", x, t3)
+    x11 = x11 + conv("conv11_tail", trunk("RB11", blocks[1], x11))
+
+    x22 = shuffled("conv12", x11)
+    x22 = x22 + bicubic(s, 2) * conv("conv22_head", x22, t2)
+    a = relu("ex12.conv12", bicubic(x11, 2))
+    b = relu("ex12.conv21", x22, stride=2)
+    out1, out2 = relu("ex12.conv_merge1", x11, b), relu("ex12.conv_merge2", x22, a)
+    x21 = x11 + conv("conv21_tail", trunk("RB21", blocks[2], out1))
+    x22 = x22 + conv("conv22_tail", trunk("RB22", blocks[2], out2))
+
+    x33 = shuffled("conv23", x22)
+    x33 = x33 + bicubic(s, 4) * conv("conv33_head", x33, t1)
+    to12, to13 = (relu(f"ex123.conv1{k}", bicubic(x21, f)) for k, f in ((2, 2), (3, 4)))
+    to21, to23 = relu("ex123.conv21", x22, stride=2), relu("ex123.conv23", bicubic(x22, 2))
+    to31 = relu("ex123.conv31_2", relu("ex123.conv31_1", x33, stride=2), stride=2)
+    to32 = relu("ex123.conv32", x33, stride=2)
+    merged = (
+        relu("ex123.conv_merge1", x21, to21, to31),
+        relu("ex123.conv_merge2", x22, to12, to32),
+        relu("ex123.conv_merge3", x33, to13, to23),
+    )
+    x31, x32, x33 = (
+        own + conv(f"conv3{k}_tail", trunk(f"RB3{k}", blocks[3], out))
+        for k, own, out in zip((1, 2, 3), (x21, x22, x33), merged, strict=True)
+    )
+
+    y13 = relu("merge_tail.conv13", bicubic(x31, 4))
+    y23 = relu("merge_tail.conv23", bicubic(x32, 2))
+    y = conv("merge_tail.conv_tail1", relu("merge_tail.conv_merge", x33, y13, y23))
+    return conv("merge_tail.conv_tail2", y).clamp(-1, 1)
+
+
+def random_inputs(n, h, w):
+    lr = torch.rand(n, 3, h, w, dtype=torch.float64) * 2 - 1
+    s = torch.rand(n, 1, h, w, dtype=torch.float64)
+    textures = [
+        torch.rand(n, c, f * h, f * w, dtype=torch.float64)
+        for c, f in ((256, 1), (128, 2), (64, 4))
+    ]
+    return lr, s, *textures
+
+
+@pytest.mark.parametrize(
+    ("blocks", "n_feats", "res_scale", "size"),
+    [
+        ((1, 1, 1, 1), 8, 1.0, (5, 7)),
+        ((3, 2, 1, 0), 8, 0.25, (4, 4)),
+        ((1, 1, 1, 1), 6, 1.0, (1, 1)),
+        ((16, 16, 8, 4), 64, 1.0, (3, 4)),
+    ],
+)
+def test_picture_and_gradients(blocks, n_feats, res_scale, size):
+    net = MainNet(blocks, n_feats, res_scale).double()
+    inputs = [x.requires_grad_() for x in random_inputs(2, *size)]
+    leaves = inputs + list(net.parameters())
+    picture = net(*inputs)
+    plain = plain_main_net(dict(net.named_parameters()), blocks, res_scale, *inputs)
+    torch.testing.assert_close(picture, plain, rtol=1e-10, atol=1e-12)
+
+    into = torch.randn_like(picture)
+    ours = torch.autograd.grad(picture, leaves, into)
+    theirs = torch.autograd.grad(plain, leaves, into)
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+
+
+def test_picture_is_clamped():
+    net = MainNet((1, 1, 1, 1), 8).double()
+    inputs = random_inputs(1, 4, 5)
+    with torch.no_grad():
+        net.merge_tail.conv_tail2.bias.copy_(torch.tensor([3.0, -3.0, 0.0]))
+        picture = net(*inputs)
+    assert (picture[:, 0] == 1).all()
+    assert (picture[:, 1] == -1).all()
+    assert (picture[:, 2].abs() < 1).all()
+
+
+def test_published_size():
+    assert sum(p.numel() for p in MainNet().parameters()) == 6_174_275
+
+
+@pytest.mark.parametrize(
+    ("blocks", "n_feats", "message"),
+    [
+        ((16, 16, 8), 64, r"num_res_blocks must be four counts, got \(16, 16, 8\)"),
+        ((1, 1, -1, 1), 64, r"num_res_blocks must be four counts, got \(1, 1, -1, 1\)"),
+        ((1, 1, 1, 1), 7, "n_feats must be even and positive, got 7"),
+        ((1, 1, 1, 1), 0, "n_feats must be even and positive, got 0"),
+    ],
+)
+def test_sizes_that_make_no_network(blocks, n_feats, message):
+    with pytest.raises(ValueError, match=message):
+        MainNet(blocks, n_feats)

@@ -1,0 +1,213 @@
+"""What can run here and why not, and the choice among it.
+
+The only file that loads the compiled library. `can_run` both chooses and explains.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttsr_fast import build, portable, reference
+
+BACKENDS = ("cpp", "torch", "reference")  # in order of preference
+ENVIRONMENT_VARIABLE = "TTSR_FAST_BACKEND"
+
+
+def choose(op: str, x: Tensor, backend: str | None) -> Callable[..., None]:
+    """The implementation of `op` for tensors like `x`: of `backend`, or of the first that can run.
+
+    Raises:
+        ValueError: `backend`, or the environment variable that stands in for it, is unknown.
+        RuntimeError: that backend cannot run here; the reason is in the message.
+    """
+    if backend is None:
+        backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if backend is None:
+        backend = next(name for name in BACKENDS if can_run(name, x.device))
+    elif backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+    can_run(backend, x.device, raise_error=True)
+    return _IMPLEMENTATIONS[backend][op]
+
+
+def can_run(backend: str, device: torch.device, *, raise_error: bool = False) -> bool:
+    """Whether `backend` runs on `device`; with `raise_error`, a RuntimeError that says why not."""
+    reason = why_not(backend, device)
+    if reason is not None and raise_error:
+        raise RuntimeError(f"backend {backend!r} cannot run on {device}: {reason}")
+    return reason is None
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run on `device`, None if it can."""
+    if backend != "cpp":
+        return None
+    if device.type != "cpu":
+        return "the compiled kernels are for the CPU"
+    return load_library()
+
+
+@cache
+def load_library() -> str | None:
+    """Load the compiled kernels once; the reason if that is not possible."""
+    library = _library()
+    if library is None:
+        return (
+            "the compiled library is not part of this installation; install ttsr-fast with a C++ "
+            "compiler at hand and TTSR_FAST_BUILD=cpu, or run `ttsr-fast env --build`"
+        )
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        reason = error.__cause__ or error
+        return f"{library.name} does not load under torch {torch.__version__}: {reason}"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not all(has_kernel(f"ttsr_fast::cpp_{op}", "CPU") for op in _OPS):
+        return f"{library} was compiled from other sources; compile it again"
+    return None
+
+
+def instruction_set() -> str:
+    """What the compiled kernels use of this processor, or what TTSR_FAST_ISA asks for of it."""
+    return torch.ops.ttsr_fast.cpp_isa()
+
+
+def _library() -> Path | None:
+    """What TTSR_FAST_LIBRARY names, the library installed, or the one that was built afterwards."""
+    named = os.environ.get("TTSR_FAST_LIBRARY")
+    if named:
+        return Path(named)
+    installed = Path(__file__).parent / build.LIBRARY
+    return installed if installed.is_file() else build.cached_library()
+
+
+def _reference_search(query, key, key_mask, score, index, kernel_size, padding, normalize, eps, _):
+    # In higher precision; an infinity counts as NaN, with any normalisation.
+    q, k = (torch.where(x.isfinite(), x.double(), torch.nan) for x in (query, key))
+    result = reference.search(
+        q, k, key_mask, kernel_size=kernel_size, padding=padding, normalize=normalize, eps=eps
+    )
+    score.copy_(result[0])
+    index.copy_(result[1])
+
+
+def _reference_gather_fold(value, index, weight, out, *options):
+    value = value.to(portable.work_dtype(value.dtype))
+    out.copy_(reference.gather_fold(value, index, weight, **_named(options)))
+
+
+def _reference_adjoint(grad, index, weight, out, *options):
+    grad, size = grad.to(portable.work_dtype(grad.dtype)), list(out.shape)
+    out.copy_(reference.gather_fold_adjoint(grad, index, weight, size, **_named(options)))
+
+
+def _reference_dot(value, grad, index, out, *options):
+    value, grad = value.to(out.dtype), grad.to(out.dtype)
+    out.copy_(reference.gather_dot(value, grad, index, **_named(options)))
+
+
+def _named(options: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(("stride", "kernel_size", "padding", "divisor"), options, strict=True))
+
+
+def _cpp_search(
+    query, key, key_mask, score, index, kernel_size, padding, normalize, eps, precision
+):
+    torch.ops.ttsr_fast.cpp_search(
+        query,
+        key,
+        key_mask,
+        score,
+        index,
+        kernel_size,
+        padding,
+        normalize == "both",
+        normalize != "none",
+        eps,
+        precision == "bf16",
+    )
+
+
+def _cpp_gather_fold(value, index, weight, out, stride, kernel_size, padding, divisor):
+    torch.ops.ttsr_fast.cpp_gather_fold(
+        _laid_out_like(out, _whole_blocks(value, stride)),
+        index.contiguous(),
+        weight,
+        out,
+        stride,
+        kernel_size,
+        padding,
+        *_key_grid(value, stride, kernel_size, padding),
+        divisor,
+    )
+
+
+def _cpp_adjoint(grad, index, weight, out, stride, kernel_size, padding, divisor):
+    padded = _whole_blocks(out, stride)
+    torch.ops.ttsr_fast.cpp_gather_fold_adjoint(
+        _laid_out_like(out, grad),
+        index.contiguous(),
+        weight,
+        padded,
+        stride,
+        kernel_size,
+        padding,
+        *_key_grid(out, stride, kernel_size, padding),
+        divisor,
+    )
+    if padded is not out:
+        out.copy_(padded[:, :, : out.shape[2], : out.shape[3]])
+
+
+def _cpp_dot(value, grad, index, out, stride, kernel_size, padding, divisor):
+    torch.ops.ttsr_fast.cpp_gather_dot(
+        _whole_blocks(value, stride),
+        grad,
+        index.contiguous(),
+        out,
+        stride,
+        kernel_size,
+        padding,
+        *_key_grid(value, stride, kernel_size, padding),
+        divisor,
+    )
+
+
+def _key_grid(value: Tensor, stride: int, kernel_size: int, padding: int) -> list[int]:
+    return [size // stride + 2 * padding - kernel_size + 1 for size in value.shape[2:]]
+
+
+def _whole_blocks(x: Tensor, stride: int) -> Tensor:
+    """`x`, or a zero-padded copy if its last blocks are not whole."""
+    missing = [-size % stride for size in x.shape[2:]]
+    return F.pad(x, [0, missing[1], 0, missing[0]]) if any(missing) else x
+
+
+def _laid_out_like(out: Tensor, x: Tensor) -> Tensor:
+    """`x` in the memory format of `out`; rows, images and channels may lie anywhere.
+
+    To be called last: padding may change the layout.
+    """
+    if out.is_contiguous():
+        return x if x.stride(3) == 1 else x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+_OPS = ("search", "gather_fold", "gather_fold_adjoint", "gather_dot")
+_IMPLEMENTATIONS: dict[str, dict[str, Callable[..., None]]] = {
+    "cpp": dict(zip(_OPS, (_cpp_search, _cpp_gather_fold, _cpp_adjoint, _cpp_dot), strict=True)),
+    "torch": {op: getattr(portable, op) for op in _OPS},
+    "reference": dict(
+        zip(
+            _OPS,
+            (_reference_search, _reference_gather_fold, _reference_adjoint, _reference_dot),
+            strict=True,
+        )
+    ),
+}

@@ -1,0 +1,295 @@
+"""The two operations of the package: `search` and `gather_fold`.
+
+This layer checks what the caller passes and resolves the defaults; the work is done by the
+operators of `ttsr_fast.ops`, which choose a backend.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ttsr_fast import ops
+
+PRECISIONS = ("fp32", "fp16x3", "fp16", "bf16", "tf32")
+NORMALIZATIONS = ("both", "key", "none")
+DIVISORS = ("area", "overlap", "none")
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_LOW_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Match(NamedTuple):
+    """The best key patch of every query patch.
+
+    Attributes:
+        score: `[N, H, W]`, float32 (float64 for float64 inputs): the score of the best pair, a
+            cosine similarity in [-1, 1] under `normalize="both"`.
+        index: `[N, H, W]`, int64: row-major position of the best key patch in the key grid. It
+            carries no gradient.
+    """
+
+    score: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's method of that name, not missed here
+
+
+def search(
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N or 1, C, HK, WK]
+    *,
+    kernel_size: int = 3,
+    padding: int | None = None,
+    normalize: str = "both",
+    eps: float = 1e-12,
+    key_mask: Tensor | None = None,  # [N or 1, HK, WK] bool
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Match:
+    r"""For every query patch, the key patch with the highest normalised inner product.
+
+    The relevance embedding of TTSR (arXiv 2006.04139, equations 2 to 5): with :math:`q_j` and
+    :math:`k_i` the `kernel_size x kernel_size` patches of `query` and `key`,
+
+    .. math::
+        r_{i,j} = \Big\langle \frac{q_j}{\|q_j\|}, \frac{k_i}{\|k_i\|} \Big\rangle, \qquad
+        \text{score}_j = \max_i r_{i,j}, \qquad \text{index}_j = \arg\max_i r_{i,j}.
+
+    Patches and the matrix r are never formed: memory is linear in the inputs.
+
+    Args:
+        query: `[N, C, H, W]`, float64, float32, float16 or bfloat16, any strides.
+        key: `[N, C, HK, WK]`, or `[1, C, HK, WK]` to serve a whole batch; dtype and device of
+            `query`.
+        kernel_size: side of a patch: 1, 3, 5 or 7.
+        padding: zeros around both maps, 0 to `kernel_size // 2` (the default, which gives one patch
+            per pixel). 0 takes patches that lie wholly inside. A padded size P has P - kernel_size
+            + 1 patch positions; those are the query grid and the key grid.
+        normalize: which patches are divided by `max(norm, eps)`: `"both"` (cosine similarity),
+            `"key"` (the same choice, scores scaled by the query's norm), `"none"` (inner product).
+        eps: lower bound of a norm, so that an all-zero patch scores 0. A normal positive number.
+        key_mask: bool, `[N or 1, *key grid]`; a key position that is False is never matched. Every
+            mask needs at least one True.
+        precision: what the choice is allowed to cost, as a contract on values:
+
+            - `"fp32"` (default for float32): the score is within 1e-6 of the exact maximum.
+            - `"fp16"`, `"bf16"` (default for inputs of that dtype and under autocast): the features
+              may be rounded to that type for the choice, whose exact score is then within 2**-10
+              (fp16) or 2**-7 (bf16) of the maximum times the norms that `normalize` leaves; the
+              score returned is that of the features as given, in float32.
+            - `"fp16x3"`, `"tf32"`: names for hardware whose matrix units need them.
+
+            A backend may be more accurate than asked: on the CPU only `"bf16"` differs from
+            `"fp32"`, where the processor multiplies bfloat16 (AVX512-BF16).
+            float64 inputs are always searched in float64.
+        backend: None chooses the fastest that can run; `"cpp"`, `"torch"` or `"reference"` asks for
+            that one and raises if it cannot run. The environment variable `TTSR_FAST_BACKEND` does
+            the same.
+
+    Returns:
+        `Match(score, index)` on the query grid. Equal scores go to the lowest key index. A NaN or
+        an infinity anywhere in a query patch gives NaN there, and in an unmasked key patch NaN
+        everywhere; so does a norm whose square overflows (features of 1e17 or more in float32).
+
+    Differentiable once, in query and key, through the two chosen patches and their norms.
+
+    Cost: `2 * C` FLOP per (query, key) pair instead of `2 * C * kernel_size**2`; above inputs and
+    outputs the CPU takes one copy of the inputs and at most 16 MiB per thread.
+
+    Raises:
+        TypeError: an argument is no tensor, or has another dtype than asked for.
+        ValueError: shapes, devices or options that do not fit; a mask without a key.
+        RuntimeError: the backend asked for cannot run here, or a second derivative is taken.
+    """
+    _check_map("query", query)
+    _check_map("key", key)
+    if torch.is_autocast_enabled(query.device.type):
+        if precision is None and query.dtype == torch.float32 == key.dtype:
+            precision = _LOW_PRECISION.get(torch.get_autocast_dtype(query.device.type))
+        widest = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(widest), key.to(widest)
+    _check_same("key", key, "query", query)
+    if key.shape[0] not in (1, query.shape[0]):
+        raise ValueError(
+            f"key must have batch size 1 or {query.shape[0]} (that of query), got {_shape(key)}"
+        )
+    if key.shape[1] != query.shape[1]:
+        raise ValueError(f"key must have the channels of query {_shape(query)}, got {_shape(key)}")
+    padding = _check_patch(kernel_size, padding, (1, 3, 5, 7))
+    _check_choice("normalize", normalize, NORMALIZATIONS)
+    least = torch.finfo(torch.promote_types(query.dtype, torch.float32)).tiny
+    if not least <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and at least {least:.2g}, got {eps}")
+    for name, x in (("query", query), ("key", key)):
+        if min(x.shape[2:]) + 2 * padding < kernel_size:
+            raise ValueError(
+                f"{name} {_shape(x)} is smaller than one patch of {kernel_size}x{kernel_size} "
+                f"with padding {padding}"
+            )
+    if key_mask is not None:
+        grid = [n + 2 * padding - kernel_size + 1 for n in key.shape[2:]]
+        _check_mask(key_mask, key, grid)
+    return Match(
+        *ops.search(
+            query,
+            key,
+            key_mask,
+            kernel_size,
+            padding,
+            normalize,
+            float(eps),
+            _resolve_precision(precision, query.dtype),
+            backend,
+        )
+    )
+
+
+def gather_fold(
+    value: Tensor,  # [N or 1, C, HV, WV]
+    index: Tensor,  # [N, H, W] int64
+    *,
+    stride: int = 1,
+    kernel_size: int = 3,
+    padding: int | None = None,
+    weight: Tensor | None = None,  # [N, H, W]
+    divisor: str = "area",
+    backend: str | None = None,
+) -> Tensor:  # [N, C, stride*H, stride*W]
+    r"""Take the value patch at every index and overlap-add the patches on the query grid.
+
+    The hard attention of TTSR (arXiv 2006.04139, equation 6) at one level of the feature pyramid.
+    Value and output are cut into `stride x stride` blocks; with :math:`w = 1` unless `weight` is
+    given,
+
+    .. math::
+        T[p] = \frac{1}{k^2} \sum_{d} w_{p-d} \; V[\text{index}_{p-d} + d]
+
+    over the offsets d of a `kernel_size x kernel_size` patch for which p - d lies on the query
+    grid. Blocks outside the value are zero. Patches are never formed: memory is that of the output.
+
+    Args:
+        value: `[N, C, HV, WV]`, or batch 1 to serve all; float64, float32, float16 or bfloat16. The
+            key grid is `HV // stride x WV // stride`; the up to `stride - 1` rows and columns
+            beyond it are read by the patches that reach them.
+        index: `[N, H, W]`, int64, positions on the key grid as `search` returns them.
+        stride: value pixels per key position at this level, 1 or more (TTSR: 1, 2, 4).
+        kernel_size: side of a patch in key positions, odd, 1 to 7.
+        padding: as given to `search`; default `kernel_size // 2`. The output grid is
+            `H + kernel_size - 1 - 2 * padding` blocks high, and the key grid shrinks likewise.
+        weight: `[N, H, W]`, a factor for every patch, any float dtype; differentiable.
+        divisor: `"area"` divides by `kernel_size**2` everywhere, borders included, as TTSR does;
+            `"overlap"` by the number of patches that meet at a block; `"none"` by nothing.
+        backend: as for `search`.
+
+    Returns:
+        `[N, C, stride*H, stride*W]`, dtype and memory format of `value`; accumulated in float32 for
+        16-bit values. Bit-equal from run to run, and so are its gradients.
+
+    Differentiable once, in value and weight. Cost: `kernel_size**2` reads and one write per output.
+
+    Raises:
+        TypeError: an argument is no tensor, or has another dtype than asked for.
+        ValueError: shapes, devices or options that do not fit; an index outside the key grid.
+        RuntimeError: the backend asked for cannot run here, or a second derivative is taken.
+    """
+    _check_map("value", value)
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride must be a positive integer, got {stride!r}")
+    padding = _check_patch(kernel_size, padding, (1, 3, 5, 7))
+    _check_choice("divisor", divisor, DIVISORS)
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise TypeError(f"index must be an int64 tensor, got {_kind(index)}")
+    if index.dim() != 3:
+        raise ValueError(f"index must be [N, H, W], got {_shape(index)}")
+    _check_device("index", index, "value", value)
+    if value.shape[0] not in (1, index.shape[0]):
+        raise ValueError(
+            f"value must have batch size 1 or {index.shape[0]} (that of index), got {_shape(value)}"
+        )
+    if min(value.shape[2:]) // stride + 2 * padding < kernel_size:
+        raise ValueError(
+            f"value {_shape(value)} must hold at least one patch position at stride {stride}, "
+            f"kernel_size {kernel_size} and padding {padding}"
+        )
+    if 0 in index.shape[1:]:
+        raise ValueError(f"index must have a non-empty grid, got {_shape(index)}")
+    if weight is not None:
+        if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS:
+            raise TypeError(f"weight must be a floating-point tensor, got {_kind(weight)}")
+        if weight.shape != index.shape:
+            raise ValueError(
+                f"weight must have the shape {_shape(index)} of index, got {_shape(weight)}"
+            )
+        _check_device("weight", weight, "value", value)
+    return ops.gather_fold(value, index, weight, stride, kernel_size, padding, divisor, backend)
+
+
+def _resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
+    if dtype == torch.float64:
+        if precision is not None:
+            raise ValueError(
+                f"precision must be None for float64 inputs, which are searched in float64, "
+                f"got {precision!r}"
+            )
+        return "fp64"
+    if precision is None:
+        return _LOW_PRECISION.get(dtype, "fp32")
+    _check_choice("precision", precision, PRECISIONS)
+    return precision
+
+
+def _check_map(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name} must be a float64, float32, float16 or bfloat16 tensor, got {_kind(x)}"
+        )
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be [N, C, H, W], got {_shape(x)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must have at least one channel, row and column, got {_shape(x)}")
+
+
+def _check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype {other.dtype} of {other_name}, got {x.dtype}")
+    _check_device(name, x, other_name, other)
+
+
+def _check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} like {other_name}, got {x.device}")
+
+
+def _check_patch(kernel_size: int, padding: int | None, sizes: tuple[int, ...]) -> int:
+    if not isinstance(kernel_size, int) or kernel_size not in sizes:
+        raise ValueError(f"kernel_size must be one of {sizes}, got {kernel_size!r}")
+    if padding is None:
+        return kernel_size // 2
+    if not isinstance(padding, int) or not 0 <= padding <= kernel_size // 2:
+        raise ValueError(
+            f"padding must be an integer from 0 to {kernel_size // 2}, got {padding!r}"
+        )
+    return padding
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _check_mask(mask: Tensor, key: Tensor, grid: list[int]) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"key_mask must be a bool tensor, got {_kind(mask)}")
+    if mask.dim() != 3 or list(mask.shape[1:]) != grid or mask.shape[0] not in (1, key.shape[0]):
+        raise ValueError(
+            f"key_mask must be [{key.shape[0]} or 1, {grid[0]}, {grid[1]}] (the key grid), "
+            f"got {_shape(mask)}"
+        )
+    _check_device("key_mask", mask, "key", key)
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+def _kind(x: object) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__

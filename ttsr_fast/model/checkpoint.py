@@ -1,0 +1,245 @@
+"""Checkpoints: official, mmagic and own files; reading, checking, renaming, writing.
+
+Files are read as tensors only (`weights_only=True` or safetensors): no code in a file is ever run.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ttsr_fast.model.ttsr import TTSR
+
+# How names start, official and mmagic's; what follows is the same in both.
+_MMAGIC_NAMES = {
+    "MainNet.SFE.conv_head.": "generator.sfe.conv_first.",
+    "MainNet.SFE.RBs.": "generator.sfe.body.",
+    "MainNet.SFE.conv_tail.": "generator.sfe.conv_last.",
+    "MainNet.conv11_head.": "generator.conv_first1.",
+    "MainNet.RB11.": "generator.res_block1.",
+    "MainNet.conv11_tail.": "generator.conv_last1.",
+    "MainNet.conv12.": "generator.up1.upsample_conv.",
+    "MainNet.conv22_head.": "generator.conv_first2.",
+    "MainNet.ex12.conv12.": "generator.csfi2.conv1to2.",
+    "MainNet.ex12.conv21.": "generator.csfi2.conv2to1.",
+    "MainNet.ex12.conv_merge": "generator.csfi2.conv_merge",
+    "MainNet.RB21.": "generator.res_block2_1.",
+    "MainNet.RB22.": "generator.res_block2_2.",
+    "MainNet.conv21_tail.": "generator.conv_last2_1.",
+    "MainNet.conv22_tail.": "generator.conv_last2_2.",
+    "MainNet.conv23.": "generator.up2.upsample_conv.",
+    "MainNet.conv33_head.": "generator.conv_first3.",
+    "MainNet.ex123.conv12.": "generator.csfi3.conv1to2.",
+    "MainNet.ex123.conv13.": "generator.csfi3.conv1to4.",
+    "MainNet.ex123.conv21.": "generator.csfi3.conv2to1.",
+    "MainNet.ex123.conv23.": "generator.csfi3.conv2to4.",
+    "MainNet.ex123.conv31_1.": "generator.csfi3.conv4to1_1.",
+    "MainNet.ex123.conv31_2.": "generator.csfi3.conv4to1_2.",
+    "MainNet.ex123.conv32.": "generator.csfi3.conv4to2.",
+    "MainNet.ex123.conv_merge1.": "generator.csfi3.conv_merge1.",
+    "MainNet.ex123.conv_merge2.": "generator.csfi3.conv_merge2.",
+    "MainNet.ex123.conv_merge3.": "generator.csfi3.conv_merge4.",
+    "MainNet.RB31.": "generator.res_block3_1.",
+    "MainNet.RB32.": "generator.res_block3_2.",
+    "MainNet.RB33.": "generator.res_block3_3.",
+    "MainNet.conv31_tail.": "generator.conv_last3_1.",
+    "MainNet.conv32_tail.": "generator.conv_last3_2.",
+    "MainNet.conv33_tail.": "generator.conv_last3_3.",
+    "MainNet.merge_tail.conv13.": "generator.merge_features.conv1to4.",
+    "MainNet.merge_tail.conv23.": "generator.merge_features.conv2to4.",
+    "MainNet.merge_tail.conv_merge.": "generator.merge_features.conv_merge.",
+    "MainNet.merge_tail.conv_tail1.": "generator.merge_features.conv_last1.",
+    "MainNet.merge_tail.conv_tail2.": "generator.merge_features.conv_last2.",
+    "LTE.slice": "extractor.slice",
+    "LTE.sub_mean.": "extractor.img_normalize.",
+}
+_OFFICIAL_NAMES = {theirs: ours for ours, theirs in _MMAGIC_NAMES.items()}
+
+# What files may hold beside the generator: copies of LTE, and the rest of a training.
+_IGNORED = (
+    "LTE_copy.",
+    "extractor_copy.",
+    "discriminator.",
+    "perceptual_loss.",
+    "transferal_perceptual_loss.",
+    "step_counter",
+)
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    res_scale: float = 1.0,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> TTSR:
+    """A trained model in evaluation mode, on the CPU, in the default dtype.
+
+    Takes the official file (with or without `module.` before its names), mmagic's, and what
+    `save_model` writes. Channels and numbers of residual blocks are read off the tensors.
+
+    Args:
+        path: `.safetensors`, or any other suffix for a file written by `torch.save`.
+        res_scale: as trained; a checkpoint does not tell. Published weights have 1.
+        precision: as for `ttsr_fast.search`.
+        backend: as for `ttsr_fast.search`.
+
+    Raises:
+        RuntimeError: the file cannot be read, or safetensors is not installed.
+        ValueError: the file holds something else than the tensors of a TTSR; the message says which
+            are missing, superfluous or of the wrong shape.
+    """
+    state = _official(read_tensors(path))
+    num_res_blocks, n_feats = _sizes(state)
+    with torch.device("meta"):
+        model = TTSR(num_res_blocks, n_feats, res_scale, precision=precision, backend=backend)
+    faults = _faults(state, model.state_dict())
+    if faults:
+        raise ValueError(f"{path} is not a TTSR checkpoint: {faults}")
+    model.to_empty(device="cpu").load_state_dict(state)
+    return model.eval()
+
+
+def save_model(model: TTSR, path: str | os.PathLike[str]) -> None:
+    """Write the tensors of `model` under their official names; an existing file is replaced.
+
+    Args:
+        model: the model itself, not wrapped.
+        path: `.safetensors`, or `.pt` or `.pth` for `torch.save`; the folder must exist. The file
+            appears under this name when it is complete.
+
+    Raises:
+        TypeError: `model` is no TTSR.
+        ValueError: another suffix, or no such folder.
+        RuntimeError: safetensors is not installed.
+    """
+    path = Path(path)
+    if not isinstance(model, TTSR):
+        raise TypeError(f"model must be a TTSR, unwrapped, got {type(model).__name__}")
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise ValueError(f"path must end in .safetensors, .pt or .pth, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"path must lie in an existing folder, got {path}")
+    state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".safetensors":
+            temporary.write_bytes(_safetensors().save(state))  # its save_file hides it from others
+        else:
+            torch.save(state, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name, on the CPU, names and dtypes as they are.
+
+    Args:
+        path: `.safetensors`, or any other suffix for a file written by `torch.save`: a dict of
+            tensors, or a dict with one under `"state_dict"`.
+
+    Raises:
+        RuntimeError: the file cannot be read, or safetensors is not installed.
+        ValueError: the file holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RuntimeError(f"cannot read {path}: no such file")
+    safetensors = _safetensors() if path.suffix == ".safetensors" else None
+    try:
+        if safetensors:
+            content = safetensors.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise almost anything
+        raise RuntimeError(
+            f"cannot read {path}: it is damaged, is no checkpoint, or holds Python objects beside "
+            "tensors, which are not loaded because they can run code"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
+    ):
+        raise ValueError(
+            f"{path} must hold a dict of tensors by name, alone or under 'state_dict', "
+            f"got a {type(content).__name__} of something else"
+        )
+    return dict(content)
+
+
+def to_mmagic(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under mmagic's names; names that are not official stay as they are.
+
+    mmagic reads `{"state_dict": to_mmagic(model.state_dict())}`.
+    """
+    return {_renamed(name, _MMAGIC_NAMES): x for name, x in state.items()}
+
+
+def from_mmagic(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under official names; names that are not mmagic's stay as they are."""
+    return {_renamed(name, _OFFICIAL_NAMES): x for name, x in state.items()}
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official names, whatever the file was written by."""
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): x for name, x in state.items()}
+    return from_mmagic({n: x for n, x in state.items() if not n.startswith(_IGNORED)})
+
+
+def _sizes(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], int]:
+    """`num_res_blocks` and `n_feats`; the published ones where the tensors do not tell."""
+    head = state.get("MainNet.SFE.conv_head.weight")
+    n_feats = 64 if head is None or head.dim() != 4 else head.shape[0]
+    if n_feats < 2 or n_feats % 2:
+        n_feats = 64
+    blocks = []
+    for branches in (r"SFE\.RBs", "RB11", "RB2[12]", "RB3[123]"):
+        found = (re.match(rf"MainNet\.{branches}\.(\d+)\.", name) for name in state)
+        blocks.append(len({match[1] for match in found if match}))
+    return tuple(blocks), n_feats
+
+
+def _faults(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What is wrong with `state`, in one line; empty if nothing is."""
+    shared = [name for name in expected if name in state]
+    kinds = {
+        "missing": [name for name in expected if name not in state],
+        "superfluous": [name for name in state if name not in expected],
+        "of the wrong shape": [
+            f"{name} {list(state[name].shape)} instead of {list(expected[name].shape)}"
+            for name in shared
+            if state[name].shape != expected[name].shape
+        ],
+        "not floating-point": [name for name in shared if not state[name].is_floating_point()],
+    }
+    return "; ".join(f"{len(n)} {kind} ({_some(n)})" for kind, n in kinds.items() if n)
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *rest = names
+    shown = [first, *rest[:2]]
+    return ", ".join(shown + ["..."] * (len(rest) > 2))
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise RuntimeError(
+            "a .safetensors file needs the package safetensors: pip install safetensors"
+        ) from error
+    return safetensors.torch

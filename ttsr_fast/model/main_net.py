@@ -1,0 +1,203 @@
+"""TTSR's main network: soft attention at three scales and cross-scale feature integration.
+
+Modules carry the names of the official checkpoint. `x1`, `x2` and `x4` are feature maps at one, two
+and four times the size of the low-resolution image.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MainNet(nn.Module):
+    """From the low-resolution image and the transferred textures to the picture (section 3.2).
+
+    6,174,275 parameters as published. Architecture: arXiv 2006.04139, figures 2 and 3.
+
+    Args:
+        num_res_blocks: residual blocks of the feature encoder and of every branch at 1x, 2x and 4x.
+        n_feats: channels of the trunk, even.
+        res_scale: factor of every residual block's update.
+
+    Raises:
+        ValueError: `num_res_blocks` is not four counts, or `n_feats` is odd or not positive.
+    """
+
+    def __init__(
+        self,
+        num_res_blocks: Sequence[int] = (16, 16, 8, 4),
+        n_feats: int = 64,
+        res_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if len(num_res_blocks) != 4 or min(num_res_blocks) < 0:
+            raise ValueError(f"num_res_blocks must be four counts, got {tuple(num_res_blocks)}")
+        if n_feats < 2 or n_feats % 2:
+            raise ValueError(f"n_feats must be even and positive, got {n_feats}")
+        n = n_feats
+        _, count1, count2, count4 = num_res_blocks
+        self.SFE = SFE(num_res_blocks[0], n, res_scale)
+
+        self.conv11_head = _conv3(n + 256, n)
+        self.RB11 = _res_blocks(count1, n, res_scale)
+        self.conv11_tail = _conv3(n, n)
+
+        self.conv12 = _conv3(n, 4 * n)
+        self.conv22_head = _conv3(n + 128, n)
+        self.ex12 = CSFI2(n)
+        self.RB21 = _res_blocks(count2, n, res_scale)
+        self.RB22 = _res_blocks(count2, n, res_scale)
+        self.conv21_tail = _conv3(n, n)
+        self.conv22_tail = _conv3(n, n)
+
+        self.conv23 = _conv3(n, 4 * n)
+        self.conv33_head = _conv3(n + 64, n)
+        self.ex123 = CSFI3(n)
+        self.RB31 = _res_blocks(count4, n, res_scale)
+        self.RB32 = _res_blocks(count4, n, res_scale)
+        self.RB33 = _res_blocks(count4, n, res_scale)
+        self.conv31_tail = _conv3(n, n)
+        self.conv32_tail = _conv3(n, n)
+        self.conv33_tail = _conv3(n, n)
+
+        self.merge_tail = MergeTail(n)
+
+    def forward(
+        self,
+        x: Tensor,  # [N, 3, H, W]
+        S: Tensor,  # [N, 1, H, W]
+        T_lv3: Tensor,  # [N, 256, H, W]
+        T_lv2: Tensor,  # [N, 128, 2*H, 2*W]
+        T_lv1: Tensor,  # [N, 64, 4*H, 4*W]
+    ) -> Tensor:  # [N, 3, 4*H, 4*W]
+        """The picture, in [-1, 1], for `x` in [-1, 1] and what `SearchTransfer` returns."""
+        x = self.SFE(x)
+        x1 = x + S * self.conv11_head(torch.cat((x, T_lv3), 1))
+        x1 = x1 + self.conv11_tail(self.RB11(x1))
+
+        x2 = F.pixel_shuffle(self.conv12(x1), 2).relu()
+        x2 = x2 + _up(S, 2) * self.conv22_head(torch.cat((x2, T_lv2), 1))
+        out1, out2 = self.ex12(x1, x2)
+        x1 = x1 + self.conv21_tail(self.RB21(out1))
+        x2 = x2 + self.conv22_tail(self.RB22(out2))
+
+        x4 = F.pixel_shuffle(self.conv23(x2), 2).relu()
+        x4 = x4 + _up(S, 4) * self.conv33_head(torch.cat((x4, T_lv1), 1))
+        out1, out2, out4 = self.ex123(x1, x2, x4)
+        x1 = x1 + self.conv31_tail(self.RB31(out1))
+        x2 = x2 + self.conv32_tail(self.RB32(out2))
+        x4 = x4 + self.conv33_tail(self.RB33(out4))
+
+        return self.merge_tail(x1, x2, x4)
+
+
+class SFE(nn.Module):
+    """Shallow features of the low-resolution image: `[N, 3, H, W]` to `[N, n, H, W]`."""
+
+    def __init__(self, num_res_blocks: int, n_feats: int, res_scale: float) -> None:
+        super().__init__()
+        self.conv_head = _conv3(3, n_feats)
+        self.RBs = _res_blocks(num_res_blocks, n_feats, res_scale)
+        self.conv_tail = _conv3(n_feats, n_feats)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_head(x).relu()
+        return x + self.conv_tail(self.RBs(x))
+
+
+class ResBlock(nn.Module):
+    """`x + res_scale * conv(relu(conv(x)))`, size and channels unchanged."""
+
+    def __init__(self, n_feats: int, res_scale: float) -> None:
+        super().__init__()
+        self.res_scale = res_scale
+        self.conv1 = _conv3(n_feats, n_feats)
+        self.conv2 = _conv3(n_feats, n_feats)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.conv2(self.conv1(x).relu()), alpha=self.res_scale)
+
+
+class CSFI2(nn.Module):
+    """Cross-scale feature integration of 1x and 2x: every scale sees both."""
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        self.conv12 = _conv1(n_feats, n_feats)
+        self.conv21 = _conv3(n_feats, n_feats, stride=2)
+        self.conv_merge1 = _conv3(2 * n_feats, n_feats)
+        self.conv_merge2 = _conv3(2 * n_feats, n_feats)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        from1 = self.conv12(_up(x1, 2)).relu()
+        from2 = self.conv21(x2).relu()
+        return (
+            self.conv_merge1(torch.cat((x1, from2), 1)).relu(),
+            self.conv_merge2(torch.cat((x2, from1), 1)).relu(),
+        )
+
+
+class CSFI3(nn.Module):
+    """Cross-scale feature integration of 1x, 2x and 4x; the official names count 4x as 3."""
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        self.conv12 = _conv1(n_feats, n_feats)
+        self.conv13 = _conv1(n_feats, n_feats)
+        self.conv21 = _conv3(n_feats, n_feats, stride=2)
+        self.conv23 = _conv1(n_feats, n_feats)
+        self.conv31_1 = _conv3(n_feats, n_feats, stride=2)
+        self.conv31_2 = _conv3(n_feats, n_feats, stride=2)
+        self.conv32 = _conv3(n_feats, n_feats, stride=2)
+        self.conv_merge1 = _conv3(3 * n_feats, n_feats)
+        self.conv_merge2 = _conv3(3 * n_feats, n_feats)
+        self.conv_merge3 = _conv3(3 * n_feats, n_feats)
+
+    def forward(self, x1: Tensor, x2: Tensor, x4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x21 = self.conv21(x2).relu()
+        x41 = self.conv31_2(self.conv31_1(x4).relu()).relu()
+        x12 = self.conv12(_up(x1, 2)).relu()
+        x42 = self.conv32(x4).relu()
+        x14 = self.conv13(_up(x1, 4)).relu()
+        x24 = self.conv23(_up(x2, 2)).relu()
+        return (
+            self.conv_merge1(torch.cat((x1, x21, x41), 1)).relu(),
+            self.conv_merge2(torch.cat((x2, x12, x42), 1)).relu(),
+            self.conv_merge3(torch.cat((x4, x14, x24), 1)).relu(),
+        )
+
+
+class MergeTail(nn.Module):
+    """All scales to one picture, `[N, 3, 4*H, 4*W]` in [-1, 1]."""
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        self.conv13 = _conv1(n_feats, n_feats)
+        self.conv23 = _conv1(n_feats, n_feats)
+        self.conv_merge = _conv3(3 * n_feats, n_feats)
+        self.conv_tail1 = _conv3(n_feats, n_feats // 2)
+        self.conv_tail2 = _conv1(n_feats // 2, 3)
+
+    def forward(self, x1: Tensor, x2: Tensor, x4: Tensor) -> Tensor:
+        x14 = self.conv13(_up(x1, 4)).relu()
+        x24 = self.conv23(_up(x2, 2)).relu()
+        x = self.conv_merge(torch.cat((x4, x14, x24), 1)).relu()
+        return self.conv_tail2(self.conv_tail1(x)).clamp(-1, 1)
+
+
+def _conv3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1)
+
+
+def _conv1(channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, out_channels, 1)
+
+
+def _res_blocks(count: int, n_feats: int, res_scale: float) -> nn.Sequential:
+    return nn.Sequential(*(ResBlock(n_feats, res_scale) for _ in range(count)))
+
+
+def _up(x: Tensor, factor: int) -> Tensor:
+    return F.interpolate(x, scale_factor=factor, mode="bicubic")

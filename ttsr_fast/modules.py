@@ -1,0 +1,60 @@
+"""Drop-in replacements for modules of existing RefSR code."""
+
+from torch import Tensor, nn
+
+from ttsr_fast.functional import gather_fold, search
+
+
+class SearchTransfer(nn.Module):
+    """TTSR's search and transfer: same signature, same results, memory linear in its inputs.
+
+    Relevance embedding, hard attention and the confidence map of the texture transformer
+    (arXiv 2006.04139, section 3.1). It has no parameters.
+
+    Args:
+        precision: as for `ttsr_fast.search`.
+        backend: as for `ttsr_fast.search`, used for both operations.
+    """
+
+    def __init__(self, *, precision: str | None = None, backend: str | None = None) -> None:
+        super().__init__()
+        self.precision = precision
+        self.backend = backend
+
+    def forward(
+        self,
+        lrsr_lv3: Tensor,  # [N, C3, H, W]
+        refsr_lv3: Tensor,  # [N or 1, C3, HK, WK]
+        ref_lv1: Tensor,  # [N or 1, C1, 4*HK, 4*WK], up to 3 more rows and columns
+        ref_lv2: Tensor,  # [N or 1, C2, 2*HK, 2*WK], up to 1 more row and column
+        ref_lv3: Tensor,  # [N or 1, C3, HK, WK]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Search `lrsr_lv3` in `refsr_lv3` and carry the textures of the reference over.
+
+        Returns:
+            `S` `[N, 1, H, W]` (confidence, dtype of `lrsr_lv3`), `T_lv3` `[N, C3, H, W]`,
+            `T_lv2` `[N, C2, 2*H, 2*W]`, `T_lv1` `[N, C1, 4*H, 4*W]` (dtype of their values).
+
+        Raises:
+            ValueError: a reference map whose size does not fit the key grid; and all that `search`
+                and `gather_fold` raise.
+        """
+        match = search(lrsr_lv3, refsr_lv3, precision=self.precision, backend=self.backend)
+        textures: list[Tensor] = []
+        for name, value, stride in (
+            ("ref_lv3", ref_lv3, 1),
+            ("ref_lv2", ref_lv2, 2),
+            ("ref_lv1", ref_lv1, 4),
+        ):
+            grid = [size // stride for size in value.shape[-2:]]
+            if grid != list(refsr_lv3.shape[-2:]):
+                raise ValueError(
+                    f"{name} {list(value.shape)} must be {stride} times the size of refsr_lv3 "
+                    f"{list(refsr_lv3.shape)}, up to {stride - 1} more rows and columns"
+                )
+            textures.append(gather_fold(value, match.index, stride=stride, backend=self.backend))
+        t_lv3, t_lv2, t_lv1 = textures
+        return match.score.unsqueeze(1).to(lrsr_lv3.dtype), t_lv3, t_lv2, t_lv1
+
+    def extra_repr(self) -> str:
+        return f"precision={self.precision!r}, backend={self.backend!r}"
