@@ -68,7 +68,7 @@ def load_library() -> str | None:
         reason = error.__cause__ or error
         return f"{library.name} does not load under torch {torch.__version__}: {reason}"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not all(has_kernel(f"ttsr_fast::cpp_{op}", "CPU") for op in _OPS):
+    if not all(has_kernel(f"ttsr_fast::cpp_{op}", "CPU") for op in _IMPLEMENTATIONS["cpp"]):
         return f"{library} was compiled from other sources; compile it again"
     return None
 
@@ -199,15 +199,23 @@ def _laid_out_like(out: Tensor, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-_OPS = ("search", "gather_fold", "gather_fold_adjoint", "gather_dot")
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., None]]] = {
-    "cpp": dict(zip(_OPS, (_cpp_search, _cpp_gather_fold, _cpp_adjoint, _cpp_dot), strict=True)),
-    "torch": {op: getattr(portable, op) for op in _OPS},
-    "reference": dict(
-        zip(
-            _OPS,
-            (_reference_search, _reference_gather_fold, _reference_adjoint, _reference_dot),
-            strict=True,
-        )
-    ),
+    "cpp": {
+        "search": _cpp_search,
+        "gather_fold": _cpp_gather_fold,
+        "gather_fold_adjoint": _cpp_adjoint,
+        "gather_dot": _cpp_dot,
+    },
+    "torch": {
+        "search": portable.search,
+        "gather_fold": portable.gather_fold,
+        "gather_fold_adjoint": portable.gather_fold_adjoint,
+        "gather_dot": portable.gather_dot,
+    },
+    "reference": {
+        "search": _reference_search,
+        "gather_fold": _reference_gather_fold,
+        "gather_fold_adjoint": _reference_adjoint,
+        "gather_dot": _reference_dot,
+    },
 }
