@@ -7,6 +7,8 @@ WARNINGS ?= -Wall -Wextra
 BIN := .venv/bin
 ENVIRONMENT := .venv/installed
 PEERS := .venv/installed-peers
+OLDEST_TRITON := 3.6.0
+OLDEST := .venv-oldest
 LIBRARY := ttsr_fast/_C.abi3.so
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
 BUILD_FILES := setup.py ttsr_fast/build.py $(KERNELS) $(ENVIRONMENT)
@@ -18,10 +20,10 @@ SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -
 SANITIZER_TESTS := tests/test_search.py tests/test_gather_fold.py tests/test_ops.py
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test check format sanitize bench wheel clean
+.PHONY: help env build demo test test-oldest-triton check format sanitize bench gpu-check wheel clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 28
 
 env: $(ENVIRONMENT)  ## create .venv with everything that development needs
 
@@ -44,6 +46,17 @@ demo: build  ## super-resolve a stereo pair, draw what matched, time the search
 
 test: build  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadgroup
+
+# Next to everything else in .venv: a second torch would be 200 MB for the same tests.
+test-oldest-triton: build $(OLDEST)/installed  ## test and compile the Triton kernels with the oldest Triton
+	PYTHONPATH="$(CURDIR)/$(OLDEST)" OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadgroup \
+	tests/test_offline.py tests/test_kernels.py
+
+$(OLDEST)/installed: Makefile $(ENVIRONMENT)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON)
+	touch $@
 
 check: env  ## lint, formatting and types; changes nothing
 	$(BIN)/ruff check
@@ -70,6 +83,10 @@ bench: build $(PEERS)  ## measure everything into bench/results; takes long
 	$(BIN)/python bench/search.py --out bench/results
 	$(BIN)/python bench/transfer.py --out bench/results
 
+# Without an environment of its own: a machine with a GPU has a torch that fits it.
+gpu-check:  ## build, tests, sanitizers and benchmarks on a CUDA GPU, with PYTHON as it is
+	$(PYTHON) bench/gpu_check.py
+
 $(PEERS): $(ENVIRONMENT)
 	TTSR_FAST_BUILD=none $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[peers]"
 	touch $@
@@ -78,6 +95,7 @@ wheel: build  ## build the wheel and the source archive into dist
 	TTSR_FAST_BUILD=cpu $(BIN)/python -m build --no-isolation
 
 clean:  ## remove everything that was made here
-	rm -rf .venv build dist out .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv $(OLDEST) build dist out .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf *.egg-info
 	rm -f ttsr_fast/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +

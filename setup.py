@@ -36,8 +36,8 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=["ttsr_fast", "ttsr_fast.model", "ttsr_fast.csrc"],
-    package_dir={"ttsr_fast.csrc": "csrc"},
+    packages=["ttsr_fast", "ttsr_fast.model", "ttsr_fast.kernels", "ttsr_fast.csrc"],
+    package_dir={"ttsr_fast.csrc": "csrc", "ttsr_fast.kernels": "kernels"},
     package_data={
         "ttsr_fast": ["py.typed"],
         "ttsr_fast.csrc": ["*.cpp", "*.h", "cpu/*.cpp", "cpu/*.h"],

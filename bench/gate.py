@@ -18,43 +18,59 @@ class SearchTruth:
     """Float64 ground truth of a 3x3 cosine search for a random subset of the queries.
 
     The computation of `ttsr_fast.reference.search` on some of its columns, in strips of keys, so
-    that it fits at any size.
+    that it fits at any size; on the device of the maps, and the same queries on every device.
     """
 
     def __init__(
         self,
-        query: Tensor,  # [1, C, H, W]
-        key: Tensor,  # [1, C, HK, WK]
+        query: Tensor,  # [N, C, H, W]
+        key: Tensor,  # [N, C, HK, WK]
         limit: int = 2048,
     ) -> None:
         self.query_shape, self.key_shape = query.shape, key.shape
-        width, n_q = query.shape[3], query.shape[2] * query.shape[3]
-        chosen = torch.randperm(n_q, generator=torch.Generator().manual_seed(1))[:limit]
-        self.positions = chosen.sort().values  # [n]
-        self._key = F.pad(key[0], [1] * 4)
-        self._patches = _patches_at(F.pad(query[0], [1] * 4), self.positions, width)  # [n, C*9]
-        self.best = torch.full(self.positions.shape, -math.inf, dtype=torch.float64)
-        self.index = torch.zeros_like(self.positions)
-        columns = key.shape[3]
-        rows = max(1, STRIP_BYTES // (8 * columns * (9 * key.shape[1] + len(self.positions))))
-        for y in range(0, key.shape[2], rows):
-            strip = self._key[None, :, y : y + rows + 2].double()
+        n_q = query.shape[2] * query.shape[3]
+        generator = torch.Generator("cpu").manual_seed(1)
+        chosen = torch.randperm(query.shape[0] * n_q, generator=generator, device="cpu")[:limit]
+        self.positions = chosen.sort().values.to(query.device)  # [n], row-major in [N, H, W]
+        self._key = F.pad(key, [1] * 4)
+        padded = F.pad(query, [1] * 4)
+        self._patches = _patches_at(padded, *self._split(self.positions), query.shape[3])
+        found = [self._search_image(n) for n in range(query.shape[0])]
+        self.best, self.index = (torch.cat(parts) for parts in zip(*found, strict=True))
+
+    def _search_image(self, n: int) -> tuple[Tensor, Tensor]:  # [m], [m]
+        """Maximum and its key, of the queries that were chosen in an image."""
+        patches = self._patches[self._split(self.positions)[0] == n]  # [m, C*9]
+        best = torch.full(patches.shape[:1], -math.inf, dtype=torch.float64, device=patches.device)
+        index = torch.zeros_like(best, dtype=torch.int64)
+        _, channels, height, columns = self.key_shape
+        rows = max(1, STRIP_BYTES // (8 * columns * (9 * channels + len(patches))))
+        for y in range(0, height, rows):
+            strip = self._key[n : n + 1, :, y : y + rows + 2].double()
             keys = F.normalize(F.unfold(strip, 3)[0], dim=0)  # [C*9, nk]
-            value, where = (self._patches @ keys).max(dim=1)
-            better = value > self.best
-            self.best[better] = value[better]
-            self.index[better] = where[better] + y * columns
+            value, where = (patches @ keys).max(dim=1)
+            better = value > best
+            best[better] = value[better]
+            index[better] = where[better] + y * columns
+        return best, index
+
+    def _split(self, positions: Tensor) -> tuple[Tensor, Tensor]:  # [n], [n]
+        """Image and place in its query grid."""
+        n_q = self.query_shape[2] * self.query_shape[3]
+        return positions // n_q, positions % n_q
 
     def check(
         self,
-        result: tuple[Tensor, Tensor],  # [1, H, W], [1, H, W]
+        result: tuple[Tensor, Tensor],  # [N, H, W], [N, H, W]
         tolerance: float = 1e-6,
+        score_tolerance: float = 1e-6,
     ) -> dict[str, float]:
         """Hold a search's score and index against the truth.
 
         Args:
             result: score and index of every query.
             tolerance: by how much the chosen key may score below the maximum.
+            score_tolerance: by how much a score may differ from that of the key chosen.
 
         Returns:
             `max_abs_error` of the scores, `max_loss` (how far the true score of a chosen key lies
@@ -63,20 +79,21 @@ class SearchTruth:
         Raises:
             WrongResult: the shape, a chosen key or a score is wrong.
         """
-        grid = (1, *self.query_shape[2:])
+        grid = (self.query_shape[0], *self.query_shape[2:])
         if any(tuple(x.shape) != grid for x in result):
             raise WrongResult(f"shapes {[list(x.shape) for x in result]}, expected {list(grid)}")
         score, index = (x.flatten()[self.positions] for x in result)
         n_k = self.key_shape[2] * self.key_shape[3]
         if index.min() < 0 or index.max() >= n_k:
             raise WrongResult(f"an index outside [0, {n_k})")
-        keys = _patches_at(self._key, index, self.key_shape[3])
+        image, _ = self._split(self.positions)
+        keys = _patches_at(self._key, image, index, self.key_shape[3])
         chosen = torch.linalg.vecdot(keys, self._patches)
         loss = (self.best - chosen).max().item()
         own_error = (score.double() - chosen).abs().max().item()
         if not loss <= tolerance:
             raise WrongResult(f"a chosen key scores {loss:.1e} below the maximum")
-        if not own_error <= 1e-6:
+        if not own_error <= score_tolerance:
             raise WrongResult(f"a score is off by {own_error:.1e} from that of its own key")
         return {
             "max_abs_error": (score.double() - self.best).abs().max().item(),
@@ -87,15 +104,18 @@ class SearchTruth:
 
 
 def _patches_at(
-    padded: Tensor,  # [C, H+2, W+2]
+    padded: Tensor,  # [N, C, H+2, W+2]
+    image: Tensor,  # [n], in [0, N)
     positions: Tensor,  # [n], row-major in [H, W]
     width: int,
 ) -> Tensor:  # [n, C*9]
     """Normalised 3x3 patches in float64."""
-    offset = torch.arange(3)
+    offset = torch.arange(3, device=padded.device)
     y = (positions // width)[:, None, None] + offset[:, None]
     x = (positions % width)[:, None, None] + offset
-    return F.normalize(padded[:, y, x].movedim(1, 0).flatten(1).double(), dim=1)
+    # indices apart from the slice of channels: [n, 3, 3, C]
+    patches = padded[image[:, None, None], :, y, x].movedim(3, 1)
+    return F.normalize(patches.flatten(1).double(), dim=1)
 
 
 def check_close(

@@ -3,42 +3,50 @@
 Correctness comes first: `measure` runs every contender once, holds its result against float64
 ground truth (`gate.py`), and neither weighs nor times one that is wrong.
 
-Memory: each contender runs once in a process of its own, forked from a server that has only
-imported torch. There it warms up on tiny inputs (libraries, thread pools), makes its inputs,
-returns freed heap to the system, resets the kernel's high-water mark of resident memory, runs, and
-reports how far the mark rose, less the size of its results. That counts what any library allocates,
-through torch or past it, to within about 2 MiB. It needs Linux; elsewhere the field is null.
+Memory: see `memory.py`; above inputs and results, on either device.
 
 Time: the contenders take turns, every round from another starting point, so a noisy neighbour
 slows all of them alike. What they are compared with (a matrix product, a copy) takes part in the
-same rounds. Reported are the median and the 20 % and 80 % quantiles.
+same rounds. Reported are the median and the 20 % and 80 % quantiles. `devices.py` holds the clocks.
 """
 
-import ctypes
 import datetime
 import gc
 import json
-import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import devices
+import memory
 import numpy as np
 import torch
+from devices import CPU, Run
 from gate import WrongResult
-from torch import Tensor
 
 import ttsr_fast
 
-Run = Callable[[], Any]
 MIB = 1 << 20
 PAUSE = 0.005  # seconds
+# What a matrix product multiplies, and how torch is told to.
+OPERANDS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class Declined(Exception):
+    """A contender cannot do what is asked, and says why."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,13 @@ class Contender:
     Attributes:
         run: computes the result.
         check: measures of accuracy of a result; raises `WrongResult` if it fails the gate.
-        job: what `peak_bytes` takes to repeat the run in a process of its own.
+        job: what `memory.peak_bytes` takes to repeat the run in a process of its own; None if there
+            is no figure.
     """
 
     run: Run
     check: Callable[[Any], dict[str, float]]
-    job: tuple[Any, ...]
+    job: tuple[Any, ...] | None
 
 
 # --- the measurement ---
@@ -74,6 +83,7 @@ def measure(
     rulers: dict[str, Run],
     *,
     seconds: float,
+    device: torch.device = CPU,
     step: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Timing]]:
     """Check, weigh, then time.
@@ -82,26 +92,54 @@ def measure(
         contenders: what to measure, by name.
         rulers: runs timed in the same rounds and not checked.
         seconds: time to spend on each.
+        device: where they run.
         step: called before each piece of work with what it is.
 
     Returns:
-        A record per contender, whose `status` is `"ok"`, or `"failed"` with a `reason` and no
-        measurement; and the timing of every ruler.
+        A record per contender, whose `status` is `"ok"`; `"failed"` or, where it declines or the
+        memory of a GPU does not suffice, `"skipped"`, each with a `reason` and no measurement; and
+        the timing of every ruler.
     """
     records: dict[str, dict[str, Any]] = {}
     for name, contender in contenders.items():
         step(f"{name}: check and memory")
-        try:
-            records[name] = {"status": "ok", **contender.check(contender.run())}
-            records[name]["peak_bytes"] = peak_bytes(*contender.job)
-        except (WrongResult, RuntimeError, ValueError, MemoryError) as error:
-            records[name] = {"status": "failed", "reason": shorten(str(error), 160)}
+        records[name] = check_and_weigh(contender, device)
     right = {name: c.run for name, c in contenders.items() if records[name]["status"] == "ok"}
     step("time, in turns")
-    timings = time_interleaved({**rulers, **right}, seconds=seconds)
+    timings = time_interleaved({**rulers, **right}, seconds=seconds, device=device)
     for name in right:
         records[name] |= asdict(timings[name])
     return records, {name: timings[name] for name in rulers}
+
+
+def check_and_weigh(contender: Contender, device: torch.device) -> dict[str, Any]:
+    """The record of a contender, without its time."""
+    try:
+        record = {"status": "ok", **contender.check(contender.run())}
+        if contender.job is None:
+            return record | {"peak_bytes": None}
+        if device.type == "cuda":
+            return record | {"peak_bytes": memory.peak_bytes_on_gpu(contender.run, device)}
+        return record | {"peak_bytes": memory.peak_bytes(*contender.job)}
+    except torch.OutOfMemoryError:
+        return {"status": "skipped", "reason": "out of memory"}
+    except Declined as error:
+        return {"status": "skipped", "reason": shorten(str(error), 160)}
+    except WrongResult as error:
+        return {"status": "failed", "wrong": True, "reason": shorten(str(error), 160)}
+    # Compilers and libraries have exceptions of their own; one must not end the run of the others.
+    except Exception as error:
+        reason = shorten(f"{type(error).__name__}: {error}", 160)
+        return {"status": "failed", "reason": reason}
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def deferred(make: Callable[..., Run], *arguments: Any) -> Run:
+    """A run that is made at its first call, where a failure is recorded like any other."""
+    made = cache(partial(make, *arguments))
+    return lambda: made()()
 
 
 # --- time ---
@@ -115,7 +153,11 @@ def summarise(samples: Iterable[float]) -> Timing:
 
 
 def time_interleaved(
-    runs: dict[str, Run], *, seconds: float = 1.0, min_reps: int = 5
+    runs: dict[str, Run],
+    *,
+    seconds: float = 1.0,
+    min_reps: int = 5,
+    device: torch.device = CPU,
 ) -> dict[str, Timing]:
     """Time runs in turns until each has taken `seconds` and `min_reps` runs.
 
@@ -126,20 +168,20 @@ def time_interleaved(
     """
     samples: dict[str, list[float]] = {}
     for name, run in runs.items():
-        samples[name] = [taken for taken in _turn(run, 0.0) if taken > seconds]
+        samples[name] = [taken for taken in _turn(run, 0.0, device) if taken > seconds]
     order = list(runs)
     gc.disable()
     try:
         while left := [name for name in order if not _enough(samples[name], seconds, min_reps)]:
             for name in left:
-                samples[name] += _turn(runs[name], seconds / 10)
+                samples[name] += _turn(runs[name], seconds / 10, device)
             order = order[1:] + order[:1]
     finally:
         gc.enable()
     return {name: summarise(taken) for name, taken in samples.items()}
 
 
-def _turn(run: Run, seconds: float) -> list[float]:
+def _turn(run: Run, seconds: float, device: torch.device) -> list[float]:
     """Times of consecutive runs.
 
     The pause lets the threads of the turn before go to sleep: OpenMP runtimes spin for a while,
@@ -149,11 +191,8 @@ def _turn(run: Run, seconds: float) -> list[float]:
     taken: list[float] = []
     left = seconds
     while not taken or taken[-1] <= left:
-        start = time.perf_counter()
-        result = run()
-        taken.append(time.perf_counter() - start)
+        taken.append(devices.timed(run, device))
         left -= taken[-1]
-        del result
     return taken
 
 
@@ -162,98 +201,56 @@ def _enough(samples: list[float], seconds: float, min_reps: int) -> bool:
     return spent >= seconds and (len(samples) >= min_reps or spent >= seconds * min_reps)
 
 
-def gemm_run(dtype: torch.dtype, depth: int, size: int = 1024) -> tuple[Run, int]:
-    """A matrix product `[size, depth] @ [depth, size]` of the vendor's library, and its FLOP."""
-    a, b = (torch.randn(shape).to(dtype) for shape in ((size, depth), (depth, size)))
-    out = torch.empty(size, size, dtype=dtype)
-    return lambda: torch.mm(a, b, out=out), 2 * size * size * depth
+@contextmanager
+def matmul_precision(name: str):
+    """`torch.set_float32_matmul_precision` for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def copy_run(size: int = 128 * MIB) -> tuple[Run, int]:
+def products_of(operands: str) -> AbstractContextManager[None]:
+    """Where products of float32 are products of `operands`, whatever was allowed before."""
+    if OPERANDS[operands] != torch.float32:
+        return nullcontext()
+    return matmul_precision("high" if operands == "tf32" else "highest")
+
+
+def gemm_run(operands: str, depth: int, device: torch.device) -> tuple[Run, int]:
+    """A product `[size, depth] @ [depth, size]` of the vendor's library, and its FLOP.
+
+    The size is one that fills the device: 1024 on a CPU, 8192 on a GPU.
+    """
+    size = 1024 if device.type == "cpu" else 8192
+    dtype = OPERANDS[operands]
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((size, depth), (depth, size)))
+    out = torch.empty(size, size, dtype=dtype, device=device)
+
+    def run() -> None:
+        with products_of(operands):
+            torch.mm(a, b, out=out)
+
+    return run, 2 * size * size * depth
+
+
+def widening_gemm_run(depth: int, device: torch.device) -> tuple[Run, int]:
+    """The same with operands in float16 and a result in float32, which only GPUs have."""
+    size = 8192
+    a, b = (torch.randn(shape, device=device).half() for shape in ((size, depth), (depth, size)))
+    out = torch.empty(size, size, device=device)
+    run = partial(torch.ops.aten.mm.dtype_out, a, b, torch.float32, out=out)
+    return run, 2 * size * size * depth
+
+
+def copy_run(device: torch.device = CPU) -> tuple[Run, int]:
     """A copy that does not fit the caches, and the bytes it reads and writes."""
-    source = torch.randn(size // 4)
+    size = (128 if device.type == "cpu" else 1024) * MIB
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * size
-
-
-# --- memory ---
-
-
-def peak_bytes(job: Callable[..., tuple[Run, Callable[[], Run]]], *arguments: Any) -> int | None:
-    """Peak resident memory of a job above its inputs and results, in a process of its own.
-
-    Args:
-        job: importable by name; `job(*arguments)` returns a run on tiny inputs to warm up with, and
-            a function that makes the inputs and returns the run to measure.
-        arguments: picklable.
-
-    Returns:
-        Bytes, or None where the system does not keep a high-water mark that can be reset.
-
-    Raises:
-        RuntimeError: the process died or raised; its message is passed on.
-    """
-    if platform.system() != "Linux":
-        return None
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_weigh, args=(sender, torch.get_num_threads(), job, arguments), daemon=True
-    )
-    process.start()
-    sender.close()
-    try:
-        kind, answer = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(
-            f"the process that measures memory died (exit code {process.exitcode})"
-        ) from None
-    process.join()
-    if kind == "error":
-        raise RuntimeError(f"measuring memory failed: {answer}")
-    return answer
-
-
-def _weigh(sender: Any, threads: int, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    try:
-        torch.set_num_threads(threads)
-        warm_up, prepare = job(*arguments)
-        warm_up()
-        run = prepare()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        result = run()
-        peak = _status("VmHWM")
-        sender.send(("peak", max(0, peak - before - _tensor_bytes(result))))
-    except Exception as error:
-        sender.send(("error", f"{type(error).__name__}: {error}"))
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _tensor_bytes(result: Any) -> int:
-    if isinstance(result, Tensor):
-        return result.nbytes
-    return sum(map(_tensor_bytes, result)) if isinstance(result, tuple | list) else 0
-
-
-def available_bytes() -> int:
-    """Memory that a new allocation can have."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- machine and files ---
@@ -262,31 +259,22 @@ def available_bytes() -> int:
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     versions: dict[str, str | None] = {"ttsr-fast": ttsr_fast.__version__}
-    for package in ("torch", "numpy", "faiss-cpu", "pykeops"):
+    for package in ("torch", "triton", "numpy", "faiss-cpu", "pykeops", "flashlib"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "cpu": _cpu_model(),
+        "cpu": devices.cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory_bytes": devices.memory_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def write_json(path: Path, data: Any) -> None:

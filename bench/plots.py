@@ -6,14 +6,24 @@ from typing import Any
 
 Data = dict[str, Any]
 
-# Okabe and Ito's palette; the same colour for a candidate in every figure
+# Okabe and Ito's palette; the same colour for a candidate in every figure. What has no style is in
+# the tables alone.
 STYLES = {
     "cpp-fp32": ("#0072B2", "o"),
     "cpp-bf16": ("#56B4E9", "s"),
+    "triton-fp32": ("#0072B2", "o"),
+    "triton-fp16x3": ("#0072B2", "D"),
+    "triton-tf32": ("#56B4E9", "v"),
+    "triton-fp16": ("#56B4E9", "s"),
+    "triton-bf16": ("#56B4E9", "P"),
     "torch-fp32": ("#009E73", "^"),
     "unfold": ("#D55E00", "D"),
+    "unfold-tf32": ("#D55E00", "v"),
+    "unfold-fp16": ("#D55E00", "s"),
     "chunked": ("#E69F00", "v"),
+    "compile": ("#E69F00", "X"),
     "faiss": ("#CC79A7", "P"),
+    "flashlib": ("#CC79A7", "s"),
     "keops": ("#777777", "X"),
     "cpp": ("#0072B2", "o"),
     "torch": ("#009E73", "^"),
@@ -66,7 +76,10 @@ def search(data: Data, path: Path) -> None:
     """Time and memory against the number of pairs."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    labels = {name: row["label"] for name, row in data["sizes"][0]["rows"].items()}
+    labels = {
+        name: row["label"] for name, row in data["sizes"][0]["rows"].items() if name in STYLES
+    }
+    device = data.get("device", data["machine"])
     for axis, field, scale, title in (
         (axes[0], "median_s", 1.0, "Time, s"),
         (axes[1], "peak_bytes", 1e-6, "Memory above inputs and results, MB"),
@@ -85,19 +98,22 @@ def search(data: Data, path: Path) -> None:
         if field == "median_s":
             bound = [(entry["pairs"], entry["pixel_gemm_s"]) for entry in data["sizes"]]
             axis.plot(*zip(*bound, strict=True), color="black", linestyle=":", linewidth=1.2)
-            lines.append((*bound[-1], "pixel GEMM alone", "black"))
+            operands = data["sizes"][-1].get("pixel_gemm_operands", "float32")
+            text = "pixel GEMM alone" + ("" if operands == "float32" else f", {operands}")
+            lines.append((*bound[-1], text, "black"))
         axis.set(xscale="log", yscale="log", xlabel="pairs of query and key position")
         axis.set_title(title, loc="left", fontsize=11)
         axis.margins(y=0.08)
-        limit = data["machine"]["memory_bytes"] / 4
+        limit = device["memory_bytes"] / 4
         axis.axvline(limit, color=GREY, linestyle="--", linewidth=1)
         figure.draw_without_rendering()
         first, last = (data["sizes"][n]["pairs"] for n in (0, -1))
         for x in {line[0] for line in lines}:
             left = first < x < last and field == "median_s"  # where the space right of it is taken
             _label_ends(axis, [line for line in lines if line[0] == x], left)
+    place = "GPU" if device.get("type") == "cuda" else "machine"
     axes[0].annotate(
-        f"the matrix of all scores\nexceeds this machine's {limit * 4e-9:.0f} GB",
+        f"the matrix of all scores\nexceeds this {place}'s {limit * 4e-9:.0f} GB",
         (limit, 0.03),
         xycoords=("data", "axes fraction"),
         xytext=(-5, 0),

@@ -1,7 +1,9 @@
-"""Tables and plots of the results of `search.py` and `transfer.py`.
+"""Tables and plots of the results of `search.py`, `search.py --tune` and `transfer.py`.
 
     python bench/report.py out/*.json                        markdown on the terminal
     python bench/report.py out/*.json --images docs/images   and the plots, <stem>.png
+
+Plots need matplotlib; without it they are left out, and that is said.
 
 The benchmarks themselves show their results with the tables and plots of this file and `plots.py`.
 """
@@ -9,6 +11,8 @@ The benchmarks themselves show their results with the tables and plots of this f
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,28 +69,39 @@ def count_text(count: float) -> str:
     return _digits(count)
 
 
+def flop_text(rate: float) -> str:
+    """FLOP per second."""
+    return f"{_digits(rate / 1e12)} TFLOP/s" if rate >= 1e12 else f"{_digits(rate / 1e9)} GFLOP/s"
+
+
 def _digits(x: float) -> str:
     return f"{x:.0f}" if x >= 99.95 else f"{x:.1f}" if x >= 9.995 else f"{x:.2f}"
 
 
 def size_title(entry: Data) -> str:
-    """`100x100`, or `100x100 in 108x96` where the grids differ."""
+    """`100x100`, `100x100 in 108x96` where the grids differ, `9 of 40x40` for a batch."""
     query, key = ("x".join(map(str, entry[side])) for side in ("query", "key"))
-    return query if query == key else f"{query} in {key}"
+    grids = query if query == key else f"{query} in {key}"
+    return grids if entry.get("batch", 1) == 1 else f"{entry['batch']} of {grids}"
 
 
-def machine_text(machine: Data) -> str:
+def is_gpu(data: Data) -> bool:
+    return data.get("device", {}).get("type") == "cuda"
+
+
+def machine_text(data: Data) -> str:
     """One line on what the numbers were measured with."""
+    machine = data["machine"]
     versions = {name: v for name, v in machine["versions"].items() if v and name != "numpy"}
-    return ", ".join(
-        (
-            machine["cpu"],
-            f"{machine['threads']} threads",
-            machine["capability"],
-            *(f"{name} {version}" for name, version in versions.items()),
-            machine["date"][:10],
-        )
-    )
+    if is_gpu(data):
+        device = data["device"]
+        unit = [device["name"], f"CUDA {device['cuda']}", f"driver {device['driver']}"]
+        others = ("faiss-cpu",)
+    else:
+        unit = [machine["cpu"], f"{machine['threads']} threads", machine["capability"]]
+        others = ("triton", "flashlib")
+    named = [f"{name} {version}" for name, version in versions.items() if name not in others]
+    return ", ".join([*unit, *named, machine["date"][:10]])
 
 
 def _cell(row: Data, separator: str) -> str:
@@ -107,10 +122,12 @@ def progress_bar(console: Console) -> Progress:
 
 def search_table(data: Data, entry: Data) -> Table:
     """All there is to say about one size of a search sweep."""
-    gemm = entry["gemm_flop_per_s"]["float32"]
+    gemms = entry.get("gemms") or {"float32": entry["gemm_flop_per_s"]["float32"]}
+    rates = ", ".join(f"{name} at {flop_text(rate)}" for name, rate in gemms.items())
     lines = [
-        f"one pixel GEMM at this run's {gemm / 1e9:.0f} GFLOP/s: "
-        f"{seconds_text(entry['pixel_gemm_s'])}"
+        f"matrix products of this run: {rates}",
+        f"one over pixels, {entry.get('pixel_gemm_operands', 'float32')}: "
+        f"{seconds_text(entry['pixel_gemm_s'])}",
     ]
     table = Table(
         title=f"\n{size_title(entry)}, {data['channels']} channels, "
@@ -118,25 +135,45 @@ def search_table(data: Data, entry: Data) -> Table:
         **STYLE,
     )
     table.add_column("", no_wrap=True)
-    for name in ("time", "20 to 80 %", "pairs/s", "of GEMM", "memory", "error", "same key"):
+    for name, _ in _search_columns(data, everything=True):
         table.add_column(name, justify="right", no_wrap=True)
     for row in entry["rows"].values():
         if row["status"] != "ok":
             lines.append(f"{row['label']}: {_cell(row, '')}")
             continue
-        table.add_row(
-            row["label"],
-            seconds_text(row["median_s"]),
-            _range_text(row["low_s"], row["high_s"]),
-            count_text(row["pairs_per_s"]),
-            f"{row['gemm_share']:.0%}",
-            bytes_text(row["peak_bytes"]),
-            f"{row['max_abs_error']:.0e}",
-            f"{row['index_agreement']:.2%}",
-            style="bold" if row["backend"] else "",
-        )
+        cells = [cell(row) for _, cell in _search_columns(data, everything=True)]
+        table.add_row(_label(row), *cells, style="bold" if row["backend"] else "")
     table.caption = "\n".join(lines)
     return table
+
+
+def _label(row: Data) -> str:
+    """With the algorithm, where a backend chose one."""
+    algorithm = row.get("algorithm")
+    chosen = algorithm and algorithm not in row["label"]
+    return f"{row['label']} ({algorithm})" if chosen else row["label"]
+
+
+def _search_columns(data: Data, everything: bool) -> list[tuple[str, Callable[[Data], str]]]:
+    """Headings and cells of what is known of a candidate; time and memory too if `everything`."""
+    timed = [
+        ("time", lambda row: seconds_text(row["median_s"])),
+        ("20 to 80 %", lambda row: _range_text(row["low_s"], row["high_s"])),
+    ]
+    rates = [("pairs/s", lambda row: count_text(row["pairs_per_s"]))]
+    if is_gpu(data):
+        rates = [("ps per pair", lambda row: f"{row['ps_per_pair']:.2f}")]
+    if is_gpu(data) or not everything:
+        rates.append(("of 9 products", lambda row: flop_text(row["effective_flop_per_s"])))
+    if is_gpu(data):
+        rates.append(("issued", lambda row: flop_text(row["issued_flop_per_s"])))
+    rates.append(("of GEMM", lambda row: f"{row['gemm_share']:.0%}"))
+    memory = [("memory", lambda row: bytes_text(row["peak_bytes"]))]
+    accuracy = [
+        ("error", lambda row: f"{row['max_abs_error']:.0e}"),
+        ("same key", lambda row: f"{row['index_agreement']:.2%}"),
+    ]
+    return [*timed, *rates, *memory, *accuracy] if everything else [*rates, *accuracy]
 
 
 def transfer_table(data: Data) -> Table:
@@ -192,6 +229,14 @@ def _group_cell(rows: list[Data], separator: str) -> str:
     return f"{times}{separator}{bytes_text(max(peaks, default=None))}"
 
 
+def draw(data: Data, path: Path, console: Console) -> None:
+    """The plot of a result file, where matplotlib is there to draw it."""
+    if find_spec("matplotlib") is None:
+        console.print(f"{path} was not drawn: matplotlib is not installed")
+    else:
+        plots.draw(data, path)
+
+
 # --- markdown ---
 
 
@@ -201,9 +246,13 @@ def markdown(data: Data) -> str:
     Raises:
         ValueError: the file holds no results that are known here.
     """
-    render = {"search": _search_markdown, "transfer": _transfer_markdown}.get(data.get("kind", ""))
+    render = {
+        "search": _search_markdown,
+        "transfer": _transfer_markdown,
+        "tune": _tune_markdown,
+    }.get(data.get("kind", ""))
     if render is None:
-        raise ValueError(f"kind must be 'search' or 'transfer', got {data.get('kind')!r}")
+        raise ValueError(f"kind must be search, transfer or tune, got {data.get('kind')!r}")
     return render(data)
 
 
@@ -215,36 +264,31 @@ def _rows_to_markdown(header: list[str], rows: list[list[str]], left: int = 1) -
 def _search_markdown(data: Data) -> str:
     names = list(data["sizes"][0]["rows"])
     labels = [data["sizes"][0]["rows"][name]["label"] for name in names]
-    sweep = _rows_to_markdown(
-        ["queries in keys", "pairs", *labels],
+    header = ["queries in keys", "pairs", *labels]
+    rows = [
         [
-            [
-                size_title(entry),
-                count_text(entry["pairs"]),
-                *(_cell(entry["rows"][name], "<br>") for name in names),
-            ]
-            for entry in data["sizes"]
-        ],
-    )
+            size_title(entry),
+            count_text(entry["pairs"]),
+            *(_cell(entry["rows"][name], "<br>") for name in names),
+        ]
+        for entry in data["sizes"]
+    ]
+    if is_gpu(data):  # more candidates than sizes: a row for each
+        header, *rows = (list(cells) for cells in zip(header, *rows, strict=True))
+    sweep = _rows_to_markdown(header, rows)
     entry = max(data["sizes"], key=_worth_detail)
+    columns = _search_columns(data, everything=False)
     detail = _rows_to_markdown(
-        ["", "pairs/s", "GFLOP/s of 9 products", "of the GEMM rate", "max error", "same key"],
+        ["", *(name for name, _ in columns)],
         [
-            [
-                row["label"],
-                count_text(row["pairs_per_s"]),
-                f"{row['effective_flop_per_s'] / 1e9:.0f}",
-                f"{row['gemm_share']:.0%}",
-                f"{row['max_abs_error']:.0e}",
-                f"{row['index_agreement']:.2%}",
-            ]
+            [_label(row), *(cell(row) for _, cell in columns)]
             for row in entry["rows"].values()
             if row["status"] == "ok"
         ],
     )
     return (
         f"Search, {data['channels']} channels, float32; median time and peak memory above inputs "
-        f"and results. {machine_text(data['machine'])}.\n\n{sweep}\n\n"
+        f"and results. {machine_text(data)}.\n\n{sweep}\n\n"
         f"At {size_title(entry)}, where one product over pixels takes "
         f"{seconds_text(entry['pixel_gemm_s'])}:\n\n{detail}\n"
     )
@@ -259,10 +303,15 @@ def _transfer_markdown(data: Data) -> str:
     header, left = _transfer_header(data)
     return (
         f"Transfer, {size_title(data)}, float32; median ms with indices {'/'.join(INDICES)} "
-        f"and peak memory above inputs and results. {machine_text(data['machine'])}, copy at "
+        f"and peak memory above inputs and results. {machine_text(data)}, copy at "
         f"{data['copy_bytes_per_s'] / 1e9:.1f} GB/s.\n\n"
         f"{_rows_to_markdown(header, _transfer_rows(data, '<br>'), left)}\n"
     )
+
+
+def _tune_markdown(data: Data) -> str:
+    entries = "\n".join(data["winners"]) or "(none)"
+    return f"Tiles that won, {machine_text(data)}:\n\n```python\n{entries}\n```\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,8 +328,8 @@ def main(argv: list[str] | None = None) -> int:
             print(markdown(data))
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"{path}: {error}")
-        if args.images is not None:
-            plots.draw(data, args.images / f"{path.stem}.png")
+        if args.images is not None and data["kind"] != "tune":
+            draw(data, args.images / f"{path.stem}.png", Console(stderr=True))
     return 0
 
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # siblings are imported as by th
 import peers
 import transfer
 from gate import SearchTruth, check_close
+from sizes import Size
 
 from ttsr_fast import backends, search
 
@@ -22,12 +23,12 @@ BACKENDS = [name for name in ("cpp", "torch") if backends.can_run(name, CPU)]
 each = pytest.mark.parametrize
 
 
-@each("query, key", [((40, 40), (40, 40)), ((37, 53), (61, 45)), ((80, 80), (80, 80))])
+@each("size", ["40x40", "37x53:61x45", "80x80"])
 @each("backend", BACKENDS)
-def test_search(benchmark, backend, query, key):
-    q, k = peers.maps(query, key, channels=256)
+def test_search(benchmark, backend, size):
+    q, k = peers.maps(Size.parse(size), channels=256)
     SearchTruth(q, k, limit=256).check(search(q, k, backend=backend))
-    benchmark.group = f"search {query} in {key}"
+    benchmark.group = f"search {size}"
     benchmark(search, q, k, backend=backend)
 
 

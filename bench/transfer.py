@@ -1,12 +1,14 @@
 """Time and memory of the transfer at the sizes of TTSR's three levels, against unfold and fold.
 
-    python bench/transfer.py            queries 88x125, keys 92x125
-    python bench/transfer.py --quick    small maps, about a minute
+    python bench/transfer.py                  queries 88x125, keys 92x125
+    python bench/transfer.py --quick          small maps, about a minute
+    python bench/transfer.py --device cuda    on the GPU, which is the default where there is one
 
 `gather_fold` and its adjoint (the gradient to the value) with contiguous and channels-last values
 and with random, coherent and all-to-one indices; then `SearchTransfer` as a whole, forward and with
-its gradients. Writes `transfer.json` and `transfer.png` into the folder `--out`. Exits with status
-1 if any result was wrong; no time is reported for that one.
+its gradients. Writes a result file and a plot into the folder `--out` (`transfer.json` on the CPU,
+`<gpu>-transfer.json` otherwise). Exits with status 1 if any result was wrong; no time is reported
+for that one.
 """
 
 import argparse
@@ -14,18 +16,21 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import devices
 import harness
-import plots
 import report
 import torch
+from devices import CPU
 from gate import check_close
-from harness import Contender, Run
+from harness import Contender, Run, deferred
 from rich.console import Console
+from sizes import Size
 from torch import Tensor
 
 from ttsr_fast import SearchTransfer, backends, gather_fold, reference
@@ -34,6 +39,7 @@ Grid = tuple[int, int]
 
 LEVELS = {"lv1": (4, 64), "lv2": (2, 128), "lv3": (1, 256)}  # stride, channels
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+SIZE, QUICK_SIZE = "88x125:92x125", "22x31:23x31"
 REFERENCE = "reference"
 LABELS = {"cpp": "cpp", "torch": "torch", REFERENCE: "unfold, gather, fold"}
 TOLERANCE = {"gather_fold": 1e-6, "adjoint": 1e-5, "SearchTransfer": 5e-6, "with gradients": 1e-5}
@@ -42,8 +48,18 @@ TOLERANCE = {"gather_fold": 1e-6, "adjoint": 1e-5, "SearchTransfer": 5e-6, "with
 # --- inputs ---
 
 
-def make_index(kind: str, query: Grid, key: Grid) -> Tensor:  # [1, H, W]
+# Made on the CPU and the same on every device.
+
+
+def make_index(
+    kind: str, query: Grid, key: Grid, device: torch.device = CPU
+) -> Tensor:  # [1, H, W]
     """Key positions: independent, along a smooth flow, or all the same."""
+    with CPU:
+        return _make_index(kind, query, key).to(device)
+
+
+def _make_index(kind: str, query: Grid, key: Grid) -> Tensor:
     if kind == "random":
         generator = torch.Generator().manual_seed(2)
         return torch.randint(key[0] * key[1], (1, *query), generator=generator)
@@ -56,24 +72,35 @@ def make_index(kind: str, query: Grid, key: Grid) -> Tensor:  # [1, H, W]
     return (row * key[1] + column)[None]
 
 
-def make_maps(level: str, layout: str, query: Grid, key: Grid) -> tuple[Tensor, Tensor]:
+def make_maps(
+    level: str, layout: str, query: Grid, key: Grid, device: torch.device = CPU
+) -> tuple[Tensor, Tensor]:
     """A value and a gradient of the output, normally distributed."""
     stride, channels = LEVELS[level]
-    generator = torch.Generator().manual_seed(0)
-    value, grad = (
-        torch.randn(1, channels, stride * h, stride * w, generator=generator)
-        for h, w in (key, query)
-    )
+    with CPU:
+        generator = torch.Generator().manual_seed(0)
+        value, grad = (
+            torch.randn(1, channels, stride * h, stride * w, generator=generator).to(device)
+            for h, w in (key, query)
+        )
     layout_of = {"memory_format": LAYOUTS[layout]}
     return value.contiguous(**layout_of), grad.contiguous(**layout_of)
 
 
-def make_features(query: Grid, key: Grid) -> tuple[list[Tensor], list[Tensor]]:
+def make_features(
+    query: Grid, key: Grid, device: torch.device = CPU
+) -> tuple[list[Tensor], list[Tensor]]:
     """The five maps of `SearchTransfer`, and gradients of its four results.
 
     The queries are keys along a smooth flow plus noise, so that every best match is clear and
     results can be compared number by number.
     """
+    with CPU:
+        maps, grads = _make_features(query, key)
+    return [x.to(device) for x in maps], [x.to(device) for x in grads]
+
+
+def _make_features(query: Grid, key: Grid) -> tuple[list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(channels: int, stride: int, grid: Grid) -> Tensor:
@@ -121,12 +148,6 @@ def module_run(name: str, operation: str, maps: list[Tensor], grads: list[Tensor
     return lambda: torch.autograd.grad(module(*leaves), leaves, grads)
 
 
-def deferred(make: Callable[..., Run], *arguments: Any) -> Run:
-    """A run that is made at its first call, where a failure is recorded like any other."""
-    made = cache(partial(make, *arguments))
-    return lambda: made()()
-
-
 def fold_job(
     name: str, operation: str, level: str, layout: str, kind: str, query: Grid, key: Grid
 ) -> tuple[Run, Callable[[], Run]]:
@@ -152,14 +173,16 @@ def module_job(name: str, operation: str, query: Grid, key: Grid) -> tuple[Run, 
 # --- the run ---
 
 
-def fold_cases(names: list[str], query: Grid, key: Grid) -> Iterator[tuple[dict, dict]]:
+def fold_cases(
+    names: list[str], query: Grid, key: Grid, device: torch.device = CPU
+) -> Iterator[tuple[dict, dict]]:
     """Descriptions of the cases of `gather_fold` and its adjoint, with their contenders."""
     for level, (stride, channels) in LEVELS.items():
         for kind in report.INDICES:
-            index = make_index(kind, query, key)
-            truths = fold_truths(*make_maps(level, "NCHW", query, key), index, stride)
+            index = make_index(kind, query, key, device)
+            truths = fold_truths(*make_maps(level, "NCHW", query, key, device), index, stride)
             for layout in LAYOUTS:
-                maps = make_maps(level, layout, query, key)
+                maps = make_maps(level, layout, query, key, device)
                 for operation, truth in truths.items():
                     least = 2 * 4 * channels * stride**2 * index.numel() + index.nbytes
                     case = {
@@ -182,9 +205,11 @@ def fold_cases(names: list[str], query: Grid, key: Grid) -> Iterator[tuple[dict,
                     )
 
 
-def module_cases(names: list[str], query: Grid, key: Grid) -> Iterator[tuple[dict, dict]]:
+def module_cases(
+    names: list[str], query: Grid, key: Grid, device: torch.device = CPU
+) -> Iterator[tuple[dict, dict]]:
     """The same for `SearchTransfer`."""
-    maps, grads = make_features(query, key)
+    maps, grads = make_features(query, key, device)
     doubles = [x.double() for x in maps]
     results = {
         "SearchTransfer": ["S", "T_lv3", "T_lv2", "T_lv1"],
@@ -212,25 +237,30 @@ def _check(operation: str, labels: list[str], truth: Any) -> Callable[[Any], dic
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure every case."""
     names = [*args.backends, REFERENCE]
-    query, key = ((22, 31), (23, 31)) if args.quick else ((88, 125), (92, 125))
+    query, key = args.size.query, args.size.key
     data: dict[str, Any] = {
         "kind": "transfer",
         "machine": harness.machine(),
+        "device": devices.describe(args.device),
         "seconds": args.seconds,
         "query": query,
         "key": key,
         "labels": {name: LABELS[name] for name in names},
         "cases": [],
     }
-    copy, copied = harness.copy_run()
+    copy, copied = harness.copy_run(args.device)
     total = len(LEVELS) * len(report.INDICES) * len(LAYOUTS) * 2 + 2  # directions; whole module
     with report.progress_bar(console) as progress:
         task = progress.add_task("transfer", total=total)
         for cases in (fold_cases, module_cases):
-            for case, contenders in cases(names, query, key):
+            for case, contenders in cases(names, query, key, args.device):
                 title = " ".join(text for text in case.values() if isinstance(text, str))
                 progress.update(task, description=title)
-                rows, timings = harness.measure(contenders, {"copy": copy}, seconds=args.seconds)
+                if args.no_memory:
+                    contenders = {name: replace(c, job=None) for name, c in contenders.items()}
+                rows, timings = harness.measure(
+                    contenders, {"copy": copy}, seconds=args.seconds, device=args.device
+                )
                 case["copy_bytes_per_s"] = copied / timings["copy"].median_s
                 for row in rows.values():
                     if "least_bytes" in case and row["status"] == "ok":
@@ -249,20 +279,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--device", metavar="DEVICE", help="cuda or cpu; default: the GPU where there is one")
+    add("--size", type=Size.parse, help=f"default: {SIZE}")
     add("--quick", action="store_true", help="small maps and short runs")
     add("--backends", nargs="*", choices=known, metavar="NAME", help="cpp torch")
+    add("--no-memory", action="store_true", help="leave out memory, a process for each contender")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--seconds", type=float, help="time to spend on each candidate and case, default 0.5")
-    add("--out", type=Path, default=Path("out"), help="folder for transfer.json and transfer.png")
+    add("--out", type=Path, default=Path("out"), help="folder for results and plot")
     args = parser.parse_args(argv)
-    reasons = {name: backends.why_not(name, torch.device("cpu")) for name in known}
+    try:
+        args.device = devices.pick(args.device)
+    except (ValueError, RuntimeError) as error:
+        parser.error(f"--device: {error}")
+    reasons = {name: backends.why_not(name, args.device) for name in known}
     for name in args.backends or ():
         if reasons[name] is not None:
             parser.error(f"--backends {name}: {reasons[name]}")
     if args.threads < 1:
         parser.error("--threads must be positive")
+    if args.size is not None and args.size.batch != 1:
+        parser.error("--size: this benchmark has one image")
     if args.backends is None:
         args.backends = [name for name in known if reasons[name] is None]
+    args.size = args.size or Size.parse(QUICK_SIZE if args.quick else SIZE)
     args.seconds = args.seconds or (0.1 if args.quick else 0.5)
     return args
 
@@ -274,8 +314,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     console = Console()
     data = run(args, console)
-    harness.write_json(args.out / "transfer.json", data)
-    plots.transfer(data, args.out / "transfer.png")
+    stem = devices.stem(args.device, "transfer")
+    harness.write_json(args.out / f"{stem}.json", data)
+    report.draw(data, args.out / f"{stem}.png", console)
     console.print(report.transfer_table(data))
     rows = [row for case in data["cases"] for row in case["rows"].values()]
     return int(any(row["status"] == "failed" for row in rows))

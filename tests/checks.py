@@ -68,7 +68,7 @@ def assert_same_choice(
     q, k = query.detach().double(), key.detach().double()
     options = {**patch, "normalize": normalize, "eps": eps}
     best, _ = reference.search(q, k, key_mask, **options)
-    index = match.index.cpu()
+    index = match.index.to(q.device)
 
     assert index.dtype == torch.int64 and index.shape == best.shape
     _, _, hk, wk = k.shape
@@ -79,7 +79,7 @@ def assert_same_choice(
         assert legal.gather(1, index.flatten(1)).all(), "a masked key was chosen"
 
     assert match.score.dtype == (query.dtype if query.dtype == torch.float64 else torch.float32)
-    score = match.score.detach().cpu().double()
+    score = match.score.detach().to(q.device).double()
     chosen = scores_at(q, k, index, **options)
     scale = _patch_scale(q, k, normalize, patch)
     off, lost = (score - chosen).abs() / scale, (best - chosen) / scale
@@ -96,8 +96,9 @@ def assert_no_worse(
     """The error is at most twice that of `baseline`, plus `SPARE` of the largest element."""
     assert actual.shape == expected.shape and expected.dtype == torch.float64
     assert actual.dtype == baseline.dtype
-    error = (actual.detach().cpu().double() - expected).abs()
-    allowed = 2 * (baseline.detach().cpu().double() - expected).abs().max()
+    actual, expected, baseline = (x.detach().cpu() for x in (actual, expected, baseline))
+    error = (actual.double() - expected).abs()
+    allowed = 2 * (baseline.double() - expected).abs().max()
     allowed = allowed + SPARE[baseline.dtype] * expected.abs().max()
     assert error.le(allowed).all(), f"error {error.max():.3g} where {allowed:.3g} is allowed"
 

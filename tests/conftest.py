@@ -1,4 +1,4 @@
-"""Fixtures for all tests: poisoned memory, seeds, threads, and the backends under test."""
+"""Fixtures for all tests: poisoned memory, seeds, threads, the device and backends under test."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,11 +9,38 @@ from torch import Tensor
 
 from ttsr_fast import backends
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
+# Where tensors are that a test makes without naming a device.
+DEVICE = torch.device(os.environ.get("TTSR_FAST_TEST_DEVICE", "cpu"))
 # A backend that is listed must run: a missing one is an error, never a skipped test.
-BACKENDS = os.environ.get("TTSR_FAST_TEST_BACKENDS", "cpp,torch").split(",")
+DEFAULT_BACKENDS = {"cpu": "cpp,torch"}.get(DEVICE.type, "triton,torch")
+BACKENDS = os.environ.get("TTSR_FAST_TEST_BACKENDS", DEFAULT_BACKENDS).split(",")
+# About the CPU, its memory or no device at all: left out where another device is under test.
+CPU_MODULES = {
+    "test_backends",
+    "test_bench",
+    "test_build",
+    "test_checkpoint",
+    "test_cli",
+    "test_demo",
+    "test_functional",
+    "test_gate",
+    "test_gpu_check",
+    "test_images",
+    "test_imports",
+    "test_memory",
+    "test_packaging",
+    "test_pictures",
+    "test_resize",
+    "test_upscale",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if DEVICE.type == "cuda":  # for torch.use_deterministic_algorithms; read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     config.addinivalue_line("markers", "gpu: left out where there is no CUDA device")
     config.addinivalue_line("markers", "compiled: left out where cpp is not to be tested")
     torch.set_num_threads(1)
@@ -23,14 +50,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     possible = {"gpu": torch.cuda.is_available(), "compiled": "cpp" in BACKENDS}
     missing = {name for name, here in possible.items() if not here}
     left_out = {item for item in items if missing & {mark.name for mark in item.iter_markers()}}
+    if DEVICE.type != "cpu":
+        left_out |= {item for item in items if item.path.stem in CPU_MODULES}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if DEVICE.type != "cpu":
+        modules = ", ".join(sorted(CPU_MODULES))
+        terminalreporter.write_line(
+            f"on {DEVICE}; these are for the CPU and did not run: {modules}"
+        )
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend under test."""
-    reason = backends.why_not(request.param, torch.device("cpu"))
+    reason = backends.why_not(request.param, DEVICE)
     if reason is not None:
         pytest.fail(f"backend {request.param!r} is to be tested and cannot run: {reason}")
     return request.param
@@ -40,6 +77,16 @@ def backend(request: pytest.FixtureRequest) -> str:
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    if DEVICE.type == "cpu":
+        yield
+        return
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ OPERATORS = ("search", "gather_fold", "gather_fold_adjoint", "gather_dot")
 @pytest.fixture
 def without_cpp(monkeypatch):
     reasons = {"cpp": "it is switched off"}
-    monkeypatch.setattr(backends, "why_not", lambda name, device: reasons.get(name))
+    monkeypatch.setattr(backends, "why_not", lambda name, *_: reasons.get(name))
 
 
 def run(command, **settings):
@@ -40,12 +40,13 @@ def test_a_reason_is_given_or_it_runs(backend):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_first_that_can_run_is_chosen(monkeypatch, name):
     x, _ = inputs()
-    for count in range(len(backends.BACKENDS)):
-        missing = backends.BACKENDS[:count]
-        monkeypatch.setattr(backends, "why_not", lambda b, _, m=missing: "off" if b in m else None)
+    names = [backend for backend in backends.BACKENDS if backend != "triton"]  # not on the CPU
+    for count, expected in enumerate(names):
+        missing = names[:count]
+        monkeypatch.setattr(backends, "why_not", lambda b, *_, m=missing: "off" if b in m else None)
         chosen = backends.choose(name, x, None)
-        assert chosen is backends.choose(name, x, backends.BACKENDS[count])
-    for other in backends.BACKENDS[:-1]:
+        assert chosen is backends.choose(name, x, expected)
+    for other in names[:-1]:
         monkeypatch.setattr(backends, "why_not", lambda *_: None)
         assert backends.choose(name, x, other) is not chosen
 
@@ -166,3 +167,15 @@ def test_every_instruction_set(instruction_set, request):
     result = run(command, TTSR_FAST_ISA=instruction_set, TTSR_FAST_TEST_BACKENDS="cpp")
     refused = "TTSR_FAST_ISA must name an instruction set of this processor" in result.stdout
     assert result.returncode == 0 or (refused and instruction_set != "baseline"), result.stdout
+
+
+def test_triton_is_chosen_for_gpus_alone(monkeypatch):
+    class OnGpu:
+        device, dtype = torch.device("cuda"), torch.float32
+
+    monkeypatch.setattr(backends, "why_not", lambda name, *_: "CPU" if name == "cpp" else None)
+    assert backends.choose("search", OnGpu, None) is backends.choose("search", OnGpu, "triton")
+    on_cpu = backends.choose("search", inputs()[0], None)
+    assert on_cpu is backends.choose("search", OnGpu, "torch")
+    transfer = [backends.choose("gather_fold", OnGpu, name) for name in ("triton", "torch")]
+    assert transfer[0] is transfer[1], "PyTorch does the rest, whoever searches"

@@ -250,7 +250,7 @@ def test_autocast_keeps_the_dtype(backend):
     index = cases.random_index((1, 3, 6, 8), (1, 4, 5), 1)
     weight = torch.rand(1, 4, 5, requires_grad=True)
     expected = gather_fold(value, index, weight=weight, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(value.device.type, torch.bfloat16):
         out = gather_fold(value, index, weight=weight, backend=backend)
     assert out.dtype == torch.float32 and torch.equal(out, expected)
 

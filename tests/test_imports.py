@@ -13,12 +13,13 @@ ROOT = Path(__file__).parent.parent
 
 # What each module or subpackage may import, besides the standard library and its own files.
 LAW: dict[str, set[str]] = {
-    "__init__": {"functional", "modules", "model", "upscale"},
+    "__init__": {"certify", "functional", "modules", "model", "upscale"},
     "__main__": {"cli"},
     "functional": {"ops", "torch"},
     "ops": {"backends", "portable", "torch"},
     "backends": {"build", "portable", "reference", "torch"},
     "build": {"torch"},
+    "certify": {"functional", "portable", "torch"},
     "portable": {"torch"},
     "reference": {"torch"},
     "modules": {"functional", "torch"},
@@ -33,8 +34,9 @@ LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setupto
 LEFT_ALONE |= {"imagecodecs", "safetensors", "tifffile", "triton", "typer"}
 
 PACKAGE = sorted((ROOT / "ttsr_fast").rglob("*.py"))
+TRITON = sorted((ROOT / "kernels").glob("*.py"))  # installed as ttsr_fast.kernels
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
-PYTHON = [*PACKAGE, *BENCH, *sorted((ROOT / "tests").rglob("*.py")), ROOT / "setup.py"]
+PYTHON = [*PACKAGE, *TRITON, *BENCH, *sorted((ROOT / "tests").rglob("*.py")), ROOT / "setup.py"]
 KERNELS = sorted((ROOT / "csrc").rglob("*.[ch]*"))
 each = pytest.mark.parametrize
 
@@ -70,6 +72,19 @@ def test_package_obeys_the_law(path: Path) -> None:
     assert layer(path) in LAW, "a new layer: say in LAW what it may import"
     allowed = {*LAW[layer(path)], layer(path), *sys.stdlib_module_names}
     assert {imported_layer(module) for module in imports(path)} - allowed == set()
+
+
+@each("path", TRITON, ids=name)
+def test_triton_kernels_stand_alone(path: Path) -> None:
+    allowed = {"torch", "triton", "ttsr_fast.kernels", *sys.stdlib_module_names}
+    for module in imports(path):
+        assert module.split(".")[0] in allowed or module.startswith("ttsr_fast.kernels."), module
+
+
+def test_only_backends_reach_the_kernels() -> None:
+    """By name, when they are first asked for; nothing else says that name."""
+    users = {path.name for path in PACKAGE if "ttsr_fast.kernels" in path.read_text()}
+    assert users == {"backends.py"}
 
 
 @each("path", BENCH, ids=name)

@@ -114,16 +114,16 @@ def install(wheel: Path, folder: Path) -> Path:
 
 
 def test_wheel_holds_the_package(wheel: Path) -> None:
-    kernels = files_under("csrc", suffixes=".h .cpp")
+    kernels = files_under("csrc", suffixes=".h .cpp") | files_under("kernels", suffixes=".py")
     expected = files_under("ttsr_fast", suffixes=".py .typed") | {LIBRARY}
     expected |= {f"ttsr_fast/{path}" for path in kernels}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
-    assert len(kernels) > 1
+    assert {"csrc/module.cpp", "kernels/search.py"} < kernels
 
 
 def test_source_archive_holds_the_repository(archives: tuple[Path, Path]) -> None:
-    expected = files_under("ttsr_fast", "bench", "tests", suffixes=".py .typed")
+    expected = files_under("ttsr_fast", "kernels", "bench", "tests", suffixes=".py .typed")
     expected |= files_under("csrc", suffixes=".h .cpp")
     expected |= {"Makefile", "constraints.txt", "pyproject.toml", "setup.py", "MANIFEST.in"}
     expected |= {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".clang-format"}
@@ -153,11 +153,18 @@ def test_metadata(wheel: Path) -> None:
     assert "ttsr-fast = ttsr_fast.cli:main" in scripts
 
 
-def test_installed_library_runs(wheel: Path, tmp_path: Path) -> None:
+def test_installed_kernels_run(wheel: Path, tmp_path: Path) -> None:
     installed = install(wheel, tmp_path / "installed")
-    program = SEARCH + "torch.testing.assert_close(search_and_transfer('cpp'), expected)"
+    program = (
+        SEARCH
+        + """
+for backend in ("cpp", "triton"):
+    torch.testing.assert_close(search_and_transfer(backend), expected)
+"""
+    )
     program = program.format(installed=str(installed))
-    run_checked("-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
+    environment = {"PYTHONPATH": str(installed), "TRITON_INTERPRET": "1"}
+    run_checked("-c", program, cwd=tmp_path, **environment)
 
 
 def test_without_the_library(python_only: Path, wheel: Path, tmp_path: Path) -> None:

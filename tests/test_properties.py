@@ -16,6 +16,11 @@ SIDES = st.integers(1, 20)
 CHANNELS = st.integers(1, 9)
 
 
+def _on_device(x: Tensor) -> Tensor:
+    """Drawn on the CPU, which has a generator everywhere, and moved to the device under test."""
+    return x.to(torch.get_default_device())
+
+
 @st.composite
 def tensors(draw, n: int, c: int, h: int, w: int, dtype: torch.dtype, integers: bool = False):
     """[n, c, h, w] in permuted memory with steps and gaps of NaN, or expanded from less."""
@@ -27,9 +32,9 @@ def tensors(draw, n: int, c: int, h: int, w: int, dtype: torch.dtype, integers: 
     generator = torch.Generator().manual_seed(seed)
     kept = [1 if e else size for e, size in zip(expanded, (n, c, h, w), strict=True)]
     if integers:
-        content = torch.randint(-2, 3, kept, generator=generator)
+        content = torch.randint(-2, 3, kept, generator=generator, device="cpu")
     else:
-        content = torch.randn(kept, generator=generator, dtype=torch.float64)
+        content = torch.randn(kept, generator=generator, dtype=torch.float64, device="cpu")
     whole = [size * step + margin for size, step, margin in zip(kept, steps, margins, strict=True)]
     memory = torch.full([whole[i] for i in order], float("nan"), dtype=dtype)
     view = memory.permute([order.index(i) for i in range(4)])
@@ -54,7 +59,8 @@ def searches(draw, dtypes=cases.DTYPES, integers: bool = False):
     if draw(st.booleans()):
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
         size = (draw(st.sampled_from([1, n_k])), wk - short + 1, hk - short + 1)
-        mask = torch.rand(size, generator=generator).mT < draw(st.sampled_from([0.1, 0.9]))
+        mask = _on_device(torch.rand(size, generator=generator, device="cpu"))
+        mask = mask.mT < draw(st.sampled_from([0.1, 0.9]))
         mask[:, -1, -1] |= ~mask.flatten(1).any(1)
     return query, key, mask, {"kernel_size": kernel_size, "padding": padding}
 
@@ -75,8 +81,10 @@ def transfers(draw):
         (wk + short - 1) * stride + rest[1],
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    index = torch.randint(hk * wk, (n, h, w), generator=generator)
-    weight = torch.rand((n, h, w), generator=generator).to(dtype) if draw(st.booleans()) else None
+    index = _on_device(torch.randint(hk * wk, (n, h, w), generator=generator, device="cpu"))
+    weight = None
+    if draw(st.booleans()):
+        weight = _on_device(torch.rand((n, h, w), generator=generator, device="cpu")).to(dtype)
     options = {"stride": stride, "kernel_size": kernel_size, "padding": padding}
     options["divisor"] = draw(st.sampled_from(cases.DIVISORS))
     out_size = (n, c, (h + short - 1) * stride, (w + short - 1) * stride)

@@ -118,4 +118,4 @@ def test_torch_backend_on_cuda(dtype):
     match = search(q, k, backend="torch")
     grad_score = torch.randn(2, 13, 17)
     grads = torch.autograd.grad(match.score, (q, k), grad_score.to(match.score))
-    assert_gradients(grads, query, key, match.index.cpu(), grad_score)
+    assert_gradients(grads, query, key, match.index.to(query.device), grad_score)

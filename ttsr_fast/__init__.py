@@ -1,5 +1,6 @@
 """Exact, fast, memory-linear patch search for reference-based super-resolution."""
 
+from ttsr_fast.certify import certified
 from ttsr_fast.functional import Match, gather_fold, search
 from ttsr_fast.model import TTSR, load_model
 from ttsr_fast.modules import SearchTransfer
@@ -12,6 +13,7 @@ __all__ = [
     "Match",
     "Result",
     "SearchTransfer",
+    "certified",
     "gather_fold",
     "load_model",
     "search",

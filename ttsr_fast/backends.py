@@ -1,8 +1,10 @@
 """What can run here and why not, and the choice among it.
 
-The only file that loads the compiled library. `can_run` both chooses and explains.
+The only file that loads the compiled library and imports the Triton kernels, when they are first
+asked for. `can_run` both chooses and explains.
 """
 
+import importlib
 import os
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from ttsr_fast import build, portable, reference
 
-BACKENDS = ("cpp", "torch", "reference")  # in order of preference
+BACKENDS = ("cpp", "triton", "torch", "reference")  # in order of preference
+OLDEST_TRITON = (3, 6)
 ENVIRONMENT_VARIABLE = "TTSR_FAST_BACKEND"
 
 
@@ -29,28 +32,57 @@ def choose(op: str, x: Tensor, backend: str | None) -> Callable[..., None]:
     if backend is None:
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
     if backend is None:
-        backend = next(name for name in BACKENDS if can_run(name, x.device))
+        # The interpreter of Triton is for those who ask for it by name.
+        names = [name for name in BACKENDS if name != "triton" or x.device.type == "cuda"]
+        backend = next(name for name in names if can_run(name, x.device, x.dtype))
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
-    can_run(backend, x.device, raise_error=True)
+    can_run(backend, x.device, x.dtype, raise_error=True)
     return _IMPLEMENTATIONS[backend][op]
 
 
-def can_run(backend: str, device: torch.device, *, raise_error: bool = False) -> bool:
+def can_run(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    raise_error: bool = False,
+) -> bool:
     """Whether `backend` runs on `device`; with `raise_error`, a RuntimeError that says why not."""
-    reason = why_not(backend, device)
+    reason = why_not(backend, device, dtype)
     if reason is not None and raise_error:
         raise RuntimeError(f"backend {backend!r} cannot run on {device}: {reason}")
     return reason is None
 
 
-def why_not(backend: str, device: torch.device) -> str | None:
-    """Why `backend` cannot run on `device`, None if it can."""
-    if backend != "cpp":
+def why_not(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot run on `device` for tensors of `dtype`, None if it can."""
+    if backend == "cpp":
+        return "the compiled kernels are for the CPU" if device.type != "cpu" else load_library()
+    if backend == "triton":
+        if dtype == torch.float64:
+            return "its kernels are for float32, float16 and bfloat16"
+        return _why_not_triton(device)
+    return None
+
+
+@cache
+def _why_not_triton(device: torch.device) -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install triton>=3.6 or use backend='torch'"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST_TRITON:
+        return f"it needs Triton 3.6 or newer, this is {triton.__version__}"
+    if triton.knobs.runtime.interpret:
         return None
-    if device.type != "cpu":
-        return "the compiled kernels are for the CPU"
-    return load_library()
+    if device.type != "cuda":
+        return "its kernels are for CUDA and ROCm; TRITON_INTERPRET=1 interprets them on the CPU"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < (8, 0):
+        return f"it needs compute capability 8.0 or newer, this device has {capability}"
+    return None
 
 
 @cache
@@ -85,6 +117,10 @@ def _library() -> Path | None:
         return Path(named)
     installed = Path(__file__).parent / build.LIBRARY
     return installed if installed.is_file() else build.cached_library()
+
+
+def _triton_search(*arguments):
+    importlib.import_module("ttsr_fast.kernels.search").search(*arguments)
 
 
 def _reference_search(query, key, key_mask, score, index, kernel_size, padding, normalize, eps, _):
@@ -132,6 +168,22 @@ def _cpp_search(
         eps,
         precision == "bf16",
     )
+    if precision == "bf16" and query.dtype != torch.bfloat16:
+        _rescore(query, key, score, index, kernel_size, padding, normalize, eps)
+
+
+def _rescore(query, key, score, index, kernel_size, padding, normalize, eps):
+    """The score of the chosen pairs from the features as given, not as rounded for the choice."""
+    patch = (kernel_size, padding)
+    exact = torch.empty_like(score)
+    _cpp_dot(key, query, index, exact, 1, *patch, "none")
+    if normalize in ("both", "key"):
+        norm, chosen = portable.patch_norm(key, *patch), torch.empty_like(score.unsqueeze(1))
+        _cpp_gather_fold(norm.clamp_(min=eps), index, None, chosen, 1, 1, 0, "none")
+        exact /= chosen[:, 0]
+    if normalize == "both":
+        exact /= portable.patch_norm(query, *patch)[:, 0].clamp(min=eps)
+    score.copy_(torch.where(score.isnan(), score, exact))
 
 
 def _cpp_gather_fold(value, index, weight, out, stride, kernel_size, padding, divisor):
@@ -205,6 +257,12 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., None]]] = {
         "gather_fold": _cpp_gather_fold,
         "gather_fold_adjoint": _cpp_adjoint,
         "gather_dot": _cpp_dot,
+    },
+    "triton": {  # the search; the rest as "torch" does it
+        "search": _triton_search,
+        "gather_fold": portable.gather_fold,
+        "gather_fold_adjoint": portable.gather_fold_adjoint,
+        "gather_dot": portable.gather_dot,
     },
     "torch": {
         "search": portable.search,

@@ -22,8 +22,6 @@ from torch import Tensor
 from ttsr_fast import backends, portable
 
 _PATCH = "int kernel_size, int padding"
-# Precisions that may choose by rounded features.
-_ROUNDED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _library = torch.library.Library("ttsr_fast", "DEF")
 _library.define(
     "search(Tensor query, Tensor key, Tensor? key_mask, "
@@ -82,29 +80,15 @@ def _search(
     precision: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    if key_mask is not None and not bool(key_mask.flatten(1).any(1).all()):
+    # On other devices this would wait for them.
+    on_cpu = query.device.type == "cpu"
+    if key_mask is not None and on_cpu and not bool(key_mask.flatten(1).any(1).all()):
         raise ValueError("key_mask must leave at least one key position True in every image")
     run = backends.choose("search", query, backend)
     score, index = _search_outputs(query, kernel_size, padding)
     if score.numel():
         run(query, key, key_mask, score, index, kernel_size, padding, normalize, eps, precision)
-        if _ROUNDED.get(precision, query.dtype) != query.dtype:
-            score = _rescore(
-                query, key, score, index, kernel_size, padding, normalize, eps, backend
-            )
     return score, index
-
-
-def _rescore(query, key, score, index, kernel_size, padding, normalize, eps, backend) -> Tensor:
-    """The score of the chosen pairs from the features as given, not as rounded for the choice."""
-    patch = (kernel_size, padding)
-    exact = gather_dot(key, query, index, 1, *patch, "none", backend)
-    if normalize in ("both", "key"):
-        norm = portable.patch_norm(key, *patch).clamp(min=eps)
-        exact /= _at_index(norm, index, backend)
-    if normalize == "both":
-        exact /= portable.patch_norm(query, *patch)[:, 0].clamp(min=eps)
-    return torch.where(score.isnan(), score, exact)
 
 
 def _at_index(

@@ -9,6 +9,7 @@ Every function fills its `out` arguments, which the caller allocates.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,10 +43,12 @@ def search(
     normalize: str,
     eps: float,
     precision: str,
+    barred: Tensor | None = None,  # [N, Ho, Wo]
 ) -> None:
     """Blocks of query rows against blocks of key rows; see the module's docstring.
 
     Computes in the dtype of `score`, which is at least as accurate as any `precision` asks for.
+    `barred` holds a key position for every query that is not to be matched by it.
     """
     norm_q, norm_k = (patch_norm(x, kernel_size, padding)[:, 0] for x in (query, key))
     scale = norm_k.clamp(min=eps).reciprocal() if normalize != "none" else torch.ones_like(norm_k)
@@ -59,7 +62,17 @@ def search(
         q, k = (x.to(score.dtype) for x in (query[n], key[n_k]))
         index[n] = first[n]
         with _full_float32():
-            _search_image(q, k, scale[n_k], valid, score[n], index[n], kernel_size, padding)
+            _search_image(
+                q,
+                k,
+                scale[n_k],
+                valid,
+                None if barred is None else barred[n],
+                score[n],
+                index[n],
+                kernel_size,
+                padding,
+            )
     if normalize == "both":
         score /= norm_q.clamp(min=eps)
     lost = ~norm_q.isfinite()
@@ -72,6 +85,7 @@ def _search_image(
     key: Tensor,  # [C, HK, WK]
     scale: Tensor,  # [HKo, WKo]
     valid: Tensor | None,  # [HKo, WKo]
+    barred: Tensor | None,  # [Ho, Wo]
     score: Tensor,  # [Ho, Wo], filled with max_i scale_i <q_j, k_i>
     index: Tensor,  # [Ho, Wo], holds the lowest key position allowed, filled
     kernel_size: int,
@@ -98,6 +112,10 @@ def _search_image(
         total = total * scale[window]
         if valid is not None:
             total.masked_fill_(~valid[window], float("-inf"))
+        if barred is not None:
+            y, x = barred[y_q : y_q + n_q] // cols_k - y_k, barred[y_q : y_q + n_q] % cols_k - x_k
+            hit = (y >= 0) & (y < n_k) & (x >= 0) & (x < n_x)
+            total[(*hit.nonzero(as_tuple=True), y[hit], x[hit])] = float("-inf")
         value, where = total.flatten(2).max(dim=2)
         where = (y_k + where // n_x) * cols_k + x_k + where % n_x
         best, best_index = score[y_q : y_q + n_q], index[y_q : y_q + n_q]
@@ -110,7 +128,7 @@ def _search_image(
 def _blocks(*extents: int) -> Iterator[tuple[int, ...]]:
     """Starts of the blocks of a grid, given as size, step, size, step, ..."""
     ranges = [range(0, size, step) for size, step in zip(extents[::2], extents[1::2], strict=True)]
-    return iter(torch.cartesian_prod(*map(torch.tensor, map(list, ranges))).tolist())
+    return itertools.product(*ranges)
 
 
 @contextmanager

@@ -1,0 +1,198 @@
+"""The search as nine shifted products: any kernel size, and one launch for a whole batch.
+
+A program holds a tile of query patches and streams tiles of key patches past it, keeping the best
+of each query. The product of two tiles runs over all taps of a patch and all channels: a tap is the
+same tile, read a few rows further down the packed map (`pack.py`), so patches are never formed.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ttsr_fast.kernels import tiles
+from ttsr_fast.kernels.best import NO_KEY, encode, first_of_row_maximum
+from ttsr_fast.kernels.operands import Operands, columns, multiply_add
+from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed
+from ttsr_fast.kernels.patch_norm import image_stride, key_scale, mask_stride, scaled_eps
+from ttsr_fast.kernels.tiles import Tile
+
+PROGRAMS = 528  # at least, if there are as many tiles: four for each multiprocessor of an H100
+
+
+def direct_search(
+    query: Packed,
+    key: Packed,
+    key_mask: Tensor | None,  # [N or 1, HKo, WKo]
+    best: Tensor,  # [N, Ho, Wo], merged into
+    lost: Tensor,  # [N or 1], merged into
+    kernel_size: int,
+    normalize: bool,
+    eps: float,
+    operands: Operands,
+    tile: Tile,
+) -> None:
+    n, c, hp, wp = query.size
+    n_k, _, hkp, wkp = key.size
+    halo = kernel_size - 1
+    query_tiles = triton.cdiv((hp - halo) * wp, tile.block_q)
+    key_tiles = triton.cdiv((hkp - halo) * wkp, tile.block_k)
+    splits = min(key_tiles, triton.cdiv(PROGRAMS, n * query_tiles))
+    tiles_per_split = triton.cdiv(key_tiles, splits)
+    splits = triton.cdiv(key_tiles, tiles_per_split)
+    direct_search_kernel[(n * splits * query_tiles,)](
+        query.rows,
+        key.rows,
+        key.square,
+        key.amax,
+        key_mask,
+        best,
+        lost,
+        hp * wp,
+        image_stride(n_k, hkp * wkp),
+        image_stride(n_k, AMAX_BLOCKS),
+        mask_stride(key_mask),
+        image_stride(len(lost), 1),
+        wp,
+        wkp,
+        hp - halo,
+        wp - halo,
+        hkp - halo,
+        wkp - halo,
+        query_tiles,
+        key_tiles,
+        splits,
+        tiles_per_split,
+        eps,
+        C=c,
+        STORED=operands.stored,
+        MULTIPLIED=operands.multiplied,
+        SCALED=operands.scaled,
+        INPUT_PRECISION=operands.input_precision,
+        KERNEL=kernel_size,
+        NORMALIZE=normalize,
+        MASKED=key_mask is not None,
+        AMAX_BLOCKS=AMAX_BLOCKS,
+        LAZY=tiles.lazy(),
+        BLOCK_Q=tile.block_q,
+        BLOCK_K=tile.block_k,
+        BLOCK_C=tile.block_c,
+        **tile.options,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "ROWS_Q",
+        "stride_key",
+        "stride_amax",
+        "stride_mask",
+        "stride_lost",
+        "WP",
+        "WKP",
+        "HO",
+        "WO",
+        "HKO",
+        "WKO",
+        "QUERY_TILES",
+        "KEY_TILES",
+        "SPLITS",
+        "TILES_PER_SPLIT",
+    ]
+)
+def direct_search_kernel(
+    p_query,  # [N*ROWS_Q + slack, STORED*C]
+    p_key,  # [N*ROWS_K + slack, STORED*C]
+    p_square,  # [N*ROWS_K + slack]
+    p_amax,  # [N or 1, AMAX_BLOCKS]
+    p_mask,  # [N or 1, HKO, WKO]
+    p_best,  # [N, HO, WO]
+    p_lost,  # [N or 1]
+    ROWS_Q,
+    stride_key,  # of images, in rows
+    stride_amax,
+    stride_mask,
+    stride_lost,
+    WP,
+    WKP,
+    HO,
+    WO,
+    HKO,
+    WKO,
+    QUERY_TILES,
+    KEY_TILES,
+    SPLITS,
+    TILES_PER_SPLIT,
+    eps: tl.float32,
+    C: tl.constexpr,
+    STORED: tl.constexpr,
+    MULTIPLIED: tl.constexpr,
+    SCALED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    KERNEL: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+    AMAX_BLOCKS: tl.constexpr,
+    LAZY: tl.constexpr,  # as in `best.merge`
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_p = tl.program_id(0)
+    i_q, i_s = i_p % QUERY_TILES, i_p // QUERY_TILES % SPLITS
+    i_n = (i_p // (QUERY_TILES * SPLITS)).to(tl.int64)
+    WIDTH: tl.constexpr = STORED * C
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    STEPS: tl.constexpr = C // BLOCK_C
+    SECTIONS: tl.constexpr = 2 * MULTIPLIED - 1
+    eps = scaled_eps(eps, p_amax + i_n * stride_amax, SCALED, AMAX_BLOCKS)
+
+    o_c = tl.arange(0, BLOCK_C)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)  # first pixels, row-major in the padded map
+    m_q = (o_q < HO * WP) & (o_q % WP < WO)
+    p_q = p_query + (i_n * ROWS_Q + i_q * BLOCK_Q) * WIDTH
+    o_qc = (tl.arange(0, BLOCK_Q) * WIDTH)[:, None] + o_c[None, :]  # [BLOCK_Q, BLOCK_C]
+    o_kc = (tl.arange(0, BLOCK_K) * WIDTH)[None, :] + o_c[:, None]  # [BLOCK_C, BLOCK_K]
+    b_best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    b_index = tl.full([BLOCK_Q], NO_KEY, tl.int32)
+    first_tile = i_s * TILES_PER_SPLIT
+    for i_k in range(first_tile, tl.minimum(first_tile + TILES_PER_SPLIT, KEY_TILES)):
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_k = (o_k < HKO * WKP) & (o_k % WKP < WKO)
+        p_k = p_key + (i_n * stride_key + i_k * BLOCK_K) * WIDTH
+        b_t = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+        for step in range(SECTIONS * TAPS * STEPS):
+            section, tap, c = step // (TAPS * STEPS), step // STEPS % TAPS, step % STEPS * BLOCK_C
+            dy, dx = tap // KERNEL, tap % KERNEL
+            c_q, c_k = columns(section, c, C, MULTIPLIED)
+            b_q = tl.load(p_q + ((dy * WP + dx).to(tl.int64) * WIDTH + c_q) + o_qc)
+            b_k = tl.load(p_k + ((dy * WKP + dx).to(tl.int64) * WIDTH + c_k) + o_kc)
+            b_t = multiply_add(b_q, b_k, b_t, INPUT_PRECISION)
+        o_i = o_k // WKP * WKO + o_k % WKP
+        p_allowed = o_i
+        if MASKED:
+            p_allowed = p_mask + i_n * stride_mask + o_i
+        p_first = p_square + i_n * stride_key + o_k
+        b_scale = key_scale(
+            p_first,
+            p_allowed,
+            p_lost + i_n * stride_lost,
+            o_i,
+            m_k,
+            WKP,
+            eps,
+            KERNEL,
+            NORMALIZE,
+            MASKED,
+        )
+        b_s = b_t * b_scale[None, :]
+        b_m = tl.max(b_s, axis=1)
+        better = b_m > b_best  # keys come in ascending order: the first of equal ones stays
+        improved = True
+        if LAZY:
+            improved = tl.max(better.to(tl.int32), axis=0) > 0
+        if improved:
+            b_i = first_of_row_maximum(b_s, b_m, o_i)
+            b_index = tl.where(better, b_i, b_index)
+            b_best = tl.where(better, b_m, b_best)
+    p_out = p_best + i_n * (HO * WO) + (o_q // WP * WO + o_q % WP)
+    tl.atomic_max(p_out, encode(b_best, b_index), mask=m_q, sem="relaxed")

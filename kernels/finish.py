@@ -1,0 +1,191 @@
+"""From the best pair of every query to its score and index."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ttsr_fast.kernels.best import NO_KEY, decode
+from ttsr_fast.kernels.operands import Operands
+from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed, power_of_two_scale
+from ttsr_fast.kernels.patch_norm import box_sum, image_stride, mask_stride, scaled_eps
+
+BLOCK_Q, BLOCK_C = 16, 64
+
+
+def finish(
+    query: Packed,
+    key: Packed,
+    key_mask: Tensor | None,  # [N or 1, HKo, WKo]
+    best: Tensor,  # [N, Ho, Wo]
+    lost: Tensor,  # [N or 1]
+    score: Tensor,  # [N, Ho, Wo], filled
+    index: Tensor,  # [N, Ho, Wo], filled
+    kernel_size: int,
+    normalize: str,
+    eps: float,
+    operands: Operands,
+) -> None:
+    """Decode, score the pair again from all that is stored of it, and divide by the query's norm.
+
+    The score is that of the features as given, whatever they were rounded to for the choice. It is
+    NaN for a query patch that is not finite, with the first key allowed; for all queries if a key
+    patch that is allowed is not finite, with its index; and for all if no key is allowed.
+    """
+    n, c, hp, wp = query.size
+    n_k, _, hkp, wkp = key.size
+    blocks = triton.cdiv(best[0].numel(), BLOCK_Q)
+    finish_kernel[(n * blocks,)](
+        query.rows,
+        query.square,
+        query.amax,
+        key.rows,
+        key.amax,
+        key_mask,
+        best,
+        lost,
+        score,
+        index,
+        blocks,
+        image_stride(n_k, 1),
+        mask_stride(key_mask),
+        image_stride(len(lost), 1),
+        hp,
+        wp,
+        hkp,
+        wkp,
+        eps,
+        C=c,
+        STORED=operands.stored,
+        SCALED=operands.scaled,
+        RESCORE=not operands.exact,
+        NORMALIZE_QUERY=normalize == "both",
+        NORMALIZE_KEY=normalize != "none",
+        KERNEL=kernel_size,
+        MASKED=key_mask is not None,
+        AMAX_BLOCKS=AMAX_BLOCKS,
+        BLOCK_Q=BLOCK_Q,
+        BLOCK_C=BLOCK_C,
+    )
+
+
+@triton.jit
+def _whole(p_x, m_x, C: tl.constexpr, STORED: tl.constexpr):
+    """The sum of all parts: the features, scaled."""
+    b_x = tl.load(p_x, mask=m_x[:, None], other=0.0).to(tl.float32)
+    for part in tl.static_range(1, STORED):
+        b_x += tl.load(p_x + part * C, mask=m_x[:, None], other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _first_allowed(p_mask, KEYS, BLOCK: tl.constexpr):
+    """The first True of a mask of KEYS elements; 0 if there is none."""
+    first = KEYS
+    for start in range(0, KEYS, BLOCK):
+        o_k = start + tl.arange(0, BLOCK)
+        allowed = tl.load(p_mask + o_k, mask=o_k < KEYS, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(allowed, o_k, KEYS), axis=0))
+    return tl.where(first < KEYS, first, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "BLOCKS",
+        "stride_key",
+        "stride_mask",
+        "stride_lost",
+        "HP",
+        "WP",
+        "HKP",
+        "WKP",
+    ]
+)
+def finish_kernel(
+    p_query,  # [N*HP*WP + slack, STORED*C]
+    p_query_square,  # [N*HP*WP + slack]
+    p_query_amax,  # [N, AMAX_BLOCKS]
+    p_key,  # [N*HKP*WKP + slack, STORED*C]
+    p_key_amax,  # [N or 1, AMAX_BLOCKS]
+    p_mask,  # [N or 1, HKO, WKO]
+    p_best,  # [N, HO, WO]
+    p_lost,  # [N or 1]
+    p_score,  # [N, HO, WO], written
+    p_index,  # [N, HO, WO], written
+    BLOCKS,
+    stride_key,  # 0 if one key serves all images, else 1
+    stride_mask,
+    stride_lost,
+    HP,
+    WP,
+    HKP,
+    WKP,
+    eps: tl.float32,
+    C: tl.constexpr,
+    STORED: tl.constexpr,
+    SCALED: tl.constexpr,
+    RESCORE: tl.constexpr,
+    NORMALIZE_QUERY: tl.constexpr,
+    NORMALIZE_KEY: tl.constexpr,
+    KERNEL: tl.constexpr,
+    MASKED: tl.constexpr,
+    AMAX_BLOCKS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    HO, WO, HKO, WKO = HP - KERNEL + 1, WP - KERNEL + 1, HKP - KERNEL + 1, WKP - KERNEL + 1
+    WIDTH: tl.constexpr = STORED * C
+    i_n, i_b = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
+    o_q = i_b * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    m_q = o_q < HO * WO
+    o_out = i_n * (HO * WO) + o_q
+    b_score, b_index = decode(tl.load(p_best + o_out, mask=m_q, other=0))
+    no_key = b_score == float("-inf")
+    b_index = tl.where(no_key | ~m_q, 0, b_index)
+    o_first = i_n * HP * WP + (o_q // WO * WP + o_q % WO)  # [BLOCK_Q] first pixel of every patch
+    squared = box_sum(p_query_square + o_first, m_q, WP, KERNEL)
+    lost_query = m_q & ~(squared < float("inf"))
+
+    if RESCORE:
+        i_k = i_n * stride_key
+        o_key = i_k * HKP * WKP + (b_index // WKO * WKP + b_index % WKO)
+        o_c = tl.arange(0, BLOCK_C)
+        # [BLOCK_Q, BLOCK_C]
+        p_q = p_query + (o_first * WIDTH)[:, None] + o_c[None, :]
+        p_k = p_key + (o_key * WIDTH)[:, None] + o_c[None, :]
+        product = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
+        square_q = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
+        square_k = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
+        for tap in range(KERNEL * KERNEL):
+            dy, dx = tap // KERNEL, tap % KERNEL
+            for c in range(0, C, BLOCK_C):
+                b_q = _whole(p_q + ((dy * WP + dx) * WIDTH + c), m_q, C, STORED)
+                b_k = _whole(p_k + ((dy * WKP + dx) * WIDTH + c), m_q, C, STORED)
+                product += b_q * b_k
+                square_q += b_q * b_q
+                square_k += b_k * b_k
+        b_score = tl.sum(product, axis=1)
+        squared = tl.sum(square_q, axis=1)
+        p_amax_k = p_key_amax + i_k * AMAX_BLOCKS
+        if NORMALIZE_KEY:
+            least = scaled_eps(eps, p_amax_k, SCALED, AMAX_BLOCKS)
+            b_score = b_score / tl.maximum(tl.sqrt(tl.sum(square_k, axis=1)), least)
+        elif SCALED:
+            b_score = b_score / power_of_two_scale(p_amax_k, AMAX_BLOCKS)
+    p_amax_q = p_query_amax + i_n * AMAX_BLOCKS
+    if NORMALIZE_QUERY:
+        least = scaled_eps(eps, p_amax_q, SCALED, AMAX_BLOCKS)
+        b_score = b_score / tl.maximum(tl.sqrt(squared), least)
+    elif SCALED:
+        b_score = b_score / power_of_two_scale(p_amax_q, AMAX_BLOCKS)
+
+    lost_key = tl.load(p_lost + i_n * stride_lost)  # NO_KEY if there is none
+    b_index = tl.where(lost_key < NO_KEY, lost_key, b_index)
+    if MASKED:
+        if tl.max(lost_query.to(tl.int32), axis=0) > 0:
+            first = _first_allowed(p_mask + i_n * stride_mask, HKO * WKO, BLOCK=1024)
+            b_index = tl.where(lost_query, first, b_index)
+    else:
+        b_index = tl.where(lost_query, 0, b_index)
+    b_score = tl.where(lost_query | no_key | (lost_key < NO_KEY), float("nan"), b_score)
+    tl.store(p_score + o_out, b_score, mask=m_q)
+    tl.store(p_index + o_out, b_index.to(tl.int64), mask=m_q)

@@ -1,0 +1,292 @@
+"""Feature maps as the search reads them: padded, channels last, rounded to what is multiplied.
+
+In a packed map a pixel is one row of channels, and the pixels of the padded map follow each other:
+pixel (y, x) of image n is row `(n * HP + y) * WP + x`. Pixel (dy, dx) of a patch is `dy * WP + dx`
+rows after its first, for every patch alike, so a tile of patches is a block of a matrix and another
+tap of it is a block further down. What a tile reads beyond a row of the map belongs to no patch and
+is masked in the end; `SLACK` rows of zeros after the last pixel are for the reads beyond it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ttsr_fast.kernels.best import EMPTY, NO_KEY
+from ttsr_fast.kernels.operands import Operands
+
+SLACK = 288  # rows; no tile of up to 256 patches reads further beyond the last pixel
+AMAX_BLOCKS = 64  # partial maxima of an image
+BLOCK_X, BLOCK_C = 32, 64  # pixels and channels of a program; channels are padded to whole blocks
+# A pixel whose squared norm exceeds this is not finite: nine of them would overflow float32.
+LARGEST_SQUARE = tl.constexpr(2.0**124)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed map.
+
+    Attributes:
+        rows: `[N*HP*WP + SLACK, stored*C]`, part after part, C whole blocks of channels.
+        square: `[N*HP*WP + SLACK]` float32: squared norm of what is multiplied of a pixel; NaN for
+            one that is not finite, whose row is zero.
+        amax: `[N, AMAX_BLOCKS]` float32: partial maxima of the features, where they are scaled.
+        size: N, C, HP, WP.
+    """
+
+    rows: Tensor
+    square: Tensor
+    amax: Tensor
+    size: tuple[int, int, int, int]
+
+
+def pack(
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N or 1, C, HK, WK]
+    best: Tensor,  # [N, Ho, Wo] int64, filled with EMPTY
+    lost: Tensor,  # [N or 1] int32, filled with NO_KEY
+    padding: int,
+    operands: Operands,
+) -> tuple[Packed, Packed]:
+    """Both maps, in one launch, or two where the features are scaled."""
+    packed = [_allocate(x, padding, operands) for x in (query, key)]
+    if operands.scaled:
+        _amax(query, key, packed[0].amax, packed[1].amax)
+    maps, programs = [], []
+    for x, to in zip((query, key), packed, strict=True):
+        n, _, hp, wp = to.size
+        stride_n, stride_c, stride_h, stride_w = x.stride()
+        blocks = triton.cdiv(wp, BLOCK_X)
+        maps.append((x, stride_c, stride_w, to.rows, to.square, to.amax))
+        maps.append((stride_n, stride_h, n * hp, *x.shape[2:], hp, wp, blocks))
+        programs.append(n * hp * blocks + triton.cdiv(SLACK, BLOCK_X))
+    pack_kernel[(sum(programs),)](
+        *maps,
+        best,
+        lost,
+        best.numel(),
+        lost.numel(),
+        programs[0],
+        query.shape[1],
+        C_PACKED=packed[0].size[1],
+        PADDING=padding,
+        SLACK=SLACK,
+        STORED=operands.stored,
+        MULTIPLIED=operands.multiplied,
+        SCALED=operands.scaled,
+        AMAX_BLOCKS=AMAX_BLOCKS,
+        BLOCK_X=BLOCK_X,
+        BLOCK_C=BLOCK_C,
+    )
+    return packed[0], packed[1]
+
+
+def _amax(query: Tensor, key: Tensor, query_amax: Tensor, key_amax: Tensor) -> None:
+    maps = []
+    for x, amax in ((query, query_amax), (key, key_amax)):
+        axes = sorted(range(1, 4), key=x.stride, reverse=True)  # as they lie in memory
+        strides, sizes = zip(*((x.stride(a), x.shape[a]) for a in axes), strict=True)
+        maps += [(x, strides[2], amax), (x.stride(0), *strides[:2], *sizes)]
+    images = query.shape[0] + key.shape[0]
+    amax_kernel[(images * AMAX_BLOCKS,)](
+        *maps, query.shape[0], AMAX_BLOCKS=AMAX_BLOCKS, BLOCK_O=16, BLOCK_I=64
+    )
+
+
+def _allocate(x: Tensor, padding: int, operands: Operands) -> Packed:
+    n, c, h, w = x.shape
+    c = triton.cdiv(c, BLOCK_C) * BLOCK_C
+    hp, wp = h + 2 * padding, w + 2 * padding
+    rows = n * hp * wp + SLACK
+    return Packed(
+        x.new_empty(rows, operands.stored * c, dtype=operands.dtype),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(n, AMAX_BLOCKS if operands.scaled else 0, dtype=torch.float32),
+        (n, c, hp, wp),
+    )
+
+
+@triton.jit
+def power_of_two_scale(p_amax, AMAX_BLOCKS: tl.constexpr):
+    """The power of two that brings the largest feature of an image into [2**14, 2**15)."""
+    largest = tl.max(tl.load(p_amax + tl.arange(0, AMAX_BLOCKS)), axis=0)
+    exponent = 127 + 14 + 127 - (largest.to(tl.int32, bitcast=True) >> 23)
+    exponent = tl.minimum(tl.maximum(exponent, 1), 254)
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["query_sizes", "key_sizes", "N"])
+def amax_kernel(
+    query,  # the maps as `_amax_block` takes them
+    query_sizes,
+    key,
+    key_sizes,
+    N,
+    AMAX_BLOCKS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """Partial maxima of the finite features of every image."""
+    i_n, i_b = tl.program_id(0) // AMAX_BLOCKS, tl.program_id(0) % AMAX_BLOCKS
+    if i_n < N:
+        _amax_block(query, query_sizes, i_n, i_b, AMAX_BLOCKS, BLOCK_O, BLOCK_I)
+    else:
+        _amax_block(key, key_sizes, i_n - N, i_b, AMAX_BLOCKS, BLOCK_O, BLOCK_I)
+
+
+@triton.jit
+def _amax_block(
+    x,
+    sizes,
+    i_n,
+    i_b,
+    AMAX_BLOCKS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    # The axes of an image are A, B and I, from the outermost in memory to the innermost.
+    p_x, stride_i, p_amax = x
+    stride_n, stride_a, stride_b, A, B, I = sizes  # noqa: E741
+    largest = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    for outer in range(i_b * BLOCK_O, A * B, AMAX_BLOCKS * BLOCK_O):
+        o_o = (outer + tl.arange(0, BLOCK_O)).to(tl.int64)
+        p_o = p_x + i_n.to(tl.int64) * stride_n + o_o // B * stride_a + o_o % B * stride_b
+        for inner in range(0, I, BLOCK_I):
+            o_i = (inner + tl.arange(0, BLOCK_I)).to(tl.int64)
+            mask = (o_o < A * B)[:, None] & (o_i < I)[None, :]
+            b_x = tl.load(p_o[:, None] + (o_i * stride_i)[None, :], mask=mask, other=0.0)
+            b_x = tl.abs(b_x.to(tl.float32))
+            largest = tl.maximum(largest, tl.where(b_x < float("inf"), b_x, 0.0))
+    tl.store(p_amax + i_n * AMAX_BLOCKS + i_b, tl.max(largest))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_sizes",
+        "key_sizes",
+        "NUMEL_BEST",
+        "NUMEL_LOST",
+        "QUERY_PROGRAMS",
+        "C",
+    ]
+)
+def pack_kernel(
+    query,  # the maps as `_pack_pixels` takes them
+    query_sizes,
+    key,
+    key_sizes,
+    p_best,  # [NUMEL_BEST] int64, filled
+    p_lost,  # [NUMEL_LOST] int32, filled
+    NUMEL_BEST,
+    NUMEL_LOST,
+    QUERY_PROGRAMS,
+    C,
+    C_PACKED: tl.constexpr,
+    PADDING: tl.constexpr,
+    SLACK: tl.constexpr,
+    STORED: tl.constexpr,
+    MULTIPLIED: tl.constexpr,
+    SCALED: tl.constexpr,
+    AMAX_BLOCKS: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_b = tl.program_id(0)
+    # The programs have a place for every pixel, so for every query patch and every image.
+    o_fill = i_b.to(tl.int64) * BLOCK_X + tl.arange(0, BLOCK_X)
+    tl.store(p_best + o_fill, tl.full([BLOCK_X], EMPTY, tl.int64), mask=o_fill < NUMEL_BEST)
+    tl.store(p_lost + o_fill, tl.full([BLOCK_X], NO_KEY, tl.int32), mask=o_fill < NUMEL_LOST)
+    if i_b < QUERY_PROGRAMS:
+        _pack_pixels(
+            query,
+            query_sizes,
+            i_b,
+            C,
+            C_PACKED,
+            PADDING,
+            SLACK,
+            STORED,
+            MULTIPLIED,
+            SCALED,
+            AMAX_BLOCKS,
+            BLOCK_X,
+            BLOCK_C,
+        )
+    else:
+        _pack_pixels(
+            key,
+            key_sizes,
+            i_b - QUERY_PROGRAMS,
+            C,
+            C_PACKED,
+            PADDING,
+            SLACK,
+            STORED,
+            MULTIPLIED,
+            SCALED,
+            AMAX_BLOCKS,
+            BLOCK_X,
+            BLOCK_C,
+        )
+
+
+@triton.jit
+def _pack_pixels(
+    x,
+    sizes,
+    i_b,
+    C,
+    C_PACKED: tl.constexpr,
+    PADDING: tl.constexpr,
+    SLACK: tl.constexpr,
+    STORED: tl.constexpr,
+    MULTIPLIED: tl.constexpr,
+    SCALED: tl.constexpr,
+    AMAX_BLOCKS: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    p_x, stride_c, stride_w, p_rows, p_square, p_amax = x  # [N, C, H, W], and what is written
+    stride_n, stride_h, HEIGHTS, H, W, HP, WP, BLOCKS = sizes  # HEIGHTS = N * HP
+    beyond = i_b >= HEIGHTS * BLOCKS  # the slack
+    i_y = tl.where(beyond, HEIGHTS, i_b // BLOCKS).to(tl.int64)
+    i_x = tl.where(beyond, i_b - HEIGHTS * BLOCKS, i_b % BLOCKS)
+    i_n = i_y // HP
+    o_x = i_x * BLOCK_X + tl.arange(0, BLOCK_X)
+    m_x = o_x < tl.where(beyond, SLACK, WP)
+    y, x = i_y % HP - PADDING, o_x - PADDING
+    inside = (i_y < HEIGHTS) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    p_pixel = p_x + i_n * stride_n + y * stride_h + x.to(tl.int64) * stride_w
+
+    total = tl.zeros([BLOCK_X], tl.float32)
+    for c in range(0, C_PACKED, BLOCK_C):
+        o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
+        m_xc = inside[:, None] & (o_c < C)[None, :]
+        # [BLOCK_X, BLOCK_C]
+        b_x = tl.load(p_pixel[:, None] + (o_c * stride_c)[None, :], mask=m_xc, other=0.0)
+        b_x = b_x.to(tl.float32)
+        total += tl.sum(b_x * b_x, axis=1)
+    finite = total <= LARGEST_SQUARE  # NaN compares false
+    scale = 1.0
+    if SCALED:
+        scale = power_of_two_scale(p_amax + tl.where(beyond, 0, i_n) * AMAX_BLOCKS, AMAX_BLOCKS)
+
+    o_row = i_y * WP + o_x
+    square = tl.zeros([BLOCK_X], tl.float32)
+    for c in range(0, C_PACKED, BLOCK_C):
+        o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
+        m_xc = (inside & finite)[:, None] & (o_c < C)[None, :]
+        left = tl.load(p_pixel[:, None] + (o_c * stride_c)[None, :], mask=m_xc, other=0.0)
+        left = left.to(tl.float32) * scale
+        multiplied = tl.zeros([BLOCK_X, BLOCK_C], tl.float32)
+        p_row = p_rows + (o_row * (STORED * C_PACKED))[:, None] + o_c[None, :]
+        for part in tl.static_range(STORED):
+            rounded = left.to(p_rows.dtype.element_ty)
+            tl.store(p_row + part * C_PACKED, rounded, mask=m_x[:, None])
+            left -= rounded.to(tl.float32)
+            if part < MULTIPLIED:
+                multiplied += rounded.to(tl.float32)
+        square += tl.sum(multiplied * multiplied, axis=1)
+    tl.store(p_square + o_row, tl.where(finite, square, float("nan")), mask=m_x)

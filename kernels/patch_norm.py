@@ -1,0 +1,165 @@
+"""Norms of patches, from the squared norms of pixels, and the scale they give a key.
+
+A score is `total * scale`: `total` is the inner product of two patches and `scale` one over the
+norm of the key patch, or NaN for a key that may not be matched (`best.py`). A key patch that is not
+finite is not matched either; the lowest index of such a one, if it was allowed, goes to `lost`, and
+`finish.py` turns the scores of the whole image into NaN.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed, power_of_two_scale
+
+BLOCK = 128
+
+
+def patch_norm(
+    key: Packed,
+    key_mask: Tensor | None,  # [N or 1, HKo, WKo]
+    lost: Tensor,  # [N or 1], merged into
+    kernel_size: int,
+    normalize: bool,
+    eps: float,
+    scaled: bool,
+) -> Tensor:  # [N or 1, HKo, WKo]
+    """The scale of every key patch, for the algorithms that read it more than once."""
+    n, _, hp, wp = key.size
+    grid = (len(lost), hp - kernel_size + 1, wp - kernel_size + 1)
+    scale = key.square.new_empty(grid)
+    blocks = triton.cdiv(grid[1] * grid[2], BLOCK)
+    patch_norm_kernel[(len(lost) * blocks,)](
+        key.square,
+        key.amax,
+        key_mask,
+        scale,
+        lost,
+        image_stride(n, hp * wp),
+        image_stride(n, AMAX_BLOCKS),
+        mask_stride(key_mask),
+        wp,
+        *grid[1:],
+        blocks,
+        eps,
+        KERNEL=kernel_size,
+        NORMALIZE=normalize,
+        MASKED=key_mask is not None,
+        SCALED=scaled,
+        AMAX_BLOCKS=AMAX_BLOCKS,
+        BLOCK=BLOCK,
+    )
+    return scale
+
+
+def image_stride(images: int, stride: int) -> int:
+    """The stride of an axis of images, 0 if one serves all."""
+    return stride if images > 1 else 0
+
+
+def mask_stride(key_mask: Tensor | None) -> int:
+    """The stride of the images of a contiguous mask."""
+    return 0 if key_mask is None else image_stride(key_mask.shape[0], key_mask[0].numel())
+
+
+@triton.jit
+def box_sum(
+    p_first,  # [BLOCK] pointers to the squared norm of the first pixel of every patch
+    m_p,  # [BLOCK]
+    WP,
+    KERNEL: tl.constexpr,
+):  # [BLOCK] squared norm of every patch
+    # As one tile, whose sums then move to where they are needed: nine vectors would be loaded again
+    # by every warp that needs them.
+    TAPS: tl.constexpr = 1 if KERNEL == 1 else 16 if KERNEL == 3 else 32 if KERNEL == 5 else 64
+    tap = tl.arange(0, TAPS)
+    o_tap = tap // KERNEL * WP + tap % KERNEL
+    mask = m_p[:, None] & (tap < KERNEL * KERNEL)[None, :]
+    return tl.sum(tl.load(p_first[:, None] + o_tap[None, :], mask=mask, other=0.0), axis=1)
+
+
+@triton.jit
+def scaled_eps(eps, p_amax, SCALED: tl.constexpr, AMAX_BLOCKS: tl.constexpr):
+    """The lower bound of a norm, in units of the packed map; never 0."""
+    if SCALED:
+        eps = tl.maximum(eps * power_of_two_scale(p_amax, AMAX_BLOCKS), 1e-30)
+    return eps
+
+
+@triton.jit
+def key_scale(
+    p_first,  # [BLOCK] as in box_sum
+    p_mask,  # [BLOCK] pointers into the mask, unless MASKED is False
+    p_lost,
+    o_i,  # [BLOCK] indices of the keys
+    m_k,  # [BLOCK] False for what is no key
+    WP,
+    eps,
+    KERNEL: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # [BLOCK]
+    squared = box_sum(p_first, m_k, WP, KERNEL)
+    finite = squared < float("inf")  # NaN compares false
+    if MASKED:
+        m_k = m_k & (tl.load(p_mask, mask=m_k, other=0) != 0)
+    tl.atomic_min(p_lost + o_i * 0, o_i, mask=m_k & ~finite, sem="relaxed")
+    scale = tl.full(squared.shape, 1.0, tl.float32)
+    if NORMALIZE:
+        scale = 1.0 / tl.maximum(tl.sqrt(tl.where(finite, squared, 1.0)), eps)
+    return tl.where(m_k & finite, scale, float("nan"))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_square",
+        "stride_amax",
+        "stride_mask",
+        "WP",
+        "HKO",
+        "WKO",
+        "BLOCKS",
+    ]
+)
+def patch_norm_kernel(
+    p_square,  # [N or 1, HP, WP]
+    p_amax,  # [N or 1, AMAX_BLOCKS]
+    p_mask,  # [N or 1, HKO, WKO]
+    p_scale,  # [N or 1, HKO, WKO], written
+    p_lost,  # [N or 1]
+    stride_square,
+    stride_amax,
+    stride_mask,
+    WP,
+    HKO,
+    WKO,
+    BLOCKS,
+    eps: tl.float32,
+    KERNEL: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    AMAX_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_n, i_b = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
+    o_i = i_b * BLOCK + tl.arange(0, BLOCK)
+    m_k = o_i < HKO * WKO
+    eps = scaled_eps(eps, p_amax + i_n * stride_amax, SCALED, AMAX_BLOCKS)
+    p_first = p_square + i_n * stride_square + (o_i // WKO * WP + o_i % WKO)
+    p_allowed = o_i
+    if MASKED:
+        p_allowed = p_mask + i_n * stride_mask + o_i
+    scale = key_scale(
+        p_first, p_allowed, p_lost + i_n, o_i, m_k, WP, eps, KERNEL, NORMALIZE, MASKED
+    )
+    tl.store(p_scale + i_n * (HKO * WKO) + o_i, scale, mask=m_k)
+
+
+@triton.jit
+def load_scale(
+    p_scale,  # [BLOCK] pointers
+    m_k,  # [BLOCK]
+):  # [BLOCK]
+    """What `patch_norm` stored; as a tile, for the reason given in `box_sum`."""
+    return tl.sum(tl.load(p_scale[:, None], mask=m_k[:, None], other=float("nan")), axis=1)

@@ -1,0 +1,371 @@
+"""The Triton search, algorithm by algorithm: in the interpreter, or on a GPU if one is tested."""
+
+import pytest
+import torch
+
+from tests import cases
+from tests.checks import assert_same_choice
+from ttsr_fast import Match, backends, reference, search
+from ttsr_fast.kernels import box_max, direct_search, rolled_search, tiles
+from ttsr_fast.kernels import search as kernels
+from ttsr_fast.kernels.tiles import Tile
+
+# NumPy's word for a query that a tile holds no key for; the interpreter computes with it.
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
+each = pytest.mark.parametrize
+every_algorithm = each("algorithm", kernels.ALGORITHMS)
+PRECISIONS = ("fp32", "tf32", "fp16x3", "fp16", "bf16")
+SHAPES = (
+    "one_pixel",
+    "one_key",
+    "one_query",
+    "rows",
+    "row_column",
+    "primes",
+    "batch_of_one_key",
+    "tile_129",
+)
+SMALL = Tile(16, 16, 64, 4, 2)
+
+
+def run(
+    algorithm,
+    query,
+    key,
+    mask=None,
+    *,
+    kernel_size=3,
+    padding=1,
+    normalize="both",
+    eps=1e-12,
+    precision="fp32",
+    tile=None,
+):
+    shrink = kernel_size - 1 - 2 * padding
+    n, _, h, w = query.shape
+    score = query.new_empty(n, h - shrink, w - shrink, dtype=torch.float32)
+    index = torch.empty_like(score, dtype=torch.int64)
+    options = (kernel_size, padding, normalize, eps, precision)
+    kernels.search(query, key, mask, score, index, *options, algorithm=algorithm, tile=tile)
+    return Match(score, index)
+
+
+def maps(query=(2, 20, 7, 11), key=(2, 20, 6, 13), name="signed"):
+    return (cases.FEATURES[name](*size) for size in (query, key))
+
+
+@every_algorithm
+@each("name", SHAPES)
+def test_shapes(algorithm, name):
+    query, key = (torch.randn(size) for size in cases.SEARCH_SHAPES[name])
+    assert_same_choice(run(algorithm, query, key), query, key)
+
+
+@every_algorithm
+@each("precision", PRECISIONS)
+@each("name", ["signed", "after_relu"])
+def test_precisions(algorithm, precision, name):
+    query, key = maps(name=name)
+    match = run(algorithm, query, key, precision=precision)
+    assert_same_choice(match, query, key, precision=precision)
+
+
+@every_algorithm
+@each("dtype", cases.HALF_DTYPES, ids=str)
+def test_16_bit_features_are_multiplied_as_they_are(algorithm, dtype):
+    query, key = (x.to(dtype) for x in maps())
+    assert_same_choice(run(algorithm, query, key, precision="fp32"), query, key)
+
+
+@each("masked", [False, True], ids=["all_keys", "masked"])
+@each(("kernel_size", "padding"), cases.PATCHES)
+def test_patches(kernel_size, padding, masked):
+    query, key = maps((1, 3, 8, 9), (1, 3, 9, 8))
+    options = {"kernel_size": kernel_size, "padding": padding}
+    grid = [n + 2 * padding - kernel_size + 1 for n in key.shape[2:]]
+    mask = torch.rand(1, *grid) < 0.3 if masked else None
+    match = run("direct", query, key, mask, normalize="key", **options)
+    assert_same_choice(match, query, key, mask, normalize="key", **options)
+
+
+@every_algorithm
+@each("normalize", cases.NORMALIZATIONS)
+@each(("padding", "masks"), [(0, 0), (0, 2), (1, 1)])
+def test_options(algorithm, normalize, padding, masks):
+    query, key = maps((2, 3, 7, 8), (1, 3, 6, 9))
+    options = {"padding": padding, "normalize": normalize}
+    grid = (masks, 6 - 2 + 2 * padding, 9 - 2 + 2 * padding)
+    mask = torch.rand(grid) < 0.4 if masks else None
+    match = run(algorithm, query, key, mask, precision="fp16x3", **options)
+    key, mask = (x if x is None else x.expand(2, *x.shape[1:]) for x in (key, mask))
+    assert_same_choice(match, query, key, mask, precision="fp16x3", **options)
+
+
+@each("algorithm", ["rolled", "direct"])
+@each("precision", ["fp32", "fp16x3"])
+def test_tails_of_tiles(algorithm, precision):
+    query, key = maps((1, 70, 3, 17), (1, 70, 4, 19))
+    match = run(algorithm, query, key, precision=precision, tile=SMALL)
+    assert_same_choice(match, query, key, precision=precision)
+
+
+def test_slab_in_blocks(monkeypatch):
+    """Three images in a ring for two, and blocks that overlap the ones before them."""
+    monkeypatch.setattr(box_max, "WIDTH", 8)
+    monkeypatch.setattr(box_max, "RING_BYTES", 4 * 2 * 40 * 40)
+    query, key = maps((3, 5, 7, 13), (3, 5, 5, 9))
+    assert len(box_max._blocks(7, 13, 57)) > 2
+    assert_same_choice(run("slab", query, key, tile=SMALL), query, key)
+
+
+@each("programs", [1, 1000])
+def test_direct_with_splits(monkeypatch, programs):
+    monkeypatch.setattr(direct_search, "PROGRAMS", programs)
+    query, key = maps((1, 4, 3, 11), (1, 4, 9, 13))
+    assert_same_choice(run("direct", query, key, tile=SMALL), query, key)
+
+
+@each("descriptors", [False, True])
+@each("lazy", [False, True])
+@each("algorithm", ["rolled", "direct"])
+def test_what_depends_on_the_target(monkeypatch, algorithm, lazy, descriptors):
+    monkeypatch.setattr(tiles, "has_descriptors", lambda: descriptors)
+    monkeypatch.setattr(tiles, "lazy", lambda: lazy)
+    if descriptors and tiles.target() == "sm_80":
+        return
+    query, key = maps((1, 4, 5, 9), (1, 4, 4, 11))
+    assert_same_choice(run(algorithm, query, key, tile=SMALL), query, key)
+
+
+@every_algorithm
+@each("precision", ["fp32", "fp16x3", "bf16"])
+def test_ties_of_integers(monkeypatch, algorithm, precision):
+    """Across tiles, walks, splits and blocks, with sums that are exact."""
+    monkeypatch.setattr(box_max, "WIDTH", 8)
+    monkeypatch.setattr(box_max, "RING_BYTES", 4 * 40 * 40)
+    query, key = cases.integers(1, 2, 4, 5), cases.integers(1, 2, 6, 21)
+    score, index = reference.search(query, key, normalize="none")
+    match = run(algorithm, query, key, normalize="none", precision=precision, tile=SMALL)
+    assert torch.equal(match.score, score) and torch.equal(match.index, index)
+
+
+@every_algorithm
+@each("precision", ["fp32", "fp16x3"])
+def test_first_of_identical_patches_wins(monkeypatch, algorithm, precision):
+    monkeypatch.setattr(box_max, "WIDTH", 8)
+    monkeypatch.setattr(box_max, "RING_BYTES", 4 * 40 * 40)
+    patch = torch.randn(1, 5, 3, 3)
+    query, key = maps((1, 5, 3, 5), (1, 5, 8, 21))
+    places = [(6, 17), (6, 2), (1, 15)]  # from the last to the first
+    query[..., 1:4] = patch
+    for y, x in places:
+        key[..., y - 1 : y + 2, x - 1 : x + 2] = patch
+        match = run(algorithm, query, key, precision=precision, tile=SMALL)
+        assert match.index[0, 1, 2].item() == y * 21 + x
+    assert_same_choice(match, query, key, precision=precision)
+
+
+@every_algorithm
+@each("precision", ["fp32", "fp16x3", "fp16"])
+@each("factor", [1e-9, 1e9])
+def test_magnitudes(algorithm, precision, factor):
+    """Images of very different magnitude in one batch."""
+    query, key = maps((2, 20, 4, 5), (2, 20, 5, 6), name="after_relu")
+    query[1] *= factor
+    key[0] *= factor
+    match = run(algorithm, query, key, precision=precision)
+    assert_same_choice(match, query, key, precision=precision)
+
+
+@every_algorithm
+@each("precision", ["fp32", "fp16x3", "fp16"])
+def test_eps_and_zeros(algorithm, precision):
+    query, key = torch.randn(1, 3, 5, 6), torch.randn(1, 3, 6, 7) * torch.rand(1, 1, 6, 7)
+    query[..., :4, :4] = 0
+    match = run(algorithm, query, key, eps=2.0, precision=precision)
+    assert_same_choice(match, query, key, eps=2.0, precision=precision)
+    assert match.score[0, :3, :3].eq(0).all() and match.index[0, :3, :3].eq(0).all()
+    zeros = torch.zeros_like(key)
+    match = run(algorithm, query, zeros, precision=precision)
+    assert match.score.eq(0).all() and match.index.eq(0).all()
+
+
+@every_algorithm
+@each(
+    ("precision", "bad"),
+    [("fp32", float("nan")), ("fp32", float("-inf")), ("fp16x3", float("inf"))],
+)
+def test_not_finite(algorithm, precision, bad):
+    query, key = maps((2, 3, 5, 7), (2, 3, 6, 8))
+    mask = torch.ones(2, 6, 8, dtype=torch.bool)
+    mask[:, 0] = mask[1, 1:4, 2:5] = False
+    clean = run(algorithm, query, key, mask, precision=precision)
+    query[0, 1, 2, 4] = bad
+    key[1, 2, 2, 3] = bad
+    match = run(algorithm, query, key, mask, precision=precision)
+    touched = torch.zeros(2, 5, 7, dtype=torch.bool)
+    touched[0, 1:4, 3:6] = True
+    assert torch.equal(match.score.isnan(), touched)
+    assert match.index[touched].eq(8).all(), "the first key that is not masked"
+    assert torch.equal(match.index[~touched], clean.index[~touched]), (
+        "a masked key has no influence"
+    )
+    torch.testing.assert_close(match.score[~touched], clean.score[~touched], rtol=0, atol=1e-6)
+    match = run(algorithm, query, key, precision=precision)
+    assert match.score[1].isnan().all()
+    assert match.index[1].eq(1 * 8 + 2).all(), "the first key patch that holds it"
+
+
+@every_algorithm
+def test_all_keys_masked(algorithm):
+    """Where it cannot be refused without waiting for the device."""
+    query, key = maps((2, 3, 4, 5), (2, 3, 3, 4))
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    mask[1] = False
+    match = run(algorithm, query, key, mask)
+    assert not match.score[0].isnan().any() and match.score[1].isnan().all()
+    assert match.index[1].eq(0).all()
+
+
+@each("layout", cases.LAYOUTS)
+def test_layouts(layout):
+    query, key = (cases.LAYOUTS[layout](x) for x in maps((2, 6, 5, 4), (2, 6, 4, 6)))
+    assert_same_choice(run("direct", query, key), query, key)
+    match = run("direct", query, key, precision="fp16x3")
+    assert_same_choice(match, query, key, precision="fp16x3")
+
+
+@each(
+    ("precision", "dtype", "launches"),
+    [
+        ("fp32", torch.float32, 3),
+        ("tf32", torch.float32, 3),
+        ("bf16", torch.float32, 3),
+        ("fp16", torch.float16, 3),
+        ("fp16x3", torch.float32, 4),
+    ],
+)
+def test_launches_at_training_size(monkeypatch, precision, dtype, launches):
+    """Of kernels, for whole batches; scaling takes one more."""
+    query, key = (torch.randn(9, 1, 40, 40).to(dtype) for _ in range(2))
+    assert kernels.choose(query, key, 3, precision) == "direct"
+    started = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: started.append(grid)
+
+    for module, name in (
+        (kernels.pack.__globals__, "amax_kernel"),
+        (kernels.pack.__globals__, "pack_kernel"),
+        (kernels.patch_norm.__globals__, "patch_norm_kernel"),
+        (kernels.direct_search.__globals__, "direct_search_kernel"),
+        (kernels.finish.__globals__, "finish_kernel"),
+    ):
+        monkeypatch.setitem(module, name, Kernel())
+    run(None, query, key, precision=precision)
+    assert len(started) == launches
+
+
+def test_as_a_backend():
+    query, key = (x.requires_grad_() for x in maps((1, 8, 5, 6), (1, 8, 6, 5)))
+    options = {"key_mask": torch.rand(1, 6, 5) < 0.7}
+    results = []
+    for backend in ("triton", "reference"):
+        match = search(query, key, backend=backend, **options)
+        grads = torch.autograd.grad((match.score * match.score.detach()).sum(), (query, key))
+        results.append((*match, *grads))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_compiles_without_a_break():
+    query, key = maps((1, 4, 4, 5), (1, 4, 5, 4))
+    compiled = torch.compile(
+        lambda q, k: search(q, k, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    for ours, expected in zip(compiled(query, key), search(query, key), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_what_an_algorithm_declines():
+    query, key = maps()
+    for algorithm in ("slab", "rolled"):
+        assert kernels.why_not(algorithm, torch.float32, 5, "fp32") == (
+            "it is for patches of 3x3, not of 5x5"
+        )
+        with pytest.raises(RuntimeError, match=f"{algorithm!r} cannot do this .* 3x3, not of 7x7"):
+            run(algorithm, query, key, kernel_size=7, padding=3)
+    with pytest.raises(ValueError, match="algorithm must be one of .*, got 'fastest'"):
+        run("fastest", query, key)
+    assert kernels.choose(query, key, 5, "fp32") == "direct"
+
+
+def test_rocm_has_another_choice(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    large = torch.empty(1).expand(1, 4, 400, 400)
+    assert "float32 result on ROCm" in kernels.why_not("slab", torch.float32, 3, "fp16x3")
+    assert kernels.choose(large, large, 3, "fp16x3") == "rolled"
+    assert kernels.choose(large, large, 3, "fp32") == "slab"
+
+
+def test_the_choice_by_size():
+    small, large = (torch.empty(1).expand(1, 4, n, n) for n in (40, 400))
+    assert kernels.choose(small, small, 3, "fp16") == "direct"
+    assert kernels.choose(large, large, 3, "fp16") == "rolled"
+    assert kernels.choose(large, large, 3, "fp16x3") == "slab"
+    assert kernels.choose(large, large, 5, "fp16") == "direct"
+
+
+def test_table_and_candidates():
+    for (algorithm, _, _), tile in tiles.TABLE.items():
+        assert tile in [*tiles.candidates(algorithm)], "what is shipped can be proposed again"
+        assert 64 % tile.block_c == 0
+    assert tiles.tile("slab", "float16") == tiles.SAFE["slab"]
+
+
+def test_double_is_declined():
+    query, key = (x.double() for x in maps())
+    with pytest.raises(
+        RuntimeError, match="'triton' cannot run on .*float32, float16 and bfloat16"
+    ):
+        search(query, key, backend="triton")
+
+
+@each(
+    ("version", "interpret", "reason"),
+    [
+        ("3.5.1", True, "it needs Triton 3.6 or newer, this is 3.5.1"),
+        ("3.6.0+git", False, "CUDA and ROCm; TRITON_INTERPRET=1 interprets them"),
+        ("3.10.0", True, None),
+    ],
+)
+def test_why_triton_cannot_run(monkeypatch, version, interpret, reason):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
+    why = backends._why_not_triton.__wrapped__(torch.device("cpu"))
+    assert why is None if reason is None else reason in why
+
+
+def test_missing_triton_is_explained(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    why = backends._why_not_triton.__wrapped__(torch.device("cuda"))
+    assert "install triton>=3.6" in why
+
+
+def test_old_gpu_is_explained(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    why = backends._why_not_triton.__wrapped__(torch.device("cuda"))
+    assert why == "it needs compute capability 8.0 or newer, this device has (7, 5)"
+
+
+def test_rolled_reads_by_descriptor_where_there_are_any(monkeypatch):
+    rows = maps().__next__().permute(0, 2, 3, 1).reshape(-1, 20)
+    packed = type("Packed", (), {"rows": rows})
+    assert rolled_search._rows(packed, 16, 4, False) is rows
+    assert rolled_search._rows(packed, 16, 4, True).block_shape == [16, 4]

@@ -1,0 +1,109 @@
+"""Which choices of a low-precision search are proven to be those of an exact one."""
+
+import torch
+from torch import Tensor
+
+from ttsr_fast import portable
+from ttsr_fast.functional import Match
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_SLACK = 2e-6  # errors of float32 in a cosine
+_EPS = 1e-12
+
+
+def certified(
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N or 1, C, HK, WK]
+    match: Match,
+    *,
+    precision: str,
+    kernel_size: int = 3,
+    padding: int | None = None,
+    key_mask: Tensor | None = None,  # [N or 1, HK, WK] bool
+) -> Tensor:  # [N, H, W] bool
+    r"""Where rounding the features cannot have changed which key is the most similar.
+
+    `search` with `precision="fp16"` or `"bf16"` chooses by rounded features. If rounding turns a
+    patch x by the angle :math:`\theta_x` at most, with
+    :math:`\sin \theta_x = \|\tilde{x} - x\| / \|x\|`, the angle between two patches changes by at
+    most the sum of theirs. So with b and s the rounded cosines of the chosen key and of the best
+    other one, the choice for query j is certain if
+
+    .. math::
+        \arccos s - \max_i \theta_i - \theta_j > \arccos b + \theta_{\text{index}_j} + \theta_j.
+
+    `certified(...).float().mean()` is the share of certain queries. A query whose two best keys are
+    equal is not certain, nor is one whose score is NaN.
+
+    Args:
+        query: `[N, C, H, W]`, as given to `search`.
+        key: `[N, C, HK, WK]` or `[1, C, HK, WK]`, as given to `search`.
+        match: what `search` returned for them, under `normalize="both"` or `"key"`.
+        precision: `"fp16"` or `"bf16"`: what the features were rounded to.
+        kernel_size: as given to `search`.
+        padding: as given to `search`.
+        key_mask: as given to `search`.
+
+    Returns:
+        `[N, H, W]`, bool. Cost: a search in plain PyTorch, whatever the backend of `match`.
+
+    Raises:
+        ValueError: `precision` rounds nothing or is unknown, or `match` has another grid.
+    """
+    if precision not in _DTYPES:
+        raise ValueError(f"precision must be one of {tuple(_DTYPES)}, got {precision!r}")
+    padding = kernel_size // 2 if padding is None else padding
+    grid = [query.shape[0], *(n + 2 * padding - kernel_size + 1 for n in query.shape[2:])]
+    if list(match.index.shape) != grid:
+        raise ValueError(f"match must have the query grid {grid}, got {list(match.index.shape)}")
+    query, key = query.detach().float(), key.detach().float()
+    rounded = [_rounded(x, _DTYPES[precision]) for x in (query, key)]
+    angle_q, angle_k = (
+        _angle(x, y, kernel_size, padding) for x, y in zip((query, key), rounded, strict=True)
+    )
+    if key_mask is not None:
+        angle_k = angle_k.masked_fill(~key_mask, 0)
+    flat = angle_k.flatten(1).expand(len(query), -1)
+    angle_best = flat.gather(1, match.index.flatten(1)).view(grid)
+    best = _cosine_at(*rounded, match.index, kernel_size, padding)
+    other = torch.empty_like(best)
+    portable.search(
+        *rounded,
+        key_mask,
+        other,
+        torch.empty_like(match.index),
+        kernel_size,
+        padding,
+        "both",
+        _EPS,
+        "fp32",
+        barred=match.index,
+    )
+    nearest = torch.acos((best - _SLACK).clamp(-1, 1)) + angle_best + angle_q
+    next_one = torch.acos((other + _SLACK).clamp(-1, 1)) - flat.amax(1)[:, None, None] - angle_q
+    return next_one > nearest  # NaN compares false
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype` and back; near the top of float16's range, as the kernels do it."""
+    if dtype == torch.bfloat16:
+        return x.to(dtype).float()
+    largest = x.abs().nan_to_num(0, 0, 0).flatten(1).amax(1).clamp(min=1e-30)[:, None, None, None]
+    scale = torch.exp2(14 - largest.log2().floor())
+    return (x * scale).to(dtype).float() / scale
+
+
+def _angle(x: Tensor, rounded: Tensor, kernel_size: int, padding: int) -> Tensor:
+    """The angle by which rounding turns every patch, [N, Ho, Wo]; a patch of zeros stays one."""
+    error, norm = (portable.patch_norm(y, kernel_size, padding)[:, 0] for y in (x - rounded, x))
+    return torch.where(norm > 0, torch.asin((error / norm).clamp(max=1)), 0)
+
+
+def _cosine_at(
+    query: Tensor, key: Tensor, index: Tensor, kernel_size: int, padding: int
+) -> Tensor:  # [N, Ho, Wo]
+    norms = [portable.patch_norm(x, kernel_size, padding)[:, 0] for x in (query, key)]
+    product = torch.empty_like(norms[0])
+    portable.gather_dot(key, query, index, product, 1, kernel_size, padding, "none")
+    norm_k = norms[1].flatten(1).expand(len(index), -1).gather(1, index.flatten(1))
+    return product / norms[0].clamp(min=_EPS) / norm_k.view_as(index).clamp(min=_EPS)
