@@ -9,6 +9,7 @@ ENVIRONMENT := .venv/installed
 PEERS := .venv/installed-peers
 OLDEST_TRITON := 3.6.0
 OLDEST := .venv-oldest
+WITH_OLDEST := PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python
 LIBRARY := ttsr_fast/_C.abi3.so
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
 BUILD_FILES := setup.py ttsr_fast/build.py $(KERNELS) $(ENVIRONMENT)
@@ -49,8 +50,8 @@ test: build  ## run the tests
 
 # Next to everything else in .venv: a second torch would be 200 MB for the same tests.
 test-oldest-triton: build $(OLDEST)/installed  ## test and compile the Triton kernels with the oldest Triton
-	PYTHONPATH="$(CURDIR)/$(OLDEST)" OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadgroup \
+	$(WITH_OLDEST) -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)'"
+	OMP_NUM_THREADS=1 $(WITH_OLDEST) -m pytest --quiet -n auto --maxprocesses 4 --dist loadgroup \
 	tests/test_offline.py tests/test_kernels.py
 
 $(OLDEST)/installed: Makefile $(ENVIRONMENT)

@@ -57,18 +57,18 @@ def certified(
     if list(match.index.shape) != grid:
         raise ValueError(f"match must have the query grid {grid}, got {list(match.index.shape)}")
     query, key = query.detach().float(), key.detach().float()
-    rounded = [_rounded(x, _DTYPES[precision]) for x in (query, key)]
-    angle_q, angle_k = (
-        _angle(x, y, kernel_size, padding) for x, y in zip((query, key), rounded, strict=True)
-    )
+    rounded_q, rounded_k = (_rounded(x, _DTYPES[precision]) for x in (query, key))
+    angle_q = _angle(query, rounded_q, kernel_size, padding)
+    angle_k = _angle(key, rounded_k, kernel_size, padding)
     if key_mask is not None:
         angle_k = angle_k.masked_fill(~key_mask, 0)
     flat = angle_k.flatten(1).expand(len(query), -1)
     angle_best = flat.gather(1, match.index.flatten(1)).view(grid)
-    best = _cosine_at(*rounded, match.index, kernel_size, padding)
+    best = _cosine_at(rounded_q, rounded_k, match.index, kernel_size, padding)
     other = torch.empty_like(best)
     portable.search(
-        *rounded,
+        rounded_q,
+        rounded_k,
         key_mask,
         other,
         torch.empty_like(match.index),

@@ -115,7 +115,8 @@ def _search_image(
         if barred is not None:
             y, x = barred[y_q : y_q + n_q] // cols_k - y_k, barred[y_q : y_q + n_q] % cols_k - x_k
             hit = (y >= 0) & (y < n_k) & (x >= 0) & (x < n_x)
-            total[(*hit.nonzero(as_tuple=True), y[hit], x[hit])] = float("-inf")
+            at_y, at_x = hit.nonzero(as_tuple=True)
+            total[at_y, at_x, y[hit], x[hit]] = float("-inf")
         value, where = total.flatten(2).max(dim=2)
         where = (y_k + where // n_x) * cols_k + x_k + where % n_x
         best, best_index = score[y_q : y_q + n_q], index[y_q : y_q + n_q]
