@@ -74,11 +74,10 @@ def choose(query: Tensor, key: Tensor, kernel_size: int, precision: str) -> str:
     pairs = query.shape[0] * query[0, 0].numel() * key[0, 0].numel()
     how = operands(query.dtype, precision)
     one_product = how.multiplied == 1 and how.dtype != torch.float32
-    order = ("rolled", "slab") if one_product else ("slab", "rolled")
-    if pairs <= DIRECT_PAIRS:
-        order = ("direct", *order)
+    order = ["rolled", "slab"] if one_product else ["slab", "rolled"]
+    order.insert(0 if pairs <= DIRECT_PAIRS else 2, "direct")
     limits = (query.dtype, kernel_size, precision)
-    return next(name for name in (*order, "direct") if why_not(name, *limits) is None)
+    return next(name for name in order if why_not(name, *limits) is None)
 
 
 def why_not(algorithm: str, dtype: torch.dtype, kernel_size: int, precision: str) -> str | None:

@@ -14,7 +14,7 @@ TAU = {
     torch.bfloat16: 1e-6,
 }
 # How far below it may lie if the features may be rounded for the choice.
-ROUNDING = {"fp16": 2**-10, "bf16": 2**-7}
+ROUNDING = {"fp16": 2**-10, "bf16": 2**-7, "tf32": 2**-9}
 # What an error may always be, relative to the largest element: PyTorch's own can be zero by chance,
 # and in float64 it is by construction. 16-bit results are summed in float32 and rounded once.
 SPARE = {

