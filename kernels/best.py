@@ -19,7 +19,7 @@ def encode(
     score,  # [...] float32
     index,  # [...] int32, not negative
 ):  # [...] int64
-    bits = score.to(tl.int32, bitcast=True)
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(tl.int64) << 32) | (index ^ NO_KEY).to(tl.int64)
 

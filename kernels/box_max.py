@@ -102,7 +102,7 @@ def _operand(
 def _multiply(a: Tensor, b: Tensor, out: Tensor, operands: Operands) -> None:
     a, b = (x.expand(len(out), -1, -1) for x in (a, b))
     if a.dtype == torch.float32:
-        with matmul_precision("high" if operands.input_precision == "tf32" else "highest"):
+        with matmul_precision(operands.input_precision):
             torch.bmm(a, b, out=out)
     elif a.is_cuda:
         torch.ops.aten.bmm.dtype_out(a, b, torch.float32, out=out)
@@ -112,13 +112,14 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, operands: Operands) -> None:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """PyTorch's setting for products of float32, for a while."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    """PyTorch's setting for products of float32 on GPUs, for a while."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = precision
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setting.fp32_precision = before
 
 
 def box_max(

@@ -144,6 +144,7 @@ def direct_search_kernel(
     TAPS: tl.constexpr = KERNEL * KERNEL
     STEPS: tl.constexpr = C // BLOCK_C
     SECTIONS: tl.constexpr = 2 * MULTIPLIED - 1
+    PER_TAP: tl.constexpr = (p_query.dtype.element_ty == tl.float32) & (INPUT_PRECISION == "ieee")
     eps = scaled_eps(eps, p_amax + i_n * stride_amax, SCALED, AMAX_BLOCKS)
 
     o_c = tl.arange(0, BLOCK_C)
@@ -160,13 +161,19 @@ def direct_search_kernel(
         m_k = (o_k < HKO * WKP) & (o_k % WKP < WKO)
         p_k = p_key + (i_n * stride_key + i_k * BLOCK_K) * WIDTH
         b_t = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+        b_taps = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         for step in range(SECTIONS * TAPS * STEPS):
+            if PER_TAP:  # noqa: SIM102  # as 9 * C sums in one chain would lose too much
+                if step % STEPS == 0:
+                    b_taps += b_t
+                    b_t = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
             section, tap, c = step // (TAPS * STEPS), step // STEPS % TAPS, step % STEPS * BLOCK_C
             dy, dx = tap // KERNEL, tap % KERNEL
             c_q, c_k = columns(section, c, C, MULTIPLIED)
             b_q = tl.load(p_q + ((dy * WP + dx).to(tl.int64) * WIDTH + c_q) + o_qc)
             b_k = tl.load(p_k + ((dy * WKP + dx).to(tl.int64) * WIDTH + c_k) + o_kc)
             b_t = multiply_add(b_q, b_k, b_t, INPUT_PRECISION)
+        b_t += b_taps
         o_i = o_k // WKP * WKO + o_k % WKP
         p_allowed = o_i
         if MASKED:

@@ -9,7 +9,7 @@ from ttsr_fast.kernels.operands import Operands
 from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed, power_of_two_scale
 from ttsr_fast.kernels.patch_norm import box_sum, image_stride, mask_stride, scaled_eps
 
-BLOCK_Q, BLOCK_C = 16, 64
+BLOCK_Q, BLOCK_C = 16, 32
 
 
 def finish(

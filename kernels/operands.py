@@ -33,8 +33,11 @@ class Operands:
 
     @property
     def exact(self) -> bool:
-        """Whether the scores of the search are those of the features as given."""
-        return self.stored == 1 and self.input_precision == "ieee"
+        """Whether the scores of the search are those of the features as given.
+
+        Those of tensor cores are not: they round every partial sum towards zero.
+        """
+        return self.dtype == torch.float32 and self.input_precision == "ieee"
 
     @property
     def name(self) -> str:

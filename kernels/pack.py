@@ -20,8 +20,8 @@ from ttsr_fast.kernels.operands import Operands
 SLACK = 288  # rows; no tile of up to 256 patches reads further beyond the last pixel
 AMAX_BLOCKS = 64  # partial maxima of an image
 BLOCK_X, BLOCK_C = 32, 64  # pixels and channels of a program; channels are padded to whole blocks
-# A pixel whose squared norm exceeds this is not finite: nine of them would overflow float32.
-LARGEST_SQUARE = tl.constexpr(2.0**124)
+# A pixel of a larger norm is not finite: the sum of nine such squares would overflow float32.
+LARGEST = tl.constexpr(2.0**62)
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,8 @@ def pack(
     maps, programs = [], []
     for x, to in zip((query, key), packed, strict=True):
         n, _, hp, wp = to.size
-        stride_n, stride_c, stride_h, stride_w = x.stride()
         blocks = triton.cdiv(wp, BLOCK_X)
-        maps.append((x, stride_c, stride_w, to.rows, to.square, to.amax))
-        maps.append((stride_n, stride_h, n * hp, *x.shape[2:], hp, wp, blocks))
+        maps += [x, *x.stride(), n * hp, *x.shape[2:], hp, wp, blocks, to.rows, to.square, to.amax]
         programs.append(n * hp * blocks + triton.cdiv(SLACK, BLOCK_X))
     pack_kernel[(sum(programs),)](
         *maps,
@@ -87,8 +85,7 @@ def _amax(query: Tensor, key: Tensor, query_amax: Tensor, key_amax: Tensor) -> N
     maps = []
     for x, amax in ((query, query_amax), (key, key_amax)):
         axes = sorted(range(1, 4), key=x.stride, reverse=True)  # as they lie in memory
-        strides, sizes = zip(*((x.stride(a), x.shape[a]) for a in axes), strict=True)
-        maps += [(x, strides[2], amax), (x.stride(0), *strides[:2], *sizes)]
+        maps += [x, x.stride(0), *(x.stride(a) for a in axes), *(x.shape[a] for a in axes), amax]
     images = query.shape[0] + key.shape[0]
     amax_kernel[(images * AMAX_BLOCKS,)](
         *maps, query.shape[0], AMAX_BLOCKS=AMAX_BLOCKS, BLOCK_O=16, BLOCK_I=64
@@ -117,12 +114,33 @@ def power_of_two_scale(p_amax, AMAX_BLOCKS: tl.constexpr):
     return (exponent << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["query_sizes", "key_sizes", "N"])
+# Specialised on nothing but unit strides: no picture size compiles anew.
+@triton.jit(
+    do_not_specialize=[
+        *("stride_n", "stride_a", "stride_b", "A", "B", "D"),
+        *("stride_kn", "stride_ka", "stride_kb", "AK", "BK", "DK", "N"),
+    ],
+    do_not_specialize_on_alignment=["stride_d", "stride_kd"],
+)
 def amax_kernel(
-    query,  # the maps as `_amax_block` takes them
-    query_sizes,
-    key,
-    key_sizes,
+    p_query,  # the axes of an image are A, B and D, from the outermost in memory to the innermost
+    stride_n,
+    stride_a,
+    stride_b,
+    stride_d,
+    A,
+    B,
+    D,
+    p_query_amax,  # [N, AMAX_BLOCKS], written
+    p_key,
+    stride_kn,
+    stride_ka,
+    stride_kb,
+    stride_kd,
+    AK,
+    BK,
+    DK,
+    p_key_amax,  # [N or 1, AMAX_BLOCKS], written
     N,
     AMAX_BLOCKS: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -131,52 +149,78 @@ def amax_kernel(
     """Partial maxima of the finite features of every image."""
     i_n, i_b = tl.program_id(0) // AMAX_BLOCKS, tl.program_id(0) % AMAX_BLOCKS
     if i_n < N:
-        _amax_block(query, query_sizes, i_n, i_b, AMAX_BLOCKS, BLOCK_O, BLOCK_I)
+        strides, sizes = (stride_n, stride_a, stride_b, stride_d), (A, B, D)
+        _amax_block(p_query, strides, sizes, p_query_amax, i_n, i_b, AMAX_BLOCKS, BLOCK_O, BLOCK_I)
     else:
-        _amax_block(key, key_sizes, i_n - N, i_b, AMAX_BLOCKS, BLOCK_O, BLOCK_I)
+        i_n -= N
+        strides, sizes = (stride_kn, stride_ka, stride_kb, stride_kd), (AK, BK, DK)
+        _amax_block(p_key, strides, sizes, p_key_amax, i_n, i_b, AMAX_BLOCKS, BLOCK_O, BLOCK_I)
 
 
 @triton.jit
 def _amax_block(
-    x,
+    p_x,
+    strides,
     sizes,
+    p_amax,
     i_n,
     i_b,
     AMAX_BLOCKS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    # The axes of an image are A, B and I, from the outermost in memory to the innermost.
-    p_x, stride_i, p_amax = x
-    stride_n, stride_a, stride_b, A, B, I = sizes  # noqa: E741
+    stride_n, stride_a, stride_b, stride_d = strides
+    A, B, D = sizes
     largest = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     for outer in range(i_b * BLOCK_O, A * B, AMAX_BLOCKS * BLOCK_O):
         o_o = (outer + tl.arange(0, BLOCK_O)).to(tl.int64)
         p_o = p_x + i_n.to(tl.int64) * stride_n + o_o // B * stride_a + o_o % B * stride_b
-        for inner in range(0, I, BLOCK_I):
+        for inner in range(0, D, BLOCK_I):
             o_i = (inner + tl.arange(0, BLOCK_I)).to(tl.int64)
-            mask = (o_o < A * B)[:, None] & (o_i < I)[None, :]
-            b_x = tl.load(p_o[:, None] + (o_i * stride_i)[None, :], mask=mask, other=0.0)
+            mask = (o_o < A * B)[:, None] & (o_i < D)[None, :]
+            b_x = tl.load(p_o[:, None] + (o_i * stride_d)[None, :], mask=mask, other=0.0)
             b_x = tl.abs(b_x.to(tl.float32))
-            largest = tl.maximum(largest, tl.where(b_x < float("inf"), b_x, 0.0))
+            largest = tl.maximum(largest, tl.where(b_x < LARGEST, b_x, 0.0))
     tl.store(p_amax + i_n * AMAX_BLOCKS + i_b, tl.max(largest))
 
 
 @triton.jit(
     do_not_specialize=[
-        "query_sizes",
-        "key_sizes",
-        "NUMEL_BEST",
-        "NUMEL_LOST",
-        "QUERY_PROGRAMS",
-        "C",
-    ]
+        *("stride_n", "stride_h", "HEIGHTS", "H", "W", "HP", "WP", "BLOCKS"),
+        *("stride_kn", "stride_kh", "HEIGHTS_K", "HK", "WK", "HKP", "WKP", "BLOCKS_K"),
+        *("NUMEL_BEST", "NUMEL_LOST", "QUERY_PROGRAMS", "C"),
+    ],
+    do_not_specialize_on_alignment=["stride_c", "stride_w", "stride_kc", "stride_kw"],
 )
 def pack_kernel(
-    query,  # the maps as `_pack_pixels` takes them
-    query_sizes,
-    key,
-    key_sizes,
+    p_query,  # [N, C, H, W]
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    HEIGHTS,  # N * HP
+    H,
+    W,
+    HP,
+    WP,
+    BLOCKS,  # of BLOCK_X pixels in a row
+    p_query_rows,  # [N*HP*WP + SLACK, STORED*C_PACKED], written
+    p_query_square,  # [N*HP*WP + SLACK], written
+    p_query_amax,  # [N, AMAX_BLOCKS]
+    p_key,  # [N or 1, C, HK, WK], and so on
+    stride_kn,
+    stride_kc,
+    stride_kh,
+    stride_kw,
+    HEIGHTS_K,
+    HK,
+    WK,
+    HKP,
+    WKP,
+    BLOCKS_K,
+    p_key_rows,
+    p_key_square,
+    p_key_amax,
     p_best,  # [NUMEL_BEST] int64, filled
     p_lost,  # [NUMEL_LOST] int32, filled
     NUMEL_BEST,
@@ -200,8 +244,9 @@ def pack_kernel(
     tl.store(p_lost + o_fill, tl.full([BLOCK_X], NO_KEY, tl.int32), mask=o_fill < NUMEL_LOST)
     if i_b < QUERY_PROGRAMS:
         _pack_pixels(
-            query,
-            query_sizes,
+            (p_query, stride_n, stride_c, stride_h, stride_w),
+            (HEIGHTS, H, W, HP, WP, BLOCKS),
+            (p_query_rows, p_query_square, p_query_amax),
             i_b,
             C,
             C_PACKED,
@@ -216,8 +261,9 @@ def pack_kernel(
         )
     else:
         _pack_pixels(
-            key,
-            key_sizes,
+            (p_key, stride_kn, stride_kc, stride_kh, stride_kw),
+            (HEIGHTS_K, HK, WK, HKP, WKP, BLOCKS_K),
+            (p_key_rows, p_key_square, p_key_amax),
             i_b - QUERY_PROGRAMS,
             C,
             C_PACKED,
@@ -236,6 +282,7 @@ def pack_kernel(
 def _pack_pixels(
     x,
     sizes,
+    packed,
     i_b,
     C,
     C_PACKED: tl.constexpr,
@@ -248,8 +295,9 @@ def _pack_pixels(
     BLOCK_X: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    p_x, stride_c, stride_w, p_rows, p_square, p_amax = x  # [N, C, H, W], and what is written
-    stride_n, stride_h, HEIGHTS, H, W, HP, WP, BLOCKS = sizes  # HEIGHTS = N * HP
+    p_x, stride_n, stride_c, stride_h, stride_w = x
+    HEIGHTS, H, W, HP, WP, BLOCKS = sizes
+    p_rows, p_square, p_amax = packed
     beyond = i_b >= HEIGHTS * BLOCKS  # the slack
     i_y = tl.where(beyond, HEIGHTS, i_b // BLOCKS).to(tl.int64)
     i_x = tl.where(beyond, i_b - HEIGHTS * BLOCKS, i_b % BLOCKS)
@@ -268,7 +316,7 @@ def _pack_pixels(
         b_x = tl.load(p_pixel[:, None] + (o_c * stride_c)[None, :], mask=m_xc, other=0.0)
         b_x = b_x.to(tl.float32)
         total += tl.sum(b_x * b_x, axis=1)
-    finite = total <= LARGEST_SQUARE  # NaN compares false
+    finite = total <= LARGEST * LARGEST  # NaN compares false
     scale = 1.0
     if SCALED:
         scale = power_of_two_scale(p_amax + tl.where(beyond, 0, i_n) * AMAX_BLOCKS, AMAX_BLOCKS)

@@ -31,6 +31,7 @@ CPU_MODULES = {
     "test_images",
     "test_imports",
     "test_memory",
+    "test_offline",
     "test_packaging",
     "test_pictures",
     "test_resize",

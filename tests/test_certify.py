@@ -84,3 +84,19 @@ def test_bad_arguments():
         certified(query, key, match, precision="fp32")
     with pytest.raises(ValueError, match=r"match must have the query grid \[1, 3, 4\], got"):
         certified(query, key, match, precision="fp16", padding=0)
+
+
+def test_autocast_does_not_round_the_proof():
+    query, key = torch.rand(1, 32, 24, 24), torch.rand(1, 32, 24, 24)
+    match = search(query, key, precision="bf16")
+    expected = certified(query, key, match, precision="fp16")
+    with torch.autocast(query.device.type, torch.bfloat16):
+        assert certified(query, key, match, precision="fp16").equal(expected)
+
+
+def test_a_query_without_a_score_is_not_certain():
+    query, key = torch.rand(1, 4, 5, 6), torch.rand(1, 4, 5, 6)
+    score, index = search(query, key, precision="fp16")
+    lost = Match(torch.full_like(score, float("nan")), index)
+    assert certified(query, key, Match(score, index), precision="fp16").any()
+    assert not certified(query, key, lost, precision="fp16").any()

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from tests import cases
 from tests.checks import assert_same_choice
 from ttsr_fast import Match, backends, reference, search
 from ttsr_fast.kernels import box_max, direct_search, rolled_search, tiles
 from ttsr_fast.kernels import search as kernels
+from ttsr_fast.kernels.best import encode
 from ttsr_fast.kernels.tiles import Tile
 
 # NumPy's word for a query that a tile holds no key for; the interpreter computes with it.
@@ -177,6 +180,30 @@ def test_magnitudes(algorithm, precision, factor):
     assert_same_choice(match, query, key, precision=precision)
 
 
+@each("precision", ["fp16x3", "fp16"])
+def test_a_huge_feature_does_not_scale_the_others_away(precision):
+    """Its own patches are not finite; it is no measure of the image."""
+    query, key = maps((1, 4, 5, 9), (1, 4, 5, 6))
+    clean = run("direct", query, key, precision=precision)
+    query[0, 1, 2, 0] = 1e20
+    match = run("direct", query, key, precision=precision)
+    assert torch.equal(match.index[..., 3:], clean.index[..., 3:])
+    assert match.score[0, 1:4, :2].isnan().all() and not match.score[..., 3:].isnan().any()
+
+
+def test_zeros_of_both_signs_are_equal():
+    scores, indices = torch.tensor([0.0, -0.0]), torch.tensor([7, 3], dtype=torch.int32)
+    best = torch.empty(2, dtype=torch.int64)
+    _encode[(1,)](scores, indices, best, BLOCK=2)
+    assert best[1] > best[0], "the lower index wins"
+
+
+@triton.jit
+def _encode(p_score, p_index, p_best, BLOCK: tl.constexpr):
+    o_i = tl.arange(0, BLOCK)
+    tl.store(p_best + o_i, encode(tl.load(p_score + o_i), tl.load(p_index + o_i)))
+
+
 @every_algorithm
 @each("precision", ["fp32", "fp16x3", "fp16"])
 def test_eps_and_zeros(algorithm, precision):
@@ -307,6 +334,23 @@ def test_rocm_has_another_choice(monkeypatch):
     assert "float32 result on ROCm" in kernels.why_not("slab", torch.float32, 3, "fp16x3")
     assert kernels.choose(large, large, 3, "fp16x3") == "rolled"
     assert kernels.choose(large, large, 3, "fp32") == "slab"
+    monkeypatch.setattr(tiles, "target", lambda: "gfx90a")
+    assert "TF32" in kernels.why_not("direct", torch.float32, 3, "tf32")
+    monkeypatch.setattr(tiles, "target", lambda: "gfx942")
+    assert kernels.why_not("direct", torch.float32, 3, "tf32") is None
+
+
+def test_pytorch_settings_are_left_alone():
+    query, key = maps((1, 4, 5, 6), (1, 4, 5, 6))
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "tf32"
+    try:
+        assert_same_choice(run("slab", query, key), query, key)
+        assert_same_choice(search(query, key, backend="torch"), query, key)
+        assert setting.fp32_precision == "tf32"
+    finally:
+        setting.fp32_precision = before
 
 
 def test_the_choice_by_size():

@@ -6,6 +6,7 @@ asked for. `can_run` both chooses and explains.
 
 import importlib
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -75,8 +76,8 @@ def _why_not_triton(device: torch.device) -> str | None:
         triton = importlib.import_module("triton")
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install triton>=3.6 or use backend='torch'"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST_TRITON:
+    version = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    if version is None or tuple(map(int, version.groups())) < OLDEST_TRITON:
         return f"it needs Triton 3.6 or newer, this is {triton.__version__}"
     if triton.knobs.runtime.interpret:
         return None

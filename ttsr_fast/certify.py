@@ -38,7 +38,8 @@ def certified(
     Args:
         query: `[N, C, H, W]`, as given to `search`.
         key: `[N, C, HK, WK]` or `[1, C, HK, WK]`, as given to `search`.
-        match: what `search` returned for them, under `normalize="both"` or `"key"`.
+        match: what `search` returned for them, under `normalize="both"` or `"key"` and with the
+            default `eps`.
         precision: `"fp16"` or `"bf16"`: what the features were rounded to.
         kernel_size: as given to `search`.
         padding: as given to `search`.
@@ -57,27 +58,43 @@ def certified(
     if list(match.index.shape) != grid:
         raise ValueError(f"match must have the query grid {grid}, got {list(match.index.shape)}")
     query, key = query.detach().float(), key.detach().float()
-    rounded_q, rounded_k = (_rounded(x, _DTYPES[precision]) for x in (query, key))
+    with torch.autocast(query.device.type, enabled=False):
+        certain = _certain(
+            query, key, match.index, _DTYPES[precision], kernel_size, padding, key_mask
+        )
+    return certain & ~match.score.isnan()
+
+
+def _certain(
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N or 1, C, HK, WK]
+    index: Tensor,  # [N, H, W]
+    dtype: torch.dtype,
+    kernel_size: int,
+    padding: int,
+    key_mask: Tensor | None,  # [N or 1, HK, WK]
+) -> Tensor:  # [N, H, W]
+    rounded_q, rounded_k = (_rounded(x, dtype) for x in (query, key))
     angle_q = _angle(query, rounded_q, kernel_size, padding)
     angle_k = _angle(key, rounded_k, kernel_size, padding)
     if key_mask is not None:
         angle_k = angle_k.masked_fill(~key_mask, 0)
     flat = angle_k.flatten(1).expand(len(query), -1)
-    angle_best = flat.gather(1, match.index.flatten(1)).view(grid)
-    best = _cosine_at(rounded_q, rounded_k, match.index, kernel_size, padding)
+    angle_best = flat.gather(1, index.flatten(1)).view_as(index)
+    best = _cosine_at(rounded_q, rounded_k, index, kernel_size, padding)
     other = torch.empty_like(best)
     portable.search(
         rounded_q,
         rounded_k,
         key_mask,
         other,
-        torch.empty_like(match.index),
+        torch.empty_like(index),
         kernel_size,
         padding,
         "both",
         _EPS,
         "fp32",
-        barred=match.index,
+        barred=index,
     )
     nearest = torch.acos((best - _SLACK).clamp(-1, 1)) + angle_best + angle_q
     next_one = torch.acos((other + _SLACK).clamp(-1, 1)) - flat.amax(1)[:, None, None] - angle_q

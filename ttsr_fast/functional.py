@@ -66,21 +66,22 @@ def search(
             + 1 patch positions; those are the query grid and the key grid.
         normalize: which patches are divided by `max(norm, eps)`: `"both"` (cosine similarity),
             `"key"` (the same choice, scores scaled by the query's norm), `"none"` (inner product).
-        eps: lower bound of a norm, so that an all-zero patch scores 0. A normal positive number.
+        eps: lower bound of a norm, so that an all-zero patch scores 0. A normal positive number;
+            in float32 a norm below 1e-19 counts as 0.
         key_mask: bool, `[N or 1, *key grid]`; a key position that is False is never matched. Every
             mask needs at least one True, which is checked on the CPU.
         precision: what the choice is allowed to cost, as a contract on values:
 
             - `"fp32"` (default for float32): the score is within 1e-6 of the exact maximum.
             - `"fp16"`, `"bf16"` (default for inputs of that dtype and under autocast): the features
-              may be rounded to that type for the choice, whose exact score is then within 2**-10
-              (fp16) or 2**-7 (bf16) of the maximum times the norms that `normalize` leaves; the
+              may be rounded to that type for the choice, whose exact score is then within 2**-9
+              (fp16) or 2**-6 (bf16) of the maximum times the norms that `normalize` leaves; the
               score returned is that of the features as given, in float32.
             - `"fp16x3"`: float32 features as two float16 parts and three products of them. The
-              score is within 1e-6 of the maximum for patches whose norm is at least 2**-12 of the
-              largest feature of their image; below that the choice loses accuracy in proportion.
+              score is within 1e-6 of the maximum for patches whose root mean square is at least
+              2**-18 of the largest feature of their image, and less accurate in proportion below.
             - `"tf32"`: the choice by float32 features of which the product reads 10 bits, on GPUs;
-              within 2**-9 of the maximum. The score returned is exact as above.
+              within 2**-8 of the maximum. The score returned is exact as above.
 
             A backend may be more accurate than asked: on the CPU only `"bf16"` differs from
             `"fp32"`, where the processor multiplies bfloat16 (AVX512-BF16). `certified` tells which

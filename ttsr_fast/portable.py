@@ -135,12 +135,16 @@ def _blocks(*extents: int) -> Iterator[tuple[int, ...]]:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """float32 products in float32, whatever the user allows elsewhere."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set by name
+    settings = (torch.backends.cuda.matmul, mkldnn)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def gather_fold(

@@ -1,0 +1,173 @@
+"""What the compiler makes of every kernel, on targets that are not here: see `offline.py`."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SEARCHES = {
+    "slab": "box_max_kernel",
+    "rolled": "rolled_search_kernel",
+    "direct": "direct_search_kernel",
+}
+KIB = 1 << 10
+SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
+SHARED_SAFE = 48 * KIB
+TENSOR_COLUMNS = 512  # of Blackwell's tensor memory
+# The instruction that multiplies tiles of 64 queries or more; there is another one for fewer.
+PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+PRODUCT_OF_FEWER = {"sm_90": "mma.sync", "sm_100": "mma.sync"}
+DESCRIPTORS = ("sm_90", "sm_100")
+# Of each of query and key, a stride of the innermost axis may be known to be 1.
+VARIANTS = {"pack_kernel": 2, "amax_kernel": 2}
+
+Document = dict[str, Any]
+Case = dict[str, Any]
+Kernel = dict[str, Any]
+
+
+def compiled(target: str, algorithm: str, *options: str) -> Document:
+    """All that `offline.py` reports. Compiled kernels are kept in `build` until they change."""
+    version = importlib.metadata.version("triton")
+    environment = {name: value for name, value in os.environ.items() if "TRITON" not in name}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build/triton-cache" / version)
+    command = [sys.executable, "tests/offline.py", target, algorithm, *options]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        lines = [line[:300] for line in result.stderr.splitlines() if line.strip()]
+        last = next((line for line in reversed(lines) if line.startswith("compiling ")), "")
+        end = "\n".join([last, *lines[-15:]])
+        pytest.fail(f"{' '.join(command[1:])} ended with {result.returncode}:\n{end}", False)
+    document = json.loads(result.stdout)
+    assert document["triton"] == version
+    return document
+
+
+def kernels(document: Document) -> Iterator[tuple[Case, Kernel]]:
+    """Every kernel with every case that needs it."""
+    for case in document["cases"]:
+        for number in case["kernels"]:
+            yield case, document["kernels"][number]
+
+
+def label(case: Case, *names: str) -> str:
+    """A case, for the message of a failed test."""
+    words = [case["operands"], f"{case['tile']} tile {tuple(case['sizes'].values())}"]
+    words += [f"{case['channels']} channels"]
+    words += ["channels_last"] * case["channels_last"] + ["masked"] * case["masked"]
+    words += [f"{case['kernel_size']}x{case['kernel_size']}"] * (case["kernel_size"] != 3)
+    words += [f"normalize={case['normalize']}"] * (case["normalize"] != "both")
+    return ", ".join((*names, *words))
+
+
+def product(target: str, case: Case) -> str | None:
+    """The instruction that has to multiply."""
+    if PRODUCTS[target] != "v_mfma" and case["operands"] == "fp32":
+        return None  # NVIDIA's tensor cores do not multiply float32 as IEEE wants it
+    if case["sizes"]["block_q"] < 64:
+        return PRODUCT_OF_FEWER.get(target, PRODUCTS[target])
+    return PRODUCTS[target]
+
+
+def failures(document: Document) -> dict[str, str]:
+    return {label(case): case["error"] for case in document["cases"] if case["error"]}
+
+
+def spills(document: Document) -> dict[str, str]:
+    """To memory; AMD's scalars may be kept in lanes of a vector."""
+    return {
+        label(case, kernel["name"]): f"{kernel['local']} bytes, {kernel['registers']} registers"
+        for case, kernel in kernels(document)
+        if kernel["spilled"] or kernel["local"]
+    }
+
+
+def too_large(document: Document, target: str) -> dict[str, tuple[int, int]]:
+    """Kernels that take more shared or tensor memory than there is, or than is safe."""
+    most = {"table": SHARED[target], "safe": min(SHARED[target], SHARED_SAFE)}
+    return {
+        label(case, kernel["name"]): (kernel["shared"], kernel["tensor_columns"])
+        for case, kernel in kernels(document)
+        if kernel["shared"] > most[case["tile"]] or kernel["tensor_columns"] > TENSOR_COLUMNS
+    }
+
+
+def wrong_products(document: Document, target: str, algorithm: str) -> dict[str, list[str]]:
+    """Kernels that multiply with another instruction than `product`; the slab's never do."""
+    wrong = {}
+    for case, kernel in kernels(document):
+        multiplies = algorithm != "slab" and kernel["name"] == SEARCHES[algorithm]
+        wanted = product(target, case) if multiplies else None
+        right = [found for found in kernel["products"] if wanted and found.startswith(wanted)]
+        if case["operands"] == "fp32":
+            right = [found for found in right if found.endswith("_f32")]
+        if right != kernel["products"] or (wanted and not right):
+            wrong[label(case, kernel["name"])] = kernel["products"]
+    return wrong
+
+
+def wrong_copies(document: Document, target: str) -> dict[str, bool]:
+    """Copies by descriptor are for the rolled search, where there are descriptors."""
+    return {
+        label(case, kernel["name"]): kernel["copies_blocks"]
+        for case, kernel in kernels(document)
+        if kernel["copies_blocks"]
+        != (kernel["name"] == "rolled_search_kernel" and target in DESCRIPTORS)
+    }
+
+
+def variants(document: Document) -> dict[str, int]:
+    """Kernels that another size of picture compiles anew: a folder of them would take long."""
+    too_many = {}
+    for case in document["cases"]:
+        counts = Counter(document["kernels"][number]["name"] for number in case["kernels"])
+        for name, count in counts.items():
+            if count > VARIANTS.get(name, 1):
+                too_many[label(case, name)] = count
+    return too_many
+
+
+@pytest.mark.parametrize("algorithm", SEARCHES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels(target: str, algorithm: str) -> None:
+    """All in one test: a target's kernels are compiled once, whatever worker a test goes to."""
+    document = compiled(target, algorithm)
+    for case in document["cases"]:
+        names = {document["kernels"][number]["name"] for number in case["kernels"]}
+        assert case["error"] or {"pack_kernel", SEARCHES[algorithm], "finish_kernel"} <= names
+    faults = {
+        "does not compile": failures(document),
+        "spills": spills(document),
+        "shared memory and columns of tensor memory": too_large(document, target),
+        "instructions": wrong_products(document, target, algorithm),
+        "copies by descriptor": wrong_copies(document, target),
+        "kernels for a few sizes": variants(document),
+    }
+    assert {name: fault for name, fault in faults.items() if fault} == {}
+
+    dtypes = {case["dtype"] for case in document["cases"] if case["tile"] == "table"}
+    entries = {
+        dtype for name, where, dtype in document["table"] if (name, where) == (algorithm, target)
+    }
+    assert entries <= dtypes
+    assert {where for _, where, _ in document["table"]} <= set(TARGETS)
+
+
+@pytest.mark.parametrize("algorithm", SEARCHES)
+def test_options(algorithm: str) -> None:
+    """Masks, patches of every size, few channels and no normalisation."""
+    document = compiled("sm_90", algorithm, "--options")
+    sizes = {1, 3, 5, 7} if algorithm == "direct" else {3}
+    assert {(case["kernel_size"], case["masked"]) for case in document["cases"]} == {
+        (size, masked) for size in sizes for masked in (False, True)
+    }
+    assert (failures(document), spills(document)) == ({}, {})
