@@ -48,7 +48,8 @@ demo: build  ## super-resolve a stereo pair, draw what matched, time the search
 test: build  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadgroup
 
-# Next to everything else in .venv: a second torch would be 200 MB for the same tests.
+# Next to everything else in .venv: a second torch would be 200 MB for the same tests. The interpreter of that
+# Triton takes an array for a number, which NumPy 2.4 refuses.
 test-oldest-triton: build $(OLDEST)/installed  ## test and compile the Triton kernels with the oldest Triton
 	$(WITH_OLDEST) -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)'"
 	OMP_NUM_THREADS=1 $(WITH_OLDEST) -m pytest --quiet -n auto --maxprocesses 4 --dist loadgroup \
@@ -56,7 +57,7 @@ test-oldest-triton: build $(OLDEST)/installed  ## test and compile the Triton ke
 
 $(OLDEST)/installed: Makefile $(ENVIRONMENT)
 	rm -rf $(OLDEST)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON) "numpy<2.4"
 	touch $@
 
 check: env  ## lint, formatting and types; changes nothing

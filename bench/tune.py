@@ -76,14 +76,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "winners": [],
     }
     problems = list(make_problems(args, precisions))
-    dtypes = dict.fromkeys(map(stored_as, precisions))
-    groups = [(algorithm, dtype) for dtype in dtypes for algorithm in args.algorithms]
+    kinds = dict.fromkeys(map(operands_of, precisions))
+    groups = [(algorithm, kind) for kind in kinds for algorithm in args.algorithms]
     end = time.monotonic() + (args.budget or (QUICK_BUDGET if args.quick else BUDGET))
-    for n, (algorithm, dtype) in enumerate(groups):
+    for n, (algorithm, kind) in enumerate(groups):
         now = time.monotonic()
         share = now + max(0.0, end - now) / (len(groups) - n)
-        mine = [problem for problem in problems if stored_as(problem.precision) == dtype]
-        data["groups"].append(tune_group(algorithm, dtype, mine, args, share))
+        mine = [problem for problem in problems if operands_of(problem.precision) == kind]
+        data["groups"].append(tune_group(algorithm, kind, mine, args, share))
         data["winners"] = list(winners(data))
         console.print(group_table(data["groups"][-1]))
         harness.write_json(args.out / f"{devices.stem(args.device, 'tune')}.json", data)
@@ -95,10 +95,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return int(any(row.get("wrong") for row in rows))
 
 
-def stored_as(precision: str) -> str:
-    """What the operands of a precision are stored in, as the table of tiles names it."""
-    operands, _ = peers.PRECISIONS[precision]
-    return str(harness.OPERANDS[operands]).removeprefix("torch.")
+def operands_of(precision: str) -> str:
+    """What is multiplied of float32 features at a precision, as the table of tiles names it."""
+    from ttsr_fast.kernels.operands import OPERANDS
+
+    return OPERANDS[precision].name
 
 
 def make_problems(args: argparse.Namespace, precisions: list[str]) -> Iterator[Problem]:
@@ -113,21 +114,21 @@ def make_problems(args: argparse.Namespace, precisions: list[str]) -> Iterator[P
 
 def tune_group(
     algorithm: str,
-    dtype: str,
+    kind: str,
     problems: list[Problem],
     args: argparse.Namespace,
     deadline: float,
 ) -> Data:
-    """All tiles of an algorithm for one type of operand, and for the slab the sizes of its ring."""
+    """All tiles of an algorithm for one kind of operand, and for the slab the sizes of its ring."""
     from ttsr_fast.kernels import tiles
 
-    group: Data = {"algorithm": algorithm, "operands": dtype, "winner": None}
+    group: Data = {"algorithm": algorithm, "operands": kind, "winner": None}
     group["rows"] = rows = []
     timed = partial(time_all, algorithm, problems=problems, args=args)
     first = deadline
     if algorithm == "slab":
         first -= RING_TIME * (deadline - time.monotonic())
-    candidates = [tiles.tile(algorithm, dtype), *tiles.candidates(algorithm)]
+    candidates = [tiles.tile(algorithm, kind), *tiles.candidates(algorithm)]
     rows += timed(dict.fromkeys(candidates), deadline=first)
     best = winner(rows)
     if best is None:
