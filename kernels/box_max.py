@@ -22,7 +22,7 @@ from ttsr_fast.kernels.patch_norm import image_stride, load_scale
 from ttsr_fast.kernels.tiles import Tile
 from ttsr_fast.kernels.walk import walk
 
-RING_BYTES = 32 << 20  # of inner products held at a time
+RING_BYTES = 64 << 20  # of inner products held at a time
 WIDTH = 128  # columns of a block, at most
 
 

@@ -20,7 +20,7 @@ from ttsr_fast.kernels.rolled_search import rolled_search
 from ttsr_fast.kernels.tiles import Tile
 
 ALGORITHMS = ("slab", "rolled", "direct")
-DIRECT_PAIRS = 1 << 25  # up to which one launch is worth nine products
+DIRECT_PAIRS = 1 << 25  # of one product of 16 bits: up to which one launch is worth nine of it
 
 
 def search(
@@ -75,7 +75,8 @@ def choose(query: Tensor, key: Tensor, kernel_size: int, precision: str) -> str:
     how = operands(query.dtype, precision)
     one_product = how.multiplied == 1 and how.dtype != torch.float32
     order = ["rolled", "slab"] if one_product else ["slab", "rolled"]
-    order.insert(0 if pairs <= DIRECT_PAIRS else 2, "direct")
+    direct_pairs = DIRECT_PAIRS if one_product else DIRECT_PAIRS // 16
+    order.insert(0 if pairs <= direct_pairs else 2, "direct")
     limits = (query.dtype, kernel_size, precision)
     return next(name for name in order if why_not(name, *limits) is None)
 

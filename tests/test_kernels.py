@@ -267,33 +267,39 @@ def test_layouts(layout):
 
 
 @each(
-    ("precision", "dtype", "launches"),
+    ("precision", "dtype", "algorithm", "launches"),
     [
-        ("fp32", torch.float32, 3),
-        ("tf32", torch.float32, 3),
-        ("bf16", torch.float32, 3),
-        ("fp16", torch.float16, 3),
-        ("fp16x3", torch.float32, 4),
+        ("fp16", torch.float16, "direct", 3),
+        ("bf16", torch.bfloat16, "direct", 3),
+        ("bf16", torch.float32, "direct", 3),
+        ("fp16", torch.float32, "direct", 4),  # the power of two takes the largest feature first
+        (
+            "fp32",
+            torch.float32,
+            "slab",
+            7,
+        ),  # two rings, which cost less than nine times the products
     ],
 )
-def test_launches_at_training_size(monkeypatch, precision, dtype, launches):
-    """Of kernels, for whole batches; scaling takes one more."""
+def test_launches_at_training_size(monkeypatch, precision, dtype, algorithm, launches):
     query, key = (torch.randn(9, 1, 40, 40).to(dtype) for _ in range(2))
-    assert kernels.choose(query, key, 3, precision) == "direct"
+    assert kernels.choose(query, key, 3, precision) == algorithm
     started = []
 
     class Kernel:
         def __getitem__(self, grid):
             return lambda *args, **options: started.append(grid)
 
-    for module, name in (
-        (kernels.pack.__globals__, "amax_kernel"),
-        (kernels.pack.__globals__, "pack_kernel"),
-        (kernels.patch_norm.__globals__, "patch_norm_kernel"),
-        (kernels.direct_search.__globals__, "direct_search_kernel"),
-        (kernels.finish.__globals__, "finish_kernel"),
+    for launcher, name in (
+        (kernels.pack, "amax_kernel"),
+        (kernels.pack, "pack_kernel"),
+        (kernels.patch_norm, "patch_norm_kernel"),
+        (kernels.direct_search, "direct_search_kernel"),
+        (kernels.slab_search, "box_max_kernel"),
+        (kernels.finish, "finish_kernel"),
     ):
-        monkeypatch.setitem(module, name, Kernel())
+        monkeypatch.setitem(launcher.__globals__, name, Kernel())
+    monkeypatch.setattr(box_max, "_multiply", lambda *arguments: started.append("product"))
     run(None, query, key, precision=precision)
     assert len(started) == launches
 
