@@ -94,8 +94,9 @@ def why_not(algorithm: str, dtype: torch.dtype, kernel_size: int, precision: str
     rounded = operands(dtype, precision).dtype != torch.float32
     if algorithm == "slab" and rounded and torch.version.hip:
         return "PyTorch has no product of 16-bit numbers with a float32 result on ROCm"
-    if precision == "tf32" and dtype == torch.float32 and torch.version.hip:
-        return "ROCm has no TF32 in common" if tiles.target() != "gfx942" else None
+    tf32 = precision == "tf32" and dtype == torch.float32
+    if tf32 and torch.version.hip and tiles.target() != "gfx942":
+        return "of ROCm's targets only gfx942 has TF32"
     return None
 
 

@@ -44,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     config.addinivalue_line("markers", "gpu: left out where there is no CUDA device")
     config.addinivalue_line("markers", "compiled: left out where cpp is not to be tested")
+    config.addinivalue_line("markers", "double: searches in float64, which Triton declines")
     torch.set_num_threads(1)
 
 
@@ -51,10 +52,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     possible = {"gpu": torch.cuda.is_available(), "compiled": "cpp" in BACKENDS}
     missing = {name for name, here in possible.items() if not here}
     left_out = {item for item in items if missing & {mark.name for mark in item.iter_markers()}}
+    left_out |= {item for item in items if _is_declined(item)}
     if DEVICE.type != "cpu":
         left_out |= {item for item in items if item.path.stem in CPU_MODULES}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def _is_declined(item: pytest.Item) -> bool:
+    """Whether a test asks Triton for float64, which its search declines.
+
+    The other operators are PyTorch's there, and tested as such.
+    """
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    dtype = params.get("dtype", params.get("sample", {}).get("dtype"))
+    double = dtype == torch.float64 or item.get_closest_marker("double") is not None
+    return double and params.get("backend") == "triton"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -63,17 +76,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"on {DEVICE}; these are for the CPU and did not run: {modules}"
         )
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """On a GPU, float64 in a test that goes through all types is left to the other backends."""
-    try:
-        return (yield)
-    except RuntimeError as error:
-        if DEVICE.type != "cpu" and "kernels are for float32, float16 and bfloat16" in str(error):
-            pytest.skip("the Triton search declines float64")
-        raise
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

@@ -28,6 +28,7 @@ def levels(query_size, key_size, rest, dtype=torch.float64):
     return [torch.randn(size, dtype=dtype).relu().requires_grad_() for size in sizes]
 
 
+@pytest.mark.double
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_equals_the_oracle(backend, sizes):
     inputs = levels(*sizes)

@@ -1,13 +1,14 @@
 """Both operations over shapes, layouts, dtypes and options that nobody thought of."""
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import cases
 from tests.checks import assert_no_worse, assert_same_choice
-from ttsr_fast import gather_fold, reference, search
+from ttsr_fast import backends, gather_fold, reference, search
 
 settings.register_profile("ttsr_fast", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("ttsr_fast")
@@ -95,6 +96,7 @@ def transfers(draw):
 @given(arguments=searches(), normalize=st.sampled_from(cases.NORMALIZATIONS))
 def test_search_finds_a_maximum(backend, arguments, normalize):
     query, key, mask, options = arguments
+    assume(backends.can_run(backend, query.device, query.dtype))
     match = search(query, key, key_mask=mask, normalize=normalize, backend=backend, **options)
     assert_same_choice(match, query, key, mask, normalize=normalize, **options)
 
@@ -102,11 +104,13 @@ def test_search_finds_a_maximum(backend, arguments, normalize):
 @given(arguments=searches(integers=True))
 def test_search_of_integers_is_exact(backend, arguments):
     query, key, mask, options = arguments
+    assume(backends.can_run(backend, query.device, query.dtype))
     match = search(query, key, key_mask=mask, normalize="none", backend=backend, **options)
     score, index = reference.search(query.double(), key.double(), mask, normalize="none", **options)
     assert torch.equal(match.score.double(), score) and torch.equal(match.index, index)
 
 
+@pytest.mark.double
 @given(arguments=searches(dtypes=(torch.float64,)), normalize=st.sampled_from(cases.NORMALIZATIONS))
 def test_search_gradient_is_the_oracles(backend, arguments, normalize):
     query, key, mask, options = arguments

@@ -29,6 +29,7 @@ GRADIENT_SHAPES = {
 }
 
 
+@pytest.mark.double
 @pytest.mark.parametrize("normalize", cases.NORMALIZATIONS)
 @pytest.mark.parametrize("shapes", GRADIENT_SHAPES.values(), ids=GRADIENT_SHAPES)
 def test_gradcheck(backend, shapes, normalize):
@@ -40,6 +41,7 @@ def test_gradcheck(backend, shapes, normalize):
     assert torch.autograd.gradcheck(score, (query, key))
 
 
+@pytest.mark.double
 @pytest.mark.parametrize("normalize", cases.NORMALIZATIONS)
 def test_gradcheck_across_eps(backend, normalize):
     """Norms on both sides of eps."""
@@ -56,6 +58,7 @@ def test_gradcheck_across_eps(backend, normalize):
     assert torch.autograd.gradcheck(score, (query, key))
 
 
+@pytest.mark.double
 @pytest.mark.parametrize("normalize", cases.NORMALIZATIONS)
 @pytest.mark.parametrize(("kernel_size", "padding"), cases.PATCHES)
 def test_gradients_of_options(backend, kernel_size, padding, normalize):
@@ -85,6 +88,7 @@ def test_gradients_of_dtypes(backend, normalize, layout, dtype):
     assert_gradients(grads, query, key, match.index, grad_score, normalize=normalize)
 
 
+@pytest.mark.double
 def test_gradient_of_one_input_only(backend):
     query, key = features(((1, 3, 5, 6), (1, 3, 4, 7)), dtype=torch.float64)
     q, k = (x.clone().requires_grad_() for x in (query, key))

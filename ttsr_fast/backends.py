@@ -30,9 +30,8 @@ def choose(op: str, x: Tensor, backend: str | None) -> Callable[..., None]:
         ValueError: `backend`, or the environment variable that stands in for it, is unknown.
         RuntimeError: that backend cannot run here; the reason is in the message.
     """
-    dtype = (
-        x.dtype if op == "search" else torch.float32
-    )  # what "triton" leaves to PyTorch takes any
+    # Of types only the Triton search is choosy: the other operators are PyTorch's there.
+    dtype = x.dtype if op == "search" else torch.float32
     if backend is None:
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
     if backend is None:
