@@ -53,10 +53,9 @@ def merge(
     # What is read may be outdated, and then too low: the atomic maximum decides.
     known, _ = decode(tl.load(p_best, mask=m_q, other=EMPTY))
     m_q = m_q & (b_m >= known)
+    improved = True
     if LAZY:
-        if tl.max(m_q.to(tl.int32), axis=0) > 0:
-            b_i = first_of_row_maximum(b_s, b_m, o_i)
-            tl.atomic_max(p_best, encode(b_m, b_i), mask=m_q, sem="relaxed")
-    else:
+        improved = tl.max(m_q.to(tl.int32), axis=0) > 0
+    if improved:
         b_i = first_of_row_maximum(b_s, b_m, o_i)
         tl.atomic_max(p_best, encode(b_m, b_i), mask=m_q, sem="relaxed")
