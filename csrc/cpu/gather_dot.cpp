@@ -22,7 +22,7 @@ struct Meeting {
 
 void gather_dot(const Tensor& value, const Tensor& grad, const Tensor& index, Tensor out,
                 const GatherFoldOptions& o) {
-  const Transfer t(grad, value, index, o);
+  const Transfer t = transfer_of(grad, value, index, o);
   const int64_t* chosen = static_cast<const int64_t*>(index.const_data_ptr());
   const int64_t patches = t.query.patches.size(), chunks = (patches + kPatches - 1) / kPatches;
   with_element(value, [&](auto element) {
@@ -36,14 +36,13 @@ void gather_dot(const Tensor& value, const Tensor& grad, const Tensor& index, Te
       std::vector<Meeting> meetings;
       std::vector<size_t> end(count);  // of every patch's meetings
       for (int64_t p = 0; p < count; ++p) {
-        const Position query = t.query.patches.position(first + p);
-        const Position key = t.key.patches.position(chosen[n * patches + first + p]);
+        const int64_t key = chosen[n * patches + first + p];
         for (int64_t a = 0; a < t.kernel_size; ++a) {
           for (int64_t b = 0; b < t.kernel_size; ++b) {
-            const Position from = t.key.block_of(key, a, b), to = t.query.block_of(query, a, b);
+            const Position from = t.value_block(key, a, b), to = t.output_block(first + p, a, b);
             if (!t.key.blocks.holds(from) || !t.query.blocks.holds(to)) continue;
-            meetings.push_back({t.stride * (from.y * values.stride_h + from.x * values.stride_w),
-                                t.stride * (to.y * grads.stride_h + to.x * grads.stride_w), t.scale(to)});
+            meetings.push_back({o.stride * (from.y * values.stride_h + from.x * values.stride_w),
+                                o.stride * (to.y * grads.stride_h + to.x * grads.stride_w), t.scale(to)});
           }
         }
         end[p] = meetings.size();
@@ -57,8 +56,8 @@ void gather_dot(const Tensor& value, const Tensor& grad, const Tensor& index, Te
           double dot[kChannels] = {};  // independent sums, which the processor adds side by side
           for (size_t m = p ? end[p - 1] : 0; m < end[p]; ++m) {
             const Meeting& at = meetings[m];
-            for (int64_t y = 0; y < t.stride; ++y) {
-              for (int64_t x = 0; x < t.stride; ++x) {
+            for (int64_t y = 0; y < o.stride; ++y) {
+              for (int64_t x = 0; x < o.stride; ++x) {
                 const T* from = v + at.value + y * values.stride_h + x * values.stride_w;
                 const T* to = g + at.grad + y * grads.stride_h + x * grads.stride_w;
                 for (int64_t c = 0; c < channels; ++c) {

@@ -136,7 +136,7 @@ void sum_band(const Table<Sum<T>>& table, const Grid& blocks, int64_t stride, co
 
 void gather_fold(const Tensor& value, const Tensor& index, const std::optional<Tensor>& weight, Tensor out,
                  const GatherFoldOptions& o) {
-  const Transfer t(out, value, index, o);
+  const Transfer t = transfer_of(out, value, index, o);
   const PatchWeights weights(weight);
   const int64_t* chosen = static_cast<const int64_t*>(index.const_data_ptr());
   const int64_t patches = t.query.patches.size();
@@ -149,21 +149,20 @@ void gather_fold(const Tensor& value, const Tensor& index, const std::optional<T
           t.query.blocks, [&](Position) { return t.kernel_size * t.kernel_size; },
           [&](Position block, const auto& add) {
             const double scale = t.scale(block);
-            t.for_each_patch_at(t.query, block, [&](int64_t j, int64_t a, int64_t b) {
-              const Position key = t.key.patches.position(chosen[n * patches + j]);
-              const Position at = t.key.block_of(key, a, b);
+            for_each_patch_at(t.query, block, t.kernel_size, [&](int64_t j, int64_t a, int64_t b) {
+              const Position at = t.value_block(chosen[n * patches + j], a, b);
               if (!t.key.blocks.holds(at)) return;
-              add(t.stride * (at.y * in.stride_h + at.x * in.stride_w), scale * weights[n * patches + j]);
+              add(o.stride * (at.y * in.stride_h + at.x * in.stride_w), scale * weights[n * patches + j]);
             });
           },
-          [&](const auto& table) { sum_band<T>(table, t.query.blocks, t.stride, in, to, n); });
+          [&](const auto& table) { sum_band<T>(table, t.query.blocks, o.stride, in, to, n); });
     }
   });
 }
 
 void gather_fold_adjoint(const Tensor& grad, const Tensor& index, const std::optional<Tensor>& weight,
                          Tensor out, const GatherFoldOptions& o) {
-  const Transfer t(grad, out, index, o);
+  const Transfer t = transfer_of(grad, out, index, o);
   const PatchWeights weights(weight);
   const int64_t* chosen = static_cast<const int64_t*>(index.const_data_ptr());
   const int64_t patches = t.query.patches.size();
@@ -180,23 +179,23 @@ void gather_fold_adjoint(const Tensor& grad, const Tensor& index, const std::opt
           t.key.blocks,
           [&](Position block) {
             int64_t size = 0;
-            t.for_each_patch_at(t.key, block, [&](int64_t i, int64_t, int64_t) {
+            for_each_patch_at(t.key, block, t.kernel_size, [&](int64_t i, int64_t, int64_t) {
               size += choosers.begin[i + 1] - choosers.begin[i];
             });
             return size;
           },
           [&](Position block, const auto& add) {
-            t.for_each_patch_at(t.key, block, [&](int64_t i, int64_t a, int64_t b) {
+            for_each_patch_at(t.key, block, t.kernel_size, [&](int64_t i, int64_t a, int64_t b) {
               for (int64_t c = choosers.begin[i]; c < choosers.begin[i + 1]; ++c) {
                 const int64_t j = choosers.patch[c];
-                const Position at = t.query.block_of(t.query.patches.position(j % patches), a, b);
+                const Position at = t.output_block(j % patches, a, b);
                 if (!t.query.blocks.holds(at)) continue;
-                add(j / patches * in.stride_n + t.stride * (at.y * in.stride_h + at.x * in.stride_w),
+                add(j / patches * in.stride_n + o.stride * (at.y * in.stride_h + at.x * in.stride_w),
                     t.scale(at) * weights[first + j]);
               }
             });
           },
-          [&](const auto& table) { sum_band<T>(table, t.key.blocks, t.stride, in, to, n); });
+          [&](const auto& table) { sum_band<T>(table, t.key.blocks, o.stride, in, to, n); });
     }
   });
 }
