@@ -23,6 +23,7 @@ struct Grid {
   int64_t height, width;
 
   TTSR_HOST_DEVICE int64_t size() const { return height * width; }
+  bool operator==(const Grid&) const = default;
   TTSR_HOST_DEVICE bool holds(Position p) const {
     return p.y >= 0 && p.y < height && p.x >= 0 && p.x < width;
   }

@@ -33,7 +33,9 @@ def inputs():
 def test_a_reason_is_given_or_it_runs(backend):
     assert backends.can_run(backend, CPU) and backends.why_not(backend, CPU) is None
     assert not backends.can_run("cpp", META)
-    with pytest.raises(RuntimeError, match="'cpp' cannot run on meta: .* for the CPU"):
+    with pytest.raises(
+        RuntimeError, match="'cpp' cannot run search on meta: .* for the CPU and for"
+    ):
         backends.can_run("cpp", META, raise_error=True)
 
 
@@ -59,7 +61,7 @@ def test_every_backend_has_every_operator(backend, name):
 def test_explicit_backend_does_not_fall_back(without_cpp, monkeypatch):
     query, key = inputs()
     index = torch.zeros(1, 5, 6, dtype=torch.int64)
-    refused = pytest.raises(RuntimeError, match="'cpp' cannot run on cpu: it is switched off")
+    refused = pytest.raises(RuntimeError, match="'cpp' cannot run .* on cpu: it is switched off")
     with refused:
         search(query, key, backend="cpp")
     with refused:
@@ -169,13 +171,61 @@ def test_every_instruction_set(instruction_set, request):
     assert result.returncode == 0 or (refused and instruction_set != "baseline"), result.stdout
 
 
-def test_triton_is_chosen_for_gpus_alone(monkeypatch):
-    class OnGpu:
-        device, dtype = torch.device("cuda"), torch.float32
+class OnGpu:
+    device, dtype = torch.device("cuda"), torch.float32
 
+
+def test_who_runs_what_on_a_gpu(monkeypatch):
+    """Triton searches; the compiled library transfers, and PyTorch where that is missing."""
+    monkeypatch.setattr(backends, "_why_not_triton", lambda _: None)
+    for reason, transfer in ((None, "cpp"), ("it is missing", "torch")):
+        monkeypatch.setattr(backends, "load_cuda_library", lambda r=reason: r)
+        for op in OPERATORS:
+            expected = backends._IMPLEMENTATIONS["triton" if op == "search" else transfer][op]
+            assert backends.choose(op, OnGpu, None) is expected
+            assert backends.choose(op, OnGpu, "triton") is expected
+    with pytest.raises(RuntimeError, match="cannot run gather_fold on cuda: it is missing"):
+        backends.choose("gather_fold", OnGpu, "cpp")
+    with pytest.raises(RuntimeError, match="cannot run search on cuda: .*backend='triton'"):
+        backends.choose("search", OnGpu, "cpp")
+
+
+def test_triton_is_chosen_for_gpus_alone(monkeypatch):
     monkeypatch.setattr(backends, "why_not", lambda name, *_: "CPU" if name == "cpp" else None)
     assert backends.choose("search", OnGpu, None) is backends.choose("search", OnGpu, "triton")
     on_cpu = backends.choose("search", inputs()[0], None)
     assert on_cpu is backends.choose("search", OnGpu, "torch")
-    transfer = [backends.choose("gather_fold", OnGpu, name) for name in ("triton", "torch")]
-    assert transfer[0] is transfer[1], "PyTorch does the rest, whoever searches"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "reason"),
+    [
+        (13000, "13.0", None),
+        (13010, "13.3", None),
+        (13000, "12.8", r"compiled with CUDA 13.0, torch with 12.8; compile it again with nvcc 12"),
+        (12080, "13.0", r"compiled with CUDA 12.8, torch with 13.0; compile it again with nvcc 13"),
+        (13000, None, "is a build without CUDA"),
+    ],
+)
+def test_cuda_of_the_library_and_of_torch(monkeypatch, ours, theirs, reason):
+    monkeypatch.setattr(torch.version, "cuda", theirs)
+    monkeypatch.setattr(backends, "_library", lambda *, cuda: Path("_C_cuda.abi3.so"))
+    monkeypatch.setattr(backends, "_load", lambda *_: None)
+    version = f"{ours // 1000}.{ours % 1000 // 10}"
+    monkeypatch.setattr(backends, "cuda_library_version", lambda: version)
+    found = backends.load_cuda_library.__wrapped__()
+    assert found is reason is None or reason in found
+
+
+def test_missing_cuda_library_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(backends, "_library", lambda *, cuda: None)
+    reason = backends.load_cuda_library.__wrapped__()
+    assert "TTSR_FAST_BUILD=cuda" in reason and "ttsr-fast env --build" in reason
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    broken = tmp_path / "_C_cuda.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setenv("TTSR_FAST_CUDA_LIBRARY", str(broken))
+    reason = backends.load_cuda_library.__wrapped__()
+    assert reason.startswith("_C_cuda.abi3.so does not load under torch")

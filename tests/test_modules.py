@@ -80,7 +80,7 @@ def test_precision_and_backend_are_passed_on(backend):
 def test_sizes_that_do_not_fit(position, name, crop):
     inputs = levels(*SIZES["square"])
     inputs[position] = inputs[position][..., crop:]
-    with pytest.raises(ValueError, match=f"{name} .* size of refsr_lv3"):
+    with pytest.raises(ValueError, match=f"{name} .* size of key"):
         SearchTransfer()(*inputs)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ttsr_fast import build, portable, reference
+from ttsr_fast import build, compiled, portable, reference
+from ttsr_fast.choosers import Choosers
 
 BACKENDS = ("cpp", "triton", "torch", "reference")  # in order of preference
 OLDEST_TRITON = (3, 6)
@@ -26,42 +26,58 @@ ENVIRONMENT_VARIABLE = "TTSR_FAST_BACKEND"
 def choose(op: str, x: Tensor, backend: str | None) -> Callable[..., None]:
     """The implementation of `op` for tensors like `x`: of `backend`, or of the first that can run.
 
+    `"triton"` names a search; for the other operators it is as None.
+
     Raises:
         ValueError: `backend`, or the environment variable that stands in for it, is unknown.
         RuntimeError: that backend cannot run here; the reason is in the message.
     """
-    # Of types only the Triton search is choosy: the other operators are PyTorch's there.
-    dtype = x.dtype if op == "search" else torch.float32
     if backend is None:
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
-    if backend is None:
-        # The interpreter of Triton is for those who ask for it by name.
-        names = [name for name in BACKENDS if name != "triton" or x.device.type == "cuda"]
-        backend = next(name for name in names if can_run(name, x.device, dtype))
-    elif backend not in BACKENDS:
+    if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
-    can_run(backend, x.device, dtype, raise_error=True)
+    if backend is None or op not in _IMPLEMENTATIONS[backend]:
+        # The interpreter of Triton is for those who ask for it by name.
+        names = [
+            name
+            for name, operators in _IMPLEMENTATIONS.items()
+            if op in operators and (name != "triton" or x.device.type == "cuda")
+        ]
+        backend = next(name for name in names if can_run(name, x.device, op, x.dtype))
+    can_run(backend, x.device, op, x.dtype, raise_error=True)
     return _IMPLEMENTATIONS[backend][op]
 
 
 def can_run(
     backend: str,
     device: torch.device,
+    op: str = "search",
     dtype: torch.dtype = torch.float32,
     *,
     raise_error: bool = False,
 ) -> bool:
-    """Whether `backend` runs on `device`; with `raise_error`, a RuntimeError that says why not."""
-    reason = why_not(backend, device, dtype)
+    """Whether `backend` runs `op` on `device`; with `raise_error`, an error that says why not."""
+    reason = why_not(backend, device, op, dtype)
     if reason is not None and raise_error:
-        raise RuntimeError(f"backend {backend!r} cannot run on {device}: {reason}")
+        raise RuntimeError(f"backend {backend!r} cannot run {op} on {device}: {reason}")
     return reason is None
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why `backend` cannot run on `device` for tensors of `dtype`, None if it can."""
+def why_not(
+    backend: str,
+    device: torch.device,
+    op: str = "search",
+    dtype: torch.dtype = torch.float32,
+) -> str | None:
+    """Why `backend` cannot run `op` on `device` for tensors of `dtype`, None if it can."""
     if backend == "cpp":
-        return "the compiled kernels are for the CPU" if device.type != "cpu" else load_library()
+        if device.type == "cpu":
+            return load_library()
+        if device.type != "cuda":
+            return "the compiled kernels are for the CPU and for CUDA"
+        if op == "search":
+            return "the compiled search is for the CPU; backend='triton' searches on a GPU"
+        return load_cuda_library()
     if backend == "triton":
         if dtype == torch.float64:
             return "its kernels are for float32, float16 and bfloat16"
@@ -90,20 +106,52 @@ def _why_not_triton(device: torch.device) -> str | None:
 
 @cache
 def load_library() -> str | None:
-    """Load the compiled kernels once; the reason if that is not possible."""
+    """Load the kernels for the CPU once; the reason if that is not possible."""
     library = _library()
     if library is None:
         return (
             "the compiled library is not part of this installation; install ttsr-fast with a C++ "
             "compiler at hand and TTSR_FAST_BUILD=cpu, or run `ttsr-fast env --build`"
         )
+    return _load(library, ("search", "gather_fold", "gather_fold_adjoint", "gather_dot"), "CPU")
+
+
+@cache
+def load_cuda_library() -> str | None:
+    """Load the CUDA kernels once; the reason if that is not possible."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    library = _library(cuda=True)
+    if library is None:
+        return (
+            "the CUDA library is not part of this installation; install ttsr-fast with nvcc at "
+            "hand and TTSR_FAST_BUILD=cuda, or run `ttsr-fast env --build`"
+        )
+    reason = _load(library, ("gather_fold", "gather_fold_adjoint", "gather_dot"), "CUDA")
+    theirs = torch.version.cuda
+    if reason is None and cuda_library_version().split(".")[0] != theirs.split(".")[0]:
+        reason = (
+            f"{library.name} was compiled with CUDA {cuda_library_version()}, torch with {theirs}; "
+            f"compile it again with nvcc {theirs.split('.')[0]}: `ttsr-fast env --build`"
+        )
+    return reason
+
+
+def cuda_library_version() -> str:
+    """The version of CUDA that the library was compiled with."""
+    version = torch.ops.ttsr_fast.cuda_version()
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _load(library: Path, operators: tuple[str, ...], key: str) -> str | None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
         reason = error.__cause__ or error
         return f"{library.name} does not load under torch {torch.__version__}: {reason}"
+    prefix = "ttsr_fast::cpp_" if key == "CPU" else "ttsr_fast::cuda_"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not all(has_kernel(f"ttsr_fast::cpp_{op}", "CPU") for op in _IMPLEMENTATIONS["cpp"]):
+    if not all(has_kernel(prefix + op, key) for op in operators):
         return f"{library} was compiled from other sources; compile it again"
     return None
 
@@ -113,13 +161,13 @@ def instruction_set() -> str:
     return torch.ops.ttsr_fast.cpp_isa()
 
 
-def _library() -> Path | None:
-    """What TTSR_FAST_LIBRARY names, the library installed, or the one that was built afterwards."""
-    named = os.environ.get("TTSR_FAST_LIBRARY")
+def _library(*, cuda: bool = False) -> Path | None:
+    """What the environment names, the library installed, or the one that was built afterwards."""
+    named = os.environ.get("TTSR_FAST_CUDA_LIBRARY" if cuda else "TTSR_FAST_LIBRARY")
     if named:
         return Path(named)
-    installed = Path(__file__).parent / build.LIBRARY
-    return installed if installed.is_file() else build.cached_library()
+    installed = Path(__file__).parent / (build.CUDA_LIBRARY if cuda else build.LIBRARY)
+    return installed if installed.is_file() else build.cached_library(cuda=cuda)
 
 
 def _triton_search(*arguments):
@@ -155,128 +203,35 @@ def _named(options: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(("stride", "kernel_size", "padding", "divisor"), options, strict=True))
 
 
-def _cpp_search(
-    query, key, key_mask, score, index, kernel_size, padding, normalize, eps, precision
-):
-    torch.ops.ttsr_fast.cpp_search(
-        query,
-        key,
-        key_mask,
-        score,
-        index,
-        kernel_size,
-        padding,
-        normalize == "both",
-        normalize != "none",
-        eps,
-        precision == "bf16",
-    )
-    if precision == "bf16" and query.dtype != torch.bfloat16:
-        _rescore(query, key, score, index, kernel_size, padding, normalize, eps)
+def _per_level(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` of one level, for lists of them."""
 
+    def run(xs, index, weight, outs, strides, *options):
+        index = index.index if isinstance(index, Choosers) else index
+        for x, out, stride in zip(xs, outs, strides, strict=True):
+            function(x, index, weight, out, stride, *options)
 
-def _rescore(query, key, score, index, kernel_size, padding, normalize, eps):
-    """The score of the chosen pairs from the features as given, not as rounded for the choice."""
-    patch = (kernel_size, padding)
-    exact = torch.empty_like(score)
-    _cpp_dot(key, query, index, exact, 1, *patch, "none")
-    if normalize in ("both", "key"):
-        norm, chosen = portable.patch_norm(key, *patch), torch.empty_like(score.unsqueeze(1))
-        _cpp_gather_fold(norm.clamp_(min=eps), index, None, chosen, 1, 1, 0, "none")
-        exact /= chosen[:, 0]
-    if normalize == "both":
-        exact /= portable.patch_norm(query, *patch)[:, 0].clamp(min=eps)
-    score.copy_(torch.where(score.isnan(), score, exact))
-
-
-def _cpp_gather_fold(value, index, weight, out, stride, kernel_size, padding, divisor):
-    torch.ops.ttsr_fast.cpp_gather_fold(
-        _laid_out_like(out, _whole_blocks(value, stride)),
-        index.contiguous(),
-        weight,
-        out,
-        stride,
-        kernel_size,
-        padding,
-        *_key_grid(value, stride, kernel_size, padding),
-        divisor,
-    )
-
-
-def _cpp_adjoint(grad, index, weight, out, stride, kernel_size, padding, divisor):
-    padded = _whole_blocks(out, stride)
-    torch.ops.ttsr_fast.cpp_gather_fold_adjoint(
-        _laid_out_like(out, grad),
-        index.contiguous(),
-        weight,
-        padded,
-        stride,
-        kernel_size,
-        padding,
-        *_key_grid(out, stride, kernel_size, padding),
-        divisor,
-    )
-    if padded is not out:
-        out.copy_(padded[:, :, : out.shape[2], : out.shape[3]])
-
-
-def _cpp_dot(value, grad, index, out, stride, kernel_size, padding, divisor):
-    torch.ops.ttsr_fast.cpp_gather_dot(
-        _whole_blocks(value, stride),
-        grad,
-        index.contiguous(),
-        out,
-        stride,
-        kernel_size,
-        padding,
-        *_key_grid(value, stride, kernel_size, padding),
-        divisor,
-    )
-
-
-def _key_grid(value: Tensor, stride: int, kernel_size: int, padding: int) -> list[int]:
-    return [size // stride + 2 * padding - kernel_size + 1 for size in value.shape[2:]]
-
-
-def _whole_blocks(x: Tensor, stride: int) -> Tensor:
-    """`x`, or a zero-padded copy if its last blocks are not whole."""
-    missing = [-size % stride for size in x.shape[2:]]
-    return F.pad(x, [0, missing[1], 0, missing[0]]) if any(missing) else x
-
-
-def _laid_out_like(out: Tensor, x: Tensor) -> Tensor:
-    """`x` in the memory format of `out`; rows, images and channels may lie anywhere.
-
-    To be called last: padding may change the layout.
-    """
-    if out.is_contiguous():
-        return x if x.stride(3) == 1 else x.contiguous()
-    return x.contiguous(memory_format=torch.channels_last)
+    return run
 
 
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., None]]] = {
     "cpp": {
-        "search": _cpp_search,
-        "gather_fold": _cpp_gather_fold,
-        "gather_fold_adjoint": _cpp_adjoint,
-        "gather_dot": _cpp_dot,
+        "search": compiled.search,
+        "gather_fold": compiled.gather_fold,
+        "gather_fold_adjoint": compiled.gather_fold_adjoint,
+        "gather_dot": compiled.gather_dot,
     },
-    "triton": {  # the search; the rest as "torch" does it
-        "search": _triton_search,
-        "gather_fold": portable.gather_fold,
-        "gather_fold_adjoint": portable.gather_fold_adjoint,
-        "gather_dot": portable.gather_dot,
-    },
+    "triton": {"search": _triton_search},
     "torch": {
         "search": portable.search,
-        "gather_fold": portable.gather_fold,
-        "gather_fold_adjoint": portable.gather_fold_adjoint,
+        "gather_fold": _per_level(portable.gather_fold),
+        "gather_fold_adjoint": _per_level(portable.gather_fold_adjoint),
         "gather_dot": portable.gather_dot,
     },
     "reference": {
         "search": _reference_search,
-        "gather_fold": _reference_gather_fold,
-        "gather_fold_adjoint": _reference_adjoint,
+        "gather_fold": _per_level(_reference_gather_fold),
+        "gather_fold_adjoint": _per_level(_reference_adjoint),
         "gather_dot": _reference_dot,
     },
 }

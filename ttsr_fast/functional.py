@@ -4,6 +4,7 @@ This layer checks what the caller passes and resolves the defaults; the work is 
 operators of `ttsr_fast.ops`, which choose a backend.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,20 +110,7 @@ def search(
         ValueError: shapes, devices or options that do not fit; a mask without a key.
         RuntimeError: the backend asked for cannot run here, or a second derivative is taken.
     """
-    _check_map("query", query)
-    _check_map("key", key)
-    if torch.is_autocast_enabled(query.device.type):
-        if precision is None and query.dtype == torch.float32 == key.dtype:
-            precision = _LOW_PRECISION.get(torch.get_autocast_dtype(query.device.type))
-        widest = torch.promote_types(query.dtype, key.dtype)
-        query, key = query.to(widest), key.to(widest)
-    _check_same("key", key, "query", query)
-    if key.shape[0] not in (1, query.shape[0]):
-        raise ValueError(
-            f"key must have batch size 1 or {query.shape[0]} (that of query), got {_shape(key)}"
-        )
-    if key.shape[1] != query.shape[1]:
-        raise ValueError(f"key must have the channels of query {_shape(query)}, got {_shape(key)}")
+    query, key, precision = _check_pair(query, key, precision)
     padding = _check_patch(kernel_size, padding, (1, 3, 5, 7))
     _check_choice("normalize", normalize, NORMALIZATIONS)
     least = torch.finfo(torch.promote_types(query.dtype, torch.float32)).tiny
@@ -146,7 +134,7 @@ def search(
             padding,
             normalize,
             float(eps),
-            _resolve_precision(precision, query.dtype),
+            precision,
             backend,
         )
     )
@@ -232,6 +220,62 @@ def gather_fold(
     return ops.gather_fold(value, index, weight, stride, kernel_size, padding, divisor, backend)
 
 
+def search_transfer(
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N or 1, C, HK, WK]
+    values: list[Tensor],  # [N or 1, C, stride*HK, stride*WK] each
+    strides: list[int],
+    *,
+    names: Sequence[str],
+    precision: str | None = None,
+    backend: str | None = None,
+) -> tuple[Match, list[Tensor]]:
+    """`search`, and `gather_fold` of every value at its stride, with TTSR's options, in one.
+
+    One operator instead of one for every level costs less to launch, and its gradient shares what
+    depends on the index alone.
+
+    Args:
+        query, key, precision, backend: as for `search`.
+        values, strides: the levels, as for `gather_fold`.
+        names: of the values, for error messages.
+
+    Returns:
+        As `search`, and a list of what `gather_fold` returns.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `search` and `gather_fold`.
+    """
+    query, key, precision = _check_pair(query, key, precision)
+    for name, value, stride in zip(names, values, strides, strict=True):
+        _check_map(name, value)
+        _check_batch(name, value, query)
+        _check_device(name, value, "query", query)
+        if [size // stride for size in value.shape[2:]] != list(key.shape[2:]):
+            raise ValueError(
+                f"{name} {_shape(value)} must be {stride} times the size of key {_shape(key)}, "
+                f"up to {stride - 1} more rows and columns"
+            )
+    score, index, textures = ops.search_transfer(query, key, values, strides, precision, backend)
+    return Match(score, index), textures
+
+
+def _check_pair(query: Tensor, key: Tensor, precision: str | None) -> tuple[Tensor, Tensor, str]:
+    """Query and key in one dtype, and the precision of their search."""
+    _check_map("query", query)
+    _check_map("key", key)
+    if torch.is_autocast_enabled(query.device.type):
+        if precision is None and query.dtype == torch.float32 == key.dtype:
+            precision = _LOW_PRECISION.get(torch.get_autocast_dtype(query.device.type))
+        widest = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(widest), key.to(widest)
+    _check_same("key", key, "query", query)
+    _check_batch("key", key, query)
+    if key.shape[1] != query.shape[1]:
+        raise ValueError(f"key must have the channels of query {_shape(query)}, got {_shape(key)}")
+    return query, key, _resolve_precision(precision, query.dtype)
+
+
 def _resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         if precision is not None:
@@ -255,6 +299,13 @@ def _check_map(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be [N, C, H, W], got {_shape(x)}")
     if 0 in x.shape[1:]:
         raise ValueError(f"{name} must have at least one channel, row and column, got {_shape(x)}")
+
+
+def _check_batch(name: str, x: Tensor, query: Tensor) -> None:
+    if x.shape[0] not in (1, query.shape[0]):
+        raise ValueError(
+            f"{name} must have batch size 1 or {query.shape[0]} (that of query), got {_shape(x)}"
+        )
 
 
 def _check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ttsr_fast.functional import gather_fold, search
+from ttsr_fast.functional import search_transfer
 
 
 class SearchTransfer(nn.Module):
@@ -39,21 +39,15 @@ class SearchTransfer(nn.Module):
             ValueError: a reference map whose size does not fit the key grid; and all that `search`
                 and `gather_fold` raise.
         """
-        match = search(lrsr_lv3, refsr_lv3, precision=self.precision, backend=self.backend)
-        textures: list[Tensor] = []
-        for name, value, stride in (
-            ("ref_lv3", ref_lv3, 1),
-            ("ref_lv2", ref_lv2, 2),
-            ("ref_lv1", ref_lv1, 4),
-        ):
-            grid = [size // stride for size in value.shape[-2:]]
-            if grid != list(refsr_lv3.shape[-2:]):
-                raise ValueError(
-                    f"{name} {list(value.shape)} must be {stride} times the size of refsr_lv3 "
-                    f"{list(refsr_lv3.shape)}, up to {stride - 1} more rows and columns"
-                )
-            textures.append(gather_fold(value, match.index, stride=stride, backend=self.backend))
-        t_lv3, t_lv2, t_lv1 = textures
+        match, (t_lv3, t_lv2, t_lv1) = search_transfer(
+            lrsr_lv3,
+            refsr_lv3,
+            [ref_lv3, ref_lv2, ref_lv1],
+            [1, 2, 4],
+            names=["ref_lv3", "ref_lv2", "ref_lv1"],
+            precision=self.precision,
+            backend=self.backend,
+        )
         return match.score.unsqueeze(1).to(lrsr_lv3.dtype), t_lv3, t_lv2, t_lv1
 
     def extra_repr(self) -> str:

@@ -1,10 +1,11 @@
-"""Operator schemas, shape functions and gradients; the work is done by the backend that is chosen.
+"""Operators: work, shape functions and gradients; the work is done by the backend that is chosen.
 
 `search` and `gather_fold` are the public two of the namespace `ttsr_fast`. Their gradients need two
 more, linear in all they touch, so nothing is unfolded in a backward pass either:
 `gather_fold_adjoint` (the transpose of `gather_fold` in its value) and `gather_dot` (the inner
 product of every output patch with the value patch at its index). `search_backward` is written in
-these.
+these. `search_transfer` is a search and the transfer of several levels in one: the levels share
+their launches, and its gradient sorts out once which queries chose each key.
 
 A patch at grid position (y, x) begins at row `y - padding` and column `x - padding` of its map; a
 map of `size` positions therefore has `size + 2 * padding - kernel_size + 1` patches along that
@@ -16,57 +17,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ttsr_fast import backends, portable
-
-_PATCH = "int kernel_size, int padding"
-_library = torch.library.Library("ttsr_fast", "DEF")
-_library.define(
-    "search(Tensor query, Tensor key, Tensor? key_mask, "
-    f"{_PATCH}, str normalize, float eps, str precision, str? backend) -> (Tensor, Tensor)"
-)
-_library.define(
-    "gather_fold(Tensor value, Tensor index, Tensor? weight, "
-    f"int stride, {_PATCH}, str divisor, str? backend) -> Tensor"
-)
-_library.define(
-    "gather_fold_adjoint(Tensor grad, Tensor index, Tensor? weight, SymInt[] value_size, "
-    f"int stride, {_PATCH}, str divisor, str? backend) -> Tensor"
-)
-_library.define(
-    "gather_dot(Tensor value, Tensor grad, Tensor index, "
-    f"int stride, {_PATCH}, str divisor, str? backend) -> Tensor"
-)
-_library.define(
-    "search_backward(Tensor grad_score, Tensor query, Tensor key, Tensor score, Tensor index, "
-    f"{_PATCH}, str normalize, float eps, str? backend, bool[2] needed) -> (Tensor, Tensor)"
-)
-# The compiled library, where it is loaded, implements these: the same with outputs to fill.
-_library.define("cpp_isa() -> str")
-_library.define(
-    "cpp_search(Tensor query, Tensor key, Tensor? key_mask, Tensor(a!) score, Tensor(b!) index, "
-    f"{_PATCH}, bool normalize_query, bool normalize_key, float eps, bool bfloat16) -> ()"
-)
-_library.define(
-    "cpp_gather_fold(Tensor value, Tensor index, Tensor? weight, Tensor(a!) out, "
-    f"int stride, {_PATCH}, int key_height, int key_width, str divisor) -> ()"
-)
-_library.define(
-    "cpp_gather_fold_adjoint(Tensor grad, Tensor index, Tensor? weight, Tensor(a!) out, "
-    f"int stride, {_PATCH}, int key_height, int key_width, str divisor) -> ()"
-)
-_library.define(
-    "cpp_gather_dot(Tensor value, Tensor grad, Tensor index, Tensor(a!) out, "
-    f"int stride, {_PATCH}, int key_height, int key_width, str divisor) -> ()"
-)
+from ttsr_fast import backends, portable, transfer
+from ttsr_fast.choosers import Choosers
+from ttsr_fast.schemas import LIBRARY
 
 search = torch.ops.ttsr_fast.search.default
 gather_fold = torch.ops.ttsr_fast.gather_fold.default
 gather_fold_adjoint = torch.ops.ttsr_fast.gather_fold_adjoint.default
 gather_dot = torch.ops.ttsr_fast.gather_dot.default
 search_backward = torch.ops.ttsr_fast.search_backward.default
+search_transfer = torch.ops.ttsr_fast.search_transfer.default
+search_transfer_backward = torch.ops.ttsr_fast.search_transfer_backward.default
+
+# What TTSR fixes for its whole model: kernel_size, padding; normalize, eps; divisor.
+TTSR_PATCH, TTSR_SCORE, TTSR_DIVISOR = (3, 1), ("both", 1e-12), "area"
 
 
 def _search(
@@ -89,14 +55,6 @@ def _search(
     if score.numel():
         run(query, key, key_mask, score, index, kernel_size, padding, normalize, eps, precision)
     return score, index
-
-
-def _at_index(
-    per_key: Tensor,  # [N or 1, 1, HKo, WKo]
-    index: Tensor,  # [N, Ho, Wo]
-    backend: str | None,
-) -> Tensor:  # [N, Ho, Wo]
-    return gather_fold(per_key, index, None, 1, 1, 0, "none", backend)[:, 0]
 
 
 def _search_outputs(query: Tensor, kernel_size: int, padding: int) -> tuple[Tensor, Tensor]:
@@ -125,22 +83,8 @@ def _gather_fold(
                 f"index must lie in [0, {height * width}) for the {height} x {width} key grid of "
                 f"value {list(value.shape)} at stride {stride}, got {low} to {high}"
             )
-    run = backends.choose("gather_fold", value, backend)
-    out = _gather_fold_output(value, index, stride, kernel_size, padding)
-    if out.numel():
-        run(value, index, weight, out, stride, kernel_size, padding, divisor)
-    return out
-
-
-def _gather_fold_output(
-    value: Tensor, index: Tensor, stride: int, kernel_size: int, padding: int
-) -> Tensor:
-    shrink = kernel_size - 1 - 2 * padding
-    n, h, w = index.shape
-    size = (n, value.shape[1], (h + shrink) * stride, (w + shrink) * stride)
-    return torch.empty(
-        size, dtype=value.dtype, device=value.device, memory_format=_memory_format(value)
-    )
+    patch = (kernel_size, padding)
+    return transfer.gather_fold([value], index, weight, [stride], patch, divisor, backend)[0]
 
 
 def _gather_fold_adjoint(
@@ -154,18 +98,9 @@ def _gather_fold_adjoint(
     divisor: str,
     backend: str | None,
 ) -> Tensor:  # value_size
-    run = backends.choose("gather_fold_adjoint", grad, backend)
-    out = _adjoint_output(grad, value_size)
-    if index.numel() == 0:
-        return out.zero_()
-    run(grad, index, weight, out, stride, kernel_size, padding, divisor)
-    return out
-
-
-def _adjoint_output(grad: Tensor, value_size: list[int]) -> Tensor:
-    return torch.empty(
-        value_size, dtype=grad.dtype, device=grad.device, memory_format=_memory_format(grad)
-    )
+    patch, sizes = (kernel_size, padding), [value_size]
+    choosers = Choosers(index)
+    return transfer.adjoint([grad], choosers, weight, sizes, [stride], patch, divisor, backend)[0]
 
 
 def _gather_dot(
@@ -202,60 +137,72 @@ def _search_backward(
     backend: str | None,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor]:  # shapes of query and key; empty where not needed
-    """Gradient through the two chosen patches and their norms.
+    patch, choosers = (kernel_size, padding), Choosers(index)
+    return transfer.search_gradient(
+        grad_score, query, key, score, choosers, patch, normalize, eps, backend, needed
+    )
 
-    With i = index[j], g the gradient of score[j] and n = max(norm, eps): the product of the patches
-    has gradient g / (n_i n_j) in each factor, and a norm above eps pulls on every pixel x of its
-    patch by -g score x / norm^2, summed over the patches that hold x.
-    """
-    patch = (kernel_size, padding)
-    weight, query_pull, key_pull = grad_score, None, None
-    if normalize in ("both", "key"):
-        norm = portable.patch_norm(key, *patch)
-        chosen = _at_index(norm, index, backend)
-        weight = weight / chosen.clamp(min=eps)
-        pull = torch.where(chosen > eps, grad_score * score / chosen**2, 0).unsqueeze(1)
-        key_pull = gather_fold_adjoint(
-            pull, index, None, list(norm.shape), 1, 1, 0, "none", backend
+
+def _search_transfer(
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N or 1, C, HK, WK]
+    values: list[Tensor],  # [N or 1, C, stride*HK, stride*WK] each
+    strides: list[int],
+    precision: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # [N, H, W] twice, [N, C, stride*H, stride*W] each
+    score, index = _search(query, key, None, *TTSR_PATCH, *TTSR_SCORE, precision, backend)
+    outs = transfer.gather_fold(values, index, None, strides, TTSR_PATCH, TTSR_DIVISOR, backend)
+    return score, index, outs
+
+
+def _search_transfer_backward(
+    grad_score: Tensor,  # [N, H, W]
+    grads: list[Tensor],  # [N, C, stride*H, stride*W] each
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N or 1, C, HK, WK]
+    score: Tensor,  # [N, H, W]
+    index: Tensor,  # [N, H, W]
+    value_sizes: list[int],  # four for every value
+    strides: list[int],
+    backend: str | None,
+    needed: list[bool],  # of query, key and every value
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # shapes of the inputs; empty where not needed
+    choosers = Choosers(index)
+    sizes = _in_fours(value_sizes)
+    outs = [grad.new_empty(0) for grad in grads]
+    levels = [level for level, need in enumerate(needed[2:]) if need]
+    if levels:
+        made = transfer.adjoint(
+            [grads[level] for level in levels],
+            choosers,
+            None,
+            [sizes[level] for level in levels],
+            [strides[level] for level in levels],
+            TTSR_PATCH,
+            TTSR_DIVISOR,
+            backend,
         )
-    if normalize == "both":
-        norm = portable.patch_norm(query, *patch)[:, 0]
-        weight = weight / norm.clamp(min=eps)
-        query_pull = torch.where(norm > eps, grad_score * score / norm**2, 0).unsqueeze(1)
-
-    grad_query, grad_key = query.new_empty(0), key.new_empty(0)
-    if needed[0]:
-        grad_query = gather_fold(key, index, weight, 1, *patch, "none", backend)
-        if query_pull is not None:
-            grad_query -= _spread(query, query_pull, *patch)
-    if needed[1]:
-        size = list(key.shape)
-        grad_key = gather_fold_adjoint(query, index, weight, size, 1, *patch, "none", backend)
-        if key_pull is not None:
-            grad_key -= _spread(key, key_pull, *patch)
-    return grad_query, grad_key
-
-
-def _search_backward_outputs(query: Tensor, key: Tensor, needed: list[bool]):
-    grad_query = torch.empty(
-        query.shape, dtype=key.dtype, device=key.device, memory_format=_memory_format(key)
+        for level, grad in zip(levels, made, strict=True):
+            outs[level] = grad
+    pair = transfer.search_gradient(
+        grad_score, query, key, score, choosers, TTSR_PATCH, *TTSR_SCORE, backend, needed[:2]
     )
-    return (
-        grad_query if needed[0] else query.new_empty(0),
-        _adjoint_output(query, list(key.shape)) if needed[1] else key.new_empty(0),
-    )
+    return *pair, outs
 
 
-def _spread(x: Tensor, pull: Tensor, kernel_size: int, padding: int) -> Tensor:
-    """x times the sum of `pull` over the patches that hold each pixel."""
-    padded = F.pad(pull, [kernel_size - 1 - padding] * 4)
-    total = F.avg_pool2d(padded, kernel_size, stride=1, divisor_override=1)
-    return x * total.to(x.dtype)
+def _search_transfer_backward_outputs(
+    query: Tensor, key: Tensor, grads: list[Tensor], value_sizes: list[int], needed: list[bool]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    outs = [
+        transfer.like(grad, size) if need else grad.new_empty(0)
+        for grad, size, need in zip(grads, _in_fours(value_sizes), needed[2:], strict=True)
+    ]
+    return *transfer.search_gradient_outputs(query, key, needed[:2]), outs
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+def _in_fours(sizes: list[int]) -> list[list[int]]:
+    return [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,33 +224,46 @@ for _name, _function in (
     ("gather_fold_adjoint", _gather_fold_adjoint),
     ("gather_dot", _gather_dot),
     ("search_backward", _search_backward),
+    ("search_transfer", _search_transfer),
+    ("search_transfer_backward", _search_transfer_backward),
 ):
-    _library.impl(_name, _outside_autocast(_function), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _outside_autocast(_function), "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("ttsr_fast::search", lib=_library)
+@torch.library.register_fake("ttsr_fast::search", lib=LIBRARY)
 def _(query, key, key_mask, kernel_size, padding, normalize, eps, precision, backend):
     return _search_outputs(query, kernel_size, padding)
 
 
-@torch.library.register_fake("ttsr_fast::gather_fold", lib=_library)
+@torch.library.register_fake("ttsr_fast::gather_fold", lib=LIBRARY)
 def _(value, index, weight, stride, kernel_size, padding, divisor, backend):
-    return _gather_fold_output(value, index, stride, kernel_size, padding)
+    return transfer.outputs([value], index, [stride], (kernel_size, padding))[0]
 
 
-@torch.library.register_fake("ttsr_fast::gather_fold_adjoint", lib=_library)
+@torch.library.register_fake("ttsr_fast::gather_fold_adjoint", lib=LIBRARY)
 def _(grad, index, weight, value_size, stride, kernel_size, padding, divisor, backend):
-    return _adjoint_output(grad, value_size)
+    return transfer.like(grad, value_size)
 
 
-@torch.library.register_fake("ttsr_fast::gather_dot", lib=_library)
+@torch.library.register_fake("ttsr_fast::gather_dot", lib=LIBRARY)
 def _(value, grad, index, stride, kernel_size, padding, divisor, backend):
     return _gather_dot_output(value, index)
 
 
-@torch.library.register_fake("ttsr_fast::search_backward", lib=_library)
+@torch.library.register_fake("ttsr_fast::search_backward", lib=LIBRARY)
 def _(grad_score, query, key, score, index, kernel_size, padding, normalize, eps, backend, needed):
-    return _search_backward_outputs(query, key, needed)
+    return transfer.search_gradient_outputs(query, key, needed)
+
+
+@torch.library.register_fake("ttsr_fast::search_transfer", lib=LIBRARY)
+def _(query, key, values, strides, precision, backend):
+    score, index = _search_outputs(query, *TTSR_PATCH)
+    return score, index, transfer.outputs(values, index, strides, TTSR_PATCH)
+
+
+@torch.library.register_fake("ttsr_fast::search_transfer_backward", lib=LIBRARY)
+def _(grad_score, grads, query, key, score, index, value_sizes, strides, backend, needed):
+    return _search_transfer_backward_outputs(query, key, grads, value_sizes, needed)
 
 
 def _search_setup(ctx, inputs, output):
@@ -339,6 +299,27 @@ def _gather_fold_backward(ctx, grad):
     return grad_value, None, grad_weight, *[None] * 5
 
 
+def _search_transfer_setup(ctx, inputs, output):
+    query, key, values, strides, _, backend = inputs
+    score, index, _ = output
+    ctx.mark_non_differentiable(index)
+    ctx.save_for_backward(query, key, score, index)
+    ctx.value_sizes = [size for value in values for size in value.shape]
+    ctx.options = (strides, backend)
+
+
+def _search_transfer_gradient(ctx, grad_score, _, grads):
+    query, key, score, index = ctx.saved_tensors
+    strides, backend = ctx.options
+    needed = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[2]]
+    grad_query, grad_key, grad_values = search_transfer_backward(
+        grad_score, grads, query, key, score, index, ctx.value_sizes, strides, backend, needed
+    )
+    wanted = (g if need else None for g, need in zip((grad_query, grad_key), needed, strict=False))
+    values = [g if need else None for g, need in zip(grad_values, needed[2:], strict=True)]
+    return *wanted, values, None, None, None
+
+
 def _no_setup(ctx, inputs, output):
     pass
 
@@ -351,15 +332,26 @@ def _no_second_derivative(ctx, *grads):
 
 
 torch.library.register_autograd(
-    "ttsr_fast::search", _search_gradient, setup_context=_search_setup, lib=_library
+    "ttsr_fast::search", _search_gradient, setup_context=_search_setup, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "ttsr_fast::search_transfer",
+    _search_transfer_gradient,
+    setup_context=_search_transfer_setup,
+    lib=LIBRARY,
 )
 torch.library.register_autograd(
     "ttsr_fast::gather_fold",
     _gather_fold_backward,
     setup_context=_gather_fold_setup,
-    lib=_library,
+    lib=LIBRARY,
 )
-for _name in ("gather_fold_adjoint", "gather_dot", "search_backward"):
+for _name in (
+    "gather_fold_adjoint",
+    "gather_dot",
+    "search_backward",
+    "search_transfer_backward",
+):
     torch.library.register_autograd(
-        f"ttsr_fast::{_name}", _no_second_derivative, setup_context=_no_setup, lib=_library
+        f"ttsr_fast::{_name}", _no_second_derivative, setup_context=_no_setup, lib=LIBRARY
     )

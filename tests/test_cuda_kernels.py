@@ -1,0 +1,133 @@
+"""The CUDA kernels of the transfer, run on the CPU thread by thread (see `emulated`).
+
+The tests of `gather_fold` and of `SearchTransfer` with these kernels in place of those for the CPU,
+and what is theirs alone: the order in which threads run, long lists, indices outside the grid.
+"""
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+
+from tests import cases, emulated
+from tests.checks import assert_no_worse
+from tests.test_gather_fold import (  # noqa: F401  # run here as well
+    oracle,
+    test_adjoint_identity,
+    test_empty_batch,
+    test_exact_on_integers,
+    test_gradcheck,
+    test_gradients_of_shapes_and_dtypes,
+    test_identity_index_returns_the_value,
+    test_layouts,
+    test_many_queries_at_one_key,
+    test_nan_reaches_only_the_patches_that_hold_it,
+    test_options,
+    test_picture_with_channels_last_whose_blocks_are_cut,
+    test_shapes_and_dtypes,
+    test_uninitialised_workspace,
+    test_weight_of_another_dtype,
+)
+from tests.test_modules import test_dtypes, test_equals_the_oracle  # noqa: F401  # the same
+from ttsr_fast import backends, compiled, gather_fold, reference
+
+each = pytest.mark.parametrize
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """The library, with every access checked for its alignment."""
+    library = emulated.library()
+    torch.ops.load_library(library)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def backend(emulator, monkeypatch):
+    """`cpp`, of which the transfer is that of the CUDA library."""
+    operators = backends._IMPLEMENTATIONS["cpp"]
+    monkeypatch.setitem(operators, "gather_fold", compiled.cuda_gather_fold)
+    monkeypatch.setattr(compiled, "_cpu_adjoint", compiled.cuda_gather_fold_adjoint)
+    monkeypatch.setattr(torch.ops.ttsr_fast, "cpp_gather_dot", compiled.cuda_gather_dot)
+    return "cpp"
+
+
+def transfer_and_gradients(value, index, weight, grad, **options):
+    v, w = value.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = gather_fold(v, index, weight=w, **options)
+    return out.detach(), *torch.autograd.grad(out, (v, w), grad)
+
+
+@each("kind", ["random", "coherent", "same_key"])
+@each("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_result_does_not_depend_on_the_order_of_threads(backend, emulator, dtype, kind):
+    n, h, w, keys = 2, 9, 11, 35
+    index = {
+        "random": torch.randint(keys, (n, h, w)),
+        "coherent": torch.arange(n * h * w).view(n, h, w) % keys,
+        "same_key": torch.full((n, h, w), keys // 2),
+    }[kind]
+    value, grad = torch.randn(1, 16, 10, 14).to(dtype), torch.randn(n, 16, 18, 22).to(dtype)
+    weight = torch.rand(index.shape)
+    results = []
+    try:
+        for order in (0, 1, 7):
+            emulator.emulator_set_order(order)
+            results.append(transfer_and_gradients(value, index, weight, grad, stride=2))
+    finally:
+        emulator.emulator_set_order(0)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@each("layout", ["contiguous", "channels_last"])
+@each("stride", [1, 4])
+@each("dtype", cases.DTYPES, ids=str)
+def test_long_lists_beside_short_ones(backend, dtype, stride, layout):
+    """Of the blocks side by side that share a thread block, some are shared out and some not."""
+    value = cases.LAYOUTS[layout](torch.randn(1, 8, 3 * stride, 13 * stride).to(dtype))
+    index = torch.randint(39, (3, 10, 12))
+    index[:, ::2] = 6
+    index[1, 1::2] = 21
+    index[2, 3] = 25
+    grad = cases.LAYOUTS[layout](torch.randn(3, 8, 10 * stride, 12 * stride).to(dtype))
+    value.requires_grad_()
+    out = gather_fold(value, index, stride=stride, backend=backend)
+    (actual,) = torch.autograd.grad(out, value, grad)
+    expected, baseline = oracle(value, index, grad=grad, stride=stride)
+    assert_no_worse(actual, expected[0], baseline[0])
+
+
+@each(("query", "key"), list(itertools.product([(1, 1), (1, 2), (2, 1), (2, 2)], [(1, 2), (2, 2)])))
+def test_every_index_of_small_grids(backend, query, key):
+    """All of them, as the images of a batch: forward, and the gradient to the value."""
+    keys, queries = key[0] * key[1], query[0] * query[1]
+    index = torch.tensor(list(itertools.product(range(keys), repeat=queries))).view(-1, *query)
+    value = torch.randn(len(index), 4, *key, dtype=torch.float64, requires_grad=True)
+    out = gather_fold(value, index, backend=backend)
+    expected = reference.gather_fold(value, index)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    grad = torch.randn_like(out)
+    actual, wanted = (torch.autograd.grad(x, value, grad)[0] for x in (out, expected))
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-13)
+
+
+@each("outside", [-1, 12, 2**40, -(2**40)])
+def test_index_outside_the_grid(backend, monkeypatch, outside):
+    """On a GPU it is the kernel that stops; unchecked it reads nothing outside the value."""
+    value, index = torch.randn(1, 4, 3, 4), torch.zeros(1, 2, 5, dtype=torch.int64)
+    index[0, 1, 2] = outside
+    out = torch.empty(1, 4, 2, 5)
+    options = ([value], index, None, [out], [1], 3, 1, "area")
+    with pytest.raises(RuntimeError, match="index outside the key grid"):
+        compiled.cuda_gather_fold(*options)
+    monkeypatch.setenv(compiled.CHECK_INDEX_VARIABLE, "0")
+    compiled.cuda_gather_fold(*options)
+    expected = reference.gather_fold(value, index.clamp(0, 11))
+    assert out.isfinite().all()
+    # The first column is not touched by its patch.
+    torch.testing.assert_close(out[..., 0], expected[..., 0], rtol=0, atol=1e-6)
+    dot = torch.empty(index.shape)
+    compiled.cuda_gather_dot(value, torch.randn(1, 4, 2, 5), index, dot, 1, 3, 1, 3, 4, "area")
+    assert dot.isfinite().all()

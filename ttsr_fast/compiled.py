@@ -1,0 +1,195 @@
+"""What the compiled libraries are called with: layouts, whole blocks, weights.
+
+The library for the CPU takes rows or channels that lie side by side, as the result has them; that
+for CUDA reads channels side by side and writes either.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttsr_fast import portable
+from ttsr_fast.choosers import Choosers
+
+CHECK_INDEX_VARIABLE = "TTSR_FAST_CHECK_INDEX"
+
+
+def search(query, key, key_mask, score, index, kernel_size, padding, normalize, eps, precision):
+    torch.ops.ttsr_fast.cpp_search(
+        query,
+        key,
+        key_mask,
+        score,
+        index,
+        kernel_size,
+        padding,
+        normalize == "both",
+        normalize != "none",
+        eps,
+        precision == "bf16",
+    )
+    if precision == "bf16" and query.dtype != torch.bfloat16:
+        _rescore(query, key, score, index, kernel_size, padding, normalize, eps)
+
+
+def _rescore(query, key, score, index, kernel_size, padding, normalize, eps):
+    """The score of the chosen pairs from the features as given, not as rounded for the choice."""
+    patch = (kernel_size, padding)
+    exact = torch.empty_like(score)
+    gather_dot(key, query, index, exact, 1, *patch, "none")
+    if normalize in ("both", "key"):
+        norm, chosen = portable.patch_norm(key, *patch), torch.empty_like(score.unsqueeze(1))
+        gather_fold([norm.clamp_(min=eps)], index, None, [chosen], [1], 1, 0, "none")
+        exact /= chosen[:, 0]
+    if normalize == "both":
+        exact /= portable.patch_norm(query, *patch)[:, 0].clamp(min=eps)
+    score.copy_(torch.where(score.isnan(), score, exact))
+
+
+def gather_fold(values, index, weight, outs, strides, kernel_size, padding, divisor):
+    if index.is_cuda:
+        return cuda_gather_fold(values, index, weight, outs, strides, kernel_size, padding, divisor)
+    for value, out, stride in zip(values, outs, strides, strict=True):
+        torch.ops.ttsr_fast.cpp_gather_fold(
+            _laid_out_like(out, _whole_blocks(value, stride)),
+            index.contiguous(),
+            weight,
+            out,
+            stride,
+            kernel_size,
+            padding,
+            *_key_grid(value, stride, kernel_size, padding),
+            divisor,
+        )
+
+
+def gather_fold_adjoint(grads, choosers, weight, outs, strides, kernel_size, padding, divisor):
+    run = cuda_gather_fold_adjoint if choosers.index.is_cuda else _cpu_adjoint
+    padded = [_whole_blocks(out, stride) for out, stride in zip(outs, strides, strict=True)]
+    keys = _key_grid(outs[0], strides[0], kernel_size, padding)
+    run(grads, choosers, weight, padded, strides, kernel_size, padding, keys, divisor)
+    for out, whole in zip(outs, padded, strict=True):
+        if whole is not out:
+            out.copy_(whole[:, :, : out.shape[2], : out.shape[3]])
+
+
+def _cpu_adjoint(grads, choosers, weight, outs, strides, kernel_size, padding, keys, divisor):
+    for grad, out, stride in zip(grads, outs, strides, strict=True):
+        torch.ops.ttsr_fast.cpp_gather_fold_adjoint(
+            _laid_out_like(out, grad),
+            choosers.index.contiguous(),
+            weight,
+            out,
+            stride,
+            kernel_size,
+            padding,
+            *keys,
+            divisor,
+        )
+
+
+def gather_dot(value, grad, index, out, stride, kernel_size, padding, divisor):
+    whole, keys = _whole_blocks(value, stride), _key_grid(value, stride, kernel_size, padding)
+    options = (stride, kernel_size, padding, *keys, divisor)
+    if index.is_cuda:
+        return cuda_gather_dot(whole, grad, index, out, *options)
+    torch.ops.ttsr_fast.cpp_gather_dot(whole, grad, index.contiguous(), out, *options)
+
+
+# --- CUDA ---
+
+
+def cuda_gather_fold(values, index, weight, outs, strides, kernel_size, padding, divisor):
+    whole = [_whole_blocks(value, stride) for value, stride in zip(values, strides, strict=True)]
+    torch.ops.ttsr_fast.cuda_gather_fold(
+        [_channels_last(value) for value in whole],
+        index.contiguous(),
+        _sum_weight(weight, values[0]),
+        outs,
+        strides,
+        kernel_size,
+        padding,
+        *_key_grid(values[0], strides[0], kernel_size, padding),
+        divisor,
+        _check_index(),
+    )
+
+
+def cuda_gather_fold_adjoint(
+    grads: list[Tensor],
+    choosers: Choosers,
+    weight: Tensor | None,
+    outs: list[Tensor],
+    strides: list[int],
+    kernel_size: int,
+    padding: int,
+    keys: list[int],
+    divisor: str,
+) -> None:
+    for batch in {len(out) for out in outs}:  # one value for all images, or one for each
+        levels = [level for level, out in enumerate(outs) if len(out) == batch]
+        begin, order = choosers.of(keys[0] * keys[1], batch)
+        torch.ops.ttsr_fast.cuda_gather_fold_adjoint(
+            [_channels_last(grads[level]) for level in levels],
+            choosers.index,
+            begin,
+            order,
+            _sum_weight(weight, grads[0]),
+            [outs[level] for level in levels],
+            [strides[level] for level in levels],
+            kernel_size,
+            padding,
+            *keys,
+            divisor,
+        )
+
+
+def cuda_gather_dot(value, grad, index, out, *options):
+    torch.ops.ttsr_fast.cuda_gather_dot(
+        _channels_last(value),
+        _channels_last(grad),
+        index.contiguous(),
+        out,
+        *options,
+        _check_index(),
+    )
+
+
+def _check_index() -> bool:
+    """Whether the CUDA kernels stop at an index outside the key grid."""
+    return os.environ.get(CHECK_INDEX_VARIABLE, "1") != "0"
+
+
+def _sum_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if weight is None else weight.to(portable.work_dtype(x.dtype)).contiguous()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """`x` with the channels of a pixel side by side; pixels and images may lie anywhere."""
+    beside = x.stride(1) == 1 or x.shape[1] == 1
+    return x if beside else x.contiguous(memory_format=torch.channels_last)
+
+
+# --- layouts ---
+
+
+def _key_grid(value: Tensor, stride: int, kernel_size: int, padding: int) -> list[int]:
+    return [size // stride + 2 * padding - kernel_size + 1 for size in value.shape[2:]]
+
+
+def _whole_blocks(x: Tensor, stride: int) -> Tensor:
+    """`x`, or a zero-padded copy if its last blocks are not whole."""
+    missing = [-size % stride for size in x.shape[2:]]
+    return F.pad(x, [0, missing[1], 0, missing[0]]) if any(missing) else x
+
+
+def _laid_out_like(out: Tensor, x: Tensor) -> Tensor:
+    """`x` in the memory format of `out`; rows, images and channels may lie anywhere.
+
+    To be called last: padding may change the layout.
+    """
+    if out.is_contiguous():
+        return x if x.stride(3) == 1 else x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last)
