@@ -1,11 +1,13 @@
 """`SearchTransfer` against the oracle's version of the same module."""
 
+import itertools
+
 import pytest
 import torch
 
 from tests import cases
 from tests.checks import assert_no_worse, assert_same_choice
-from ttsr_fast import Match, SearchTransfer, reference
+from ttsr_fast import Match, SearchTransfer, backends, gather_fold, ops, reference, search
 
 SIZES = {
     "square": ((2, 6, 5), (2, 6, 5), (0, 0)),
@@ -89,3 +91,155 @@ def test_one_row_too_many():
     inputs[2] = torch.zeros(1, 2, 24, 20)
     with pytest.raises(ValueError, match="ref_lv1 .* up to 3 more rows and columns"):
         SearchTransfer()(*inputs)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_is_search_and_gather_fold(backend, layout):
+    """The same numbers, bit by bit, and the same gradients."""
+    inputs = [cases.LAYOUTS[layout](x.detach().float()) for x in levels(*SIZES["odd_reference"])]
+    inputs = [x.requires_grad_() for x in inputs]
+    query, key, *values = inputs
+    match = search(query, key, backend=backend)
+    expected = [match.score.unsqueeze(1)]
+    for value, stride in zip(values[::-1], (1, 2, 4), strict=True):
+        expected.append(gather_fold(value, match.index, stride=stride, backend=backend))
+    actual = SearchTransfer(backend=backend)(*inputs)
+    grads = [torch.randn_like(x) for x in expected]
+    pairs = zip(
+        (*actual, *torch.autograd.grad(actual, inputs, grads)),
+        (*expected, *torch.autograd.grad(expected, inputs, grads)),
+        strict=True,
+    )
+    for x, y in pairs:
+        assert torch.equal(x, y) and x.stride() == y.stride()
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+def test_gradients_that_are_needed(backend, needed):
+    """Of query, key and values, each with or without the others."""
+    inputs = [x.detach().float() for x in levels(*SIZES["one_reference"])]
+    wanted = [inputs[i] for i, need in enumerate((*needed[:2], *[needed[2]] * 3)) if need]
+    for x in wanted:
+        x.requires_grad_()
+    actual, expected = SearchTransfer(backend=backend)(*inputs), reference.search_transfer(*inputs)
+    grads = [torch.randn_like(x) for x in expected]
+    used = [n for n, x in enumerate(expected) if x.requires_grad]
+    results = (
+        torch.autograd.grad([out[n] for n in used], wanted, [grads[n] for n in used])
+        for out in (actual, expected)
+    )
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_only_one_output_is_used(backend):
+    inputs = levels(*SIZES["unequal"], dtype=torch.float32)
+    texture = SearchTransfer(backend=backend)(*inputs)[2]
+    expected = reference.search_transfer(*inputs)[2]
+    grad = torch.randn_like(texture)
+    (x,), (y,) = (torch.autograd.grad(out, inputs[3], grad) for out in (texture, expected))
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
+def test_opcheck(backend):
+    inputs = levels(*SIZES["odd_reference"], dtype=torch.float32)
+    query, key, *values = inputs
+    strides = [4, 2, 1]
+    arguments = (query, key, values, strides, "fp32", backend)
+    results = torch.library.opcheck(ops.search_transfer, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+    score, index, outs = (x for x in ops.search_transfer(*arguments))
+    grads = [torch.randn_like(x) for x in outs]
+    sizes = [n for value in values for n in value.shape]
+    for needed in ([True] * 5, [False, True, True, False, True]):
+        arguments = (torch.rand_like(score), grads, query, key, score, index, sizes, strides)
+        arguments = (*arguments, backend, needed)
+        arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+        results = torch.library.opcheck(
+            ops.search_transfer_backward,
+            arguments,
+            test_utils=("test_schema", "test_faketensor"),
+        )
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_compiled_without_graph_breaks(backend):
+    torch._dynamo.reset()
+    inputs = levels(*SIZES["square"], dtype=torch.float32)
+    module = SearchTransfer(backend=backend)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(*inputs), module(*inputs)
+    grads = [torch.randn_like(x) for x in expected]
+    results = ((*out, *torch.autograd.grad(out, inputs, grads)) for out in (actual, expected))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_autocast(backend):
+    """The search may round its features; values keep their dtype."""
+    inputs = levels(*SIZES["square"], dtype=torch.float32)
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        score, *textures = SearchTransfer(backend=backend)(*inputs)
+    expected = SearchTransfer(precision="bf16", backend=backend)(*inputs)
+    for x, y in zip((score, *textures), expected, strict=True):
+        assert x.dtype == torch.float32 and torch.equal(x, y)
+
+
+def test_values_of_other_dtypes_and_batches(backend):
+    inputs = [x.detach() for x in levels((2, 5, 6), (2, 4, 3), (0, 0), dtype=torch.float32)]
+    inputs[2], inputs[3] = inputs[2].double(), inputs[3][:1].half()
+    inputs = [x.requires_grad_() for x in inputs]
+    out = SearchTransfer(backend=backend)(*inputs)
+    assert [x.dtype for x in out[1:]] == [torch.float32, torch.float16, torch.float64]
+    _, index = reference.search(inputs[0], inputs[1])
+    for texture, value, stride in zip(out[1:], inputs[:1:-1], (1, 2, 4), strict=True):
+        expected = reference.gather_fold(value, index, stride=stride)
+        torch.testing.assert_close(texture, expected, rtol=2e-3, atol=2e-3)
+        grad = torch.randn_like(expected)
+        (x,), (y,) = (
+            torch.autograd.grad(o, value, grad, retain_graph=True) for o in (texture, expected)
+        )
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "error", "message"),
+    [
+        (2, lambda x: x.long(), TypeError, "ref_lv1 must be a float64, .* got torch.int64"),
+        (3, lambda x: x[0], ValueError, r"ref_lv2 must be \[N, C, H, W\]"),
+        (4, lambda x: x.to("meta"), ValueError, "ref_lv3 must be on cpu like query, got meta"),
+        (4, lambda x: x.expand(3, -1, -1, -1), ValueError, "ref_lv3 must have batch size 1 or 2"),
+    ],
+)
+def test_values_that_are_refused(position, change, error, message):
+    inputs = [x.detach()[:1] for x in levels(*SIZES["square"])]
+    inputs[0] = inputs[0].repeat(2, 1, 1, 1)
+    inputs[position] = change(inputs[position])
+    with pytest.raises(error, match=message):
+        SearchTransfer()(*inputs)
+
+
+def test_index_is_sorted_once(backend, monkeypatch):
+    """For the three levels and for the gradient to the key, whose norms need it as well."""
+    if backends.BACKENDS.index(backend) > 1:
+        backend = "torch"
+    sorts = []
+    choosers = ops.Choosers
+
+    class Counted(choosers):
+        def _sort(self, keys, groups):
+            sorts.append((keys, groups))
+            return super()._sort(keys, groups)
+
+    def adjoint(grads, choosers, *rest):
+        choosers.of(35, len(grads[0]))
+        run(grads, choosers, *rest)
+
+    operators = backends._IMPLEMENTATIONS[backend]
+    run = operators["gather_fold_adjoint"]
+    monkeypatch.setattr(ops, "Choosers", Counted)
+    monkeypatch.setitem(operators, "gather_fold_adjoint", adjoint)
+    inputs = levels((2, 5, 6), (2, 5, 7), (0, 0), dtype=torch.float32)
+    out = SearchTransfer(backend=backend)(*inputs)
+    torch.autograd.grad([x.sum() for x in out], inputs)
+    assert sorts == [(35, 2)]

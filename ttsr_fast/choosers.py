@@ -28,19 +28,21 @@ class Choosers:
             both are the same every time; nothing waits for the device.
 
         Raises:
-            ValueError: 2**31 queries or more.
+            ValueError: 2**31 queries or keys, or more.
         """
         if (keys, groups) not in self._sorted:
             self._sorted[keys, groups] = self._sort(keys, groups)
         return self._sorted[keys, groups]
 
     def _sort(self, keys: int, groups: int) -> tuple[Tensor, Tensor]:
-        if self.index.numel() >= 2**31:
-            raise ValueError(f"index must have less than 2**31 elements, got {self.index.numel()}")
         rows, device = groups * keys, self.index.device
-        dtype = torch.int32 if rows < 2**31 else torch.int64
-        row = torch.arange(0, rows, keys, dtype=dtype, device=device)[:, None]
-        row = (row + self.index.reshape(groups, -1).to(dtype)).flatten()
+        if max(self.index.numel(), rows) >= 2**31:
+            raise ValueError(
+                f"index and key grid must have less than 2**31 positions in all, got "
+                f"{self.index.numel()} and {rows}"
+            )
+        row = torch.arange(0, rows, keys, dtype=torch.int32, device=device)[:, None]
+        row = (row + self.index.reshape(groups, -1).int()).flatten()
         ordered, order = torch.sort(row, stable=True)
-        ends = torch.arange(rows + 1, dtype=dtype, device=device)
+        ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
         return torch.searchsorted(ordered, ends, out_int32=True), order.int()
