@@ -1,4 +1,4 @@
-"""What only a GPU can show of the transfer and of the whole module: streams, graphs, waiting, sizes."""
+"""What only a GPU can show of the transfer and of the whole module."""
 
 import os
 import subprocess
@@ -162,7 +162,7 @@ print("finite", bool(out.isfinite().all()))
 
 @each(("check", "stops"), [("1", True), ("0", False)])
 def test_index_outside_the_grid(check, stops):
-    """The kernel stops, which ends all use of CUDA in the process, unless it is told not to look."""
+    """The kernel stops, which ends the process's use of CUDA, unless told not to look."""
     environment = {**os.environ, compiled.CHECK_INDEX_VARIABLE: check}
     command = [sys.executable, "-c", OUTSIDE]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

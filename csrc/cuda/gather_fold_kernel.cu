@@ -121,49 +121,74 @@ struct Choosers {
   }
 };
 
-// 32 sources of a list, one for each lane, looked up again only for others than the last.
+// 32 sources at a time: every lane looks up one, and those that are not zeros are listed in shared memory.
 template <class T, class Sources>
 struct LookUp {
   const Sources& sources;
-  int32_t first = -1;
-  Source<Sum<T>> mine{-1, 0};
+  Source<Sum<T>>* list;  // of the warp
+  int32_t first = -1;    // source that the list begins at
+  int32_t count = 0;
 
-  __device__ __forceinline__ const Source<Sum<T>>& operator()(int32_t begin, int32_t end) {
-    if (first != begin) {
-      const int32_t source = begin + threadIdx.x % kWarpSize;
-      mine = source < end ? sources(source) : Source<Sum<T>>{-1, 0};
-      first = begin;
-    }
-    return mine;
+  __device__ __forceinline__ void list_from(int32_t begin, int32_t end) {
+    if (first == begin) return;
+    const int32_t lane = threadIdx.x % kWarpSize, number = begin + lane;
+    const Source<Sum<T>> mine = number < end ? sources(number) : Source<Sum<T>>{-1, 0};
+    const unsigned held = __ballot_sync(kWholeWarp, mine.offset >= 0);
+    __syncwarp();  // all lanes have read the list before this
+    if (mine.offset >= 0) list[__popc(held & ((1u << lane) - 1))] = mine;
+    __syncwarp();
+    first = begin;
+    count = __popc(held);
   }
 };
 
 // A lane's elements of a slice in one row, and their sums.
 template <class T, int kVector>
 struct Lane {
-  const T* map[kVectors<kVector>];  // where they are in the block at offset 0; null past the slice's end
+  int32_t pixel[kVectors<kVector>], channel[kVectors<kVector>];
+  bool here[kVectors<kVector>];     // lanes past the slice's end go along with the last
+  const T* map[kVectors<kVector>];  // where the elements are in the block at offset 0
   Sum<T> sum[kVectors<kVector>][kVector];
 
   __device__ Lane(const Level& l, const Slice& slice, int32_t row) {
     const int32_t per_pixel = l.channels / kVector;
 #pragma unroll
     for (int v = 0; v < kVectors<kVector>; ++v) {
-      const int32_t number = v * kWarpSize + threadIdx.x % kWarpSize, at = slice.first + number;
-      const T* in = static_cast<const T*>(l.in) + row * l.in_h + at / per_pixel * l.in_w;
-      map[v] = number < slice.size ? in + at % per_pixel * kVector : nullptr;
+      const int32_t number = v * kWarpSize + threadIdx.x % kWarpSize;
+      const int32_t at = slice.first + min(number, slice.size - 1);
+      pixel[v] = at / per_pixel;
+      channel[v] = at % per_pixel * kVector;
+      here[v] = number < slice.size;
+      map[v] = static_cast<const T*>(l.in) + row * l.in_h + pixel[v] * l.in_w + channel[v];
+    }
+    clear();
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int v = 0; v < kVectors<kVector>; ++v) {
 #pragma unroll
       for (int e = 0; e < kVector; ++e) sum[v][e] = 0;
     }
+  }
+
+  __device__ __forceinline__ void next_row(const Level& l) {
+#pragma unroll
+    for (int v = 0; v < kVectors<kVector>; ++v) map[v] += l.in_h;
+    clear();
   }
 
   // Adds sources [begin, end), in sums of 32.
   template <class Sources>
   __device__ __forceinline__ void add(LookUp<T, Sources>& look_up, int32_t begin, int32_t end) {
     for (int32_t first = begin; first < end; first += kWarpSize) {
-      const int32_t count = min(kWarpSize, end - first);
-      const Source<Sum<T>> mine = look_up(first, end);
+      look_up.list_from(first, end);
       Sum<T> part[kVectors<kVector>][kVector] = {};
-      for (int32_t i = 0; i < count; i += kFlight) add_flight(mine, i, count, part);
+      int32_t i = 0;
+#pragma unroll 1
+      for (; i + kFlight <= look_up.count; i += kFlight) add_flight<kFlight>(look_up.list + i, part);
+#pragma unroll 1
+      for (; i < look_up.count; ++i) add_flight<1>(look_up.list + i, part);
 #pragma unroll
       for (int v = 0; v < kVectors<kVector>; ++v) {
 #pragma unroll
@@ -172,25 +197,22 @@ struct Lane {
     }
   }
 
-  __device__ __forceinline__ void add_flight(const Source<Sum<T>>& mine, int32_t i, int32_t count,
+  template <int kCount>
+  __device__ __forceinline__ void add_flight(const Source<Sum<T>>* list,
                                              Sum<T> (&part)[kVectors<kVector>][kVector]) const {
-    Vector<T, kVector> loaded[kFlight][kVectors<kVector>];
-    Sum<T> weight[kFlight];
+    Vector<T, kVector> loaded[kCount][kVectors<kVector>];
+    Sum<T> weight[kCount];
 #pragma unroll
-    for (int f = 0; f < kFlight; ++f) {
-      const Source<Sum<T>> source = from_lane(mine, i + f);
-      const bool here = i + f < count && source.offset >= 0;
-      weight[f] = here ? source.weight : Sum<T>(0);
+    for (int f = 0; f < kCount; ++f) {
+      const Source<Sum<T>> source = list[f];
+      weight[f] = source.weight;
 #pragma unroll
       for (int v = 0; v < kVectors<kVector>; ++v) {
-        loaded[f][v] = {};
-        if (here && map[v]) {
-          loaded[f][v] = *reinterpret_cast<const Vector<T, kVector>*>(map[v] + source.offset);
-        }
+        loaded[f][v] = *reinterpret_cast<const Vector<T, kVector>*>(map[v] + source.offset);
       }
     }
 #pragma unroll
-    for (int f = 0; f < kFlight; ++f) {
+    for (int f = 0; f < kCount; ++f) {
 #pragma unroll
       for (int v = 0; v < kVectors<kVector>; ++v) {
 #pragma unroll
@@ -206,13 +228,14 @@ __device__ __forceinline__ void share_long_lists(const GatherFoldParams& p, cons
                                                  const Slice& slice, int32_t row,
                                                  const Takers (&takers)[kWarps], Lane<T, kVector>& own) {
   __shared__ Sum<T> partial[kWarps][kVectors<kVector>][kVector][kWarpSize];
+  __shared__ Source<Sum<T>> lists[kWarps][kWarpSize];
   const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   __syncthreads();
   for (int32_t w = 0; w < kWarps; ++w) {
     const Choosers<T> sources{p, level, takers[w]};
     const int64_t count = sources.count();
     if (count <= kLong) continue;
-    LookUp<T, Choosers<T>> look_up{sources};
+    LookUp<T, Choosers<T>> look_up{sources, lists[warp]};
     Lane<T, kVector> share(level, slice, row);
     share.add(look_up, int32_t(count * warp / kWarps), int32_t(count * (warp + 1) / kWarps));
 #pragma unroll
@@ -239,28 +262,27 @@ __device__ __forceinline__ void share_long_lists(const GatherFoldParams& p, cons
 template <class T, int kVector>
 __device__ __forceinline__ void store(const Level& l, const Slice& slice, int32_t row, int64_t width,
                                       const Lane<T, kVector>& lane) {
-  const int32_t warp = threadIdx.x / kWarpSize, number = threadIdx.x % kWarpSize;
-  const int32_t per_pixel = l.channels / kVector;
+  const int32_t warp = threadIdx.x / kWarpSize;
   T* const out = static_cast<T*>(l.out) + slice.image * l.out_n + (slice.block.y * l.stride + row) * l.out_h +
                  slice.block.x * l.stride * l.out_w;
   // The elements of a slice in the order of planes: a whole row has all pixels of a channel.
   const int32_t pixels = l.slices == 1 ? l.stride : 1, run = kWarps * pixels;
   __shared__ T staged[kSlice<kVector> * kVector * (kWarps + 1)];
-  const bool here = slice.block.x + warp < width;
+  const bool inside = slice.block.x + warp < width;
 #pragma unroll
   for (int v = 0; v < kVectors<kVector>; ++v) {
-    if (!here || !lane.map[v]) continue;
-    const int32_t at = slice.first + v * kWarpSize + number, pixel = at / per_pixel;
+    if (!inside || !lane.here[v]) continue;
     Vector<T, kVector> result;
 #pragma unroll
     for (int e = 0; e < kVector; ++e) result.element[e] = T(lane.sum[v][e]);
     if (l.out_c == 1) {
-      T* const to = out + (warp * l.stride + pixel) * l.out_w + at % per_pixel * kVector;
+      T* const to = out + (warp * l.stride + lane.pixel[v]) * l.out_w + lane.channel[v];
       *reinterpret_cast<Vector<T, kVector>*>(to) = result;
       continue;
     }
-    const int32_t first = pixels == 1 ? (at - slice.first) * kVector : at % per_pixel * kVector;
-    const int32_t place = pixels == 1 ? warp : warp * pixels + pixel;
+    const int32_t element = lane.pixel[v] * l.channels + lane.channel[v] - slice.first * kVector;
+    const int32_t first = pixels == 1 ? element : lane.channel[v];
+    const int32_t place = pixels == 1 ? warp : warp * pixels + lane.pixel[v];
 #pragma unroll
     for (int e = 0; e < kVector; ++e) staged[(first + e) * (run + 1) + place] = result.element[e];
   }
@@ -286,9 +308,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks)
   const Position block{slice.block.y, slice.block.x + threadIdx.x / kWarpSize};
   const Taps<T> sources{p, level, slice.image, block};
   const int32_t count = block.x < blocks.width ? sources.count() : 0;
-  LookUp<T, Taps<T>> look_up{sources};
-  for (int32_t row = 0; row < level.stride; ++row) {
-    Lane<T, kVector> lane(level, slice, row);
+  __shared__ Source<Sum<T>> lists[kWarps][kWarpSize];
+  LookUp<T, Taps<T>> look_up{sources, lists[threadIdx.x / kWarpSize]};
+  Lane<T, kVector> lane(level, slice, 0);
+  for (int32_t row = 0; row < level.stride; ++row, lane.next_row(level)) {
     lane.add(look_up, 0, count);
     store(level, slice, row, blocks.width, lane);
   }
@@ -305,9 +328,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kAdjointBlocks)
   const int32_t warp = threadIdx.x / kWarpSize;
   takers[warp].list(p, slice.image, {slice.block.y, slice.block.x + warp});
   const Choosers<T> sources{p, level, takers[warp]};
-  LookUp<T, Choosers<T>> look_up{sources};
-  for (int32_t row = 0; row < level.stride; ++row) {
-    Lane<T, kVector> lane(level, slice, row);
+  __shared__ Source<Sum<T>> lists[kWarps][kWarpSize];
+  LookUp<T, Choosers<T>> look_up{sources, lists[warp]};
+  Lane<T, kVector> lane(level, slice, 0);
+  for (int32_t row = 0; row < level.stride; ++row, lane.next_row(level)) {
     if (sources.count() <= kLong) lane.add(look_up, 0, sources.count());
     share_long_lists(p, level, slice, row, takers, lane);
     store(level, slice, row, blocks.width, lane);

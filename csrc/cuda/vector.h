@@ -22,18 +22,12 @@ struct alignas(sizeof(T) * kVector) Vector {
   T element[kVector];
 };
 
-// Where a warp's lanes find a block of a map, and its weight; a negative offset stands for zeros.
+// Where a block of a map is, and its weight; a negative offset stands for zeros.
 template <class S>
-struct Source {
+struct alignas(kVectorBytes) Source {
   int64_t offset;
   S weight;
 };
-
-template <class S>
-__device__ __forceinline__ Source<S> from_lane(const Source<S>& mine, int lane) {
-  return {static_cast<int64_t>(__shfl_sync(kWholeWarp, static_cast<long long>(mine.offset), lane)),
-          __shfl_sync(kWholeWarp, mine.weight, lane)};
-}
 
 // The key patch that a query patch chose. Unchecked, one outside the grid reads zeros or another block.
 __device__ __forceinline__ int64_t chosen_by(const int64_t* index, int64_t patch, bool check,
