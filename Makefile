@@ -1,5 +1,5 @@
 # Everything a developer runs. Each target does its own set-up; `make PYTHON=python3.12` chooses the Python of a
-# new environment, and the environment variables CXX and CXXFLAGS the compiler and its flags.
+# new environment, and the environment variables CXX, CXXFLAGS, CUDACXX and NVCCFLAGS the compilers and their flags.
 
 PYTHON ?= python3
 WARNINGS ?= -Wall -Wextra
@@ -11,8 +11,15 @@ OLDEST_TRITON := 3.6.0
 OLDEST := .venv-oldest
 WITH_OLDEST := PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python
 LIBRARY := ttsr_fast/_C.abi3.so
+CUDA_LIBRARY := ttsr_fast/_C_cuda.abi3.so
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
-BUILD_FILES := setup.py ttsr_fast/build.py $(KERNELS) $(ENVIRONMENT)
+BUILD_FILES := ttsr_fast/build.py $(wildcard csrc/*.*) $(ENVIRONMENT)
+CPU_FILES := $(BUILD_FILES) $(wildcard csrc/cpu/*.*)
+CUDA_FILES := $(BUILD_FILES) $(wildcard csrc/cuda/*.*)
+
+# Looked for as in ttsr_fast/build.py; nothing where there is none.
+CUDACXX ?= $(shell PATH="$${CUDA_HOME:+$$CUDA_HOME/bin:}$$PATH:/usr/local/cuda/bin" command -v nvcc)
+CUDA_WARNINGS := -Xcompiler='$(WARNINGS)' $(if $(filter -Werror,$(WARNINGS)),-Werror=all-warnings)
 
 # GCC, because its run-time libraries are preloaded below.
 SANITIZED := build/sanitized/$(LIBRARY)
@@ -35,11 +42,13 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 	@TTSR_FAST_BUILD=none $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-build: $(LIBRARY)  ## compile the kernels in place
+build: $(LIBRARY) $(if $(CUDACXX),$(CUDA_LIBRARY))  ## compile the kernels in place, in CUDA where nvcc is
 
-$(LIBRARY): $(BUILD_FILES)
-	CXXFLAGS="$(WARNINGS) $$CXXFLAGS" TTSR_FAST_BUILD=cpu \
-	$(BIN)/python setup.py --quiet build_ext --inplace --force
+$(LIBRARY): $(CPU_FILES)
+	CXXFLAGS="$(WARNINGS) $$CXXFLAGS" $(BIN)/python ttsr_fast/build.py $@
+
+$(CUDA_LIBRARY): $(CUDA_FILES)
+	NVCCFLAGS="$(CUDA_WARNINGS) $$NVCCFLAGS" $(BIN)/python ttsr_fast/build.py $@
 
 demo: build  ## super-resolve a stereo pair, draw what matched, time the search
 	$(BIN)/python bench/demo.py
@@ -77,9 +86,8 @@ sanitize: $(SANITIZED)  ## run the tests of the operators under AddressSanitizer
 	TTSR_FAST_LIBRARY=$(SANITIZED) TTSR_FAST_TEST_BACKENDS=cpp OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest --quiet --capture=no $(SANITIZER_TESTS)
 
-$(SANITIZED): $(BUILD_FILES)
-	CXX=$(SANITIZER) CXXFLAGS="$(SANITIZER_FLAGS)" TTSR_FAST_BUILD=cpu \
-	$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitized --force
+$(SANITIZED): $(CPU_FILES)
+	CXX=$(SANITIZER) CXXFLAGS="$(SANITIZER_FLAGS)" $(BIN)/python ttsr_fast/build.py $@
 
 bench: build $(PEERS)  ## measure everything into bench/results; takes long
 	$(BIN)/python bench/search.py --out bench/results
@@ -93,8 +101,8 @@ $(PEERS): $(ENVIRONMENT)
 	TTSR_FAST_BUILD=none $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[peers]"
 	touch $@
 
-wheel: build  ## build the wheel and the source archive into dist
-	TTSR_FAST_BUILD=cpu $(BIN)/python -m build --no-isolation
+wheel: build  ## build the wheel, which needs nvcc, and the source archive into dist
+	TTSR_FAST_BUILD=cuda $(BIN)/python -m build --no-isolation
 
 clean:  ## remove everything that was made here
 	rm -rf .venv $(OLDEST) build dist out .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,9 @@
-"""Adds the kernels in C++ to the package; everything else is in pyproject.toml.
+"""Adds the compiled kernels to the package; everything else is in pyproject.toml.
 
-By default they become part of the package wherever torch and a compiler are at hand, and it is said
-where they do not. TTSR_FAST_BUILD=cpu insists on them, TTSR_FAST_BUILD=none leaves them out.
+By default those in C++ become part of it wherever torch and a compiler are at hand, and those in
+CUDA where torch is a build for CUDA and nvcc is there; it is said where they do not.
+TTSR_FAST_BUILD=cpu insists on C++ alone, TTSR_FAST_BUILD=cuda on both, whatever the torch, and
+TTSR_FAST_BUILD=none leaves both out.
 """
 
 import os
@@ -12,27 +14,42 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 BUILD = runpy.run_path("ttsr_fast/build.py")
+LANGUAGES = {"ttsr_fast._C": "C++", "ttsr_fast._C_cuda": "CUDA"}
 
 
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        BUILD["compile_library"](Path(self.get_ext_fullpath(ext.name)))
+        library = Path(self.get_ext_fullpath(ext.name))
+        BUILD["compile_library"](library, cuda=LANGUAGES[ext.name] == "CUDA")
 
 
 def extensions() -> list[Extension]:
     wanted = os.environ.get("TTSR_FAST_BUILD", "")
     if wanted not in ("", "none", "cpu", "cuda"):
         raise SystemExit(f"TTSR_FAST_BUILD must be cpu, cuda or none, got {wanted!r}")
-    if wanted == "cuda":
-        raise SystemExit("TTSR_FAST_BUILD=cuda: this version has no CUDA kernels")
-    reason = "TTSR_FAST_BUILD=none" if wanted == "none" else BUILD["why_not"]()
-    if reason is None:
-        sources = [os.path.relpath(source) for source in BUILD["sources"]()]
-        return [Extension("ttsr_fast._C", sources, py_limited_api=True)]
-    if wanted == "cpu":
-        raise SystemExit(f"TTSR_FAST_BUILD=cpu: the kernels cannot be compiled here: {reason}")
-    print(f"ttsr-fast: building without the kernels in C++: {reason}")
-    return []
+    found = []
+    for name, language in LANGUAGES.items():
+        reason = why_left_out(language, wanted)
+        if reason is None:
+            sources = BUILD["sources"](cuda=language == "CUDA")
+            found.append(Extension(name, list(map(os.path.relpath, sources)), py_limited_api=True))
+        else:
+            print(f"ttsr-fast: building without the kernels in {language}: {reason}")
+    return found
+
+
+def why_left_out(language: str, wanted: str) -> str | None:
+    if wanted == "none" or (wanted, language) == ("cpu", "CUDA"):
+        return f"TTSR_FAST_BUILD={wanted}"
+    reason = BUILD["why_not"](cuda=language == "CUDA")
+    if reason is not None and wanted:
+        kernels = f"the kernels in {language}"
+        raise SystemExit(f"TTSR_FAST_BUILD={wanted}: {kernels} cannot be compiled here: {reason}")
+    if reason is None and language == "CUDA" and not wanted:
+        import torch
+
+        return None if torch.version.cuda else f"torch {torch.__version__} is a build without CUDA"
+    return reason
 
 
 setup(
@@ -40,7 +57,7 @@ setup(
     package_dir={"ttsr_fast.csrc": "csrc", "ttsr_fast.kernels": "kernels"},
     package_data={
         "ttsr_fast": ["py.typed"],
-        "ttsr_fast.csrc": ["*.cpp", "*.h", "cpu/*.cpp", "cpu/*.h"],
+        "ttsr_fast.csrc": ["*.cpp", "*.h", "*/*.cpp", "*/*.h", "*/*.cu"],
     },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ttsr_fast import backends
+from ttsr_fast import backends, build
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
@@ -41,6 +41,9 @@ CPU_MODULES = {
     "test_upscale",
 }
 
+# About what nvcc makes of the kernels: left out where it is not.
+NVCC_MODULES = {"test_cuda_library"}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if DEVICE.type == "cuda":  # for torch.use_deterministic_algorithms; read when CUDA starts
@@ -58,6 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out |= {item for item in items if _is_declined(item)}
     if DEVICE.type != "cpu":
         left_out |= {item for item in items if item.path.stem in CPU_MODULES}
+    if build.why_not(cuda=True) is not None:
+        left_out |= {item for item in items if item.path.stem in NVCC_MODULES}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 
@@ -79,6 +84,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"on {DEVICE}; these are for the CPU and did not run: {modules}"
         )
+    reason = build.why_not(cuda=True)
+    if reason is not None:
+        modules = ", ".join(sorted(NVCC_MODULES))
+        terminalreporter.write_line(f"{modules} did not run, as nvcc cannot be used: {reason}")
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

@@ -1,6 +1,12 @@
-"""Compiling: flags and variables, errors, the cache; on a library of one line."""
+"""Compiling: flags and variables, errors, the cache; on a library of one line.
+
+What nvcc makes of the kernels in CUDA is in `test_cuda_library.py`; here it is only called.
+"""
 
 import ctypes
+import re
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,21 +14,22 @@ import pytest
 
 from ttsr_fast import build
 
+FAKE_COMPILER = shlex.join([sys.executable, str(Path(__file__).with_name("fake_compiler.py"))])
 ANSWER = '#define EXPORT extern "C" __attribute__((visibility("default")))\nEXPORT int answer() {'
 
 
 @pytest.fixture
-def write_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def write_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes a program the only source; compiler, flags and cache are the test's own."""
     folder = tmp_path / "csrc"
-    folder.mkdir()
+    (folder / "cuda").mkdir(parents=True)
     monkeypatch.setattr(build, "source_folder", lambda: folder)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    for variable in ("CXX", "CXXFLAGS", "LDFLAGS"):
+    for variable in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME", "NVCCFLAGS"):
         monkeypatch.delenv(variable, raising=False)
 
-    def write(text: str) -> None:
-        (folder / "module.cpp").write_text(text)
+    def write(text: str, name: str = "module.cpp") -> None:
+        (folder / name).write_text(text)
 
     return write
 
@@ -32,7 +39,7 @@ def answer_of(library: Path) -> int:
 
 
 def test_compiler_flags_of_the_user_win(
-    write_source: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_source: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_source(f"{ANSWER} return NUMBER; }}")
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DNUMBER=1"))
@@ -44,7 +51,7 @@ def test_compiler_flags_of_the_user_win(
 
 
 def test_error_in_a_source(
-    write_source: Callable[[str], None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    write_source: Callable[..., None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_source(f"{ANSWER} return no_such_name; }}")
     with pytest.raises(RuntimeError, match=r"compiler stopped with status 1: c\+\+ .*module\.cpp"):
@@ -55,7 +62,7 @@ def test_error_in_a_source(
 
 
 def test_cache_belongs_to_the_sources(
-    write_source: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    write_source: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_source(f"{ANSWER} return 1; }}")
     assert build.cached_library() is None
@@ -73,7 +80,7 @@ def test_cache_belongs_to_the_sources(
 
 
 def test_reasons(
-    write_source: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_source: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_source(f"{ANSWER} return 1; }}")
     assert build.why_not() is None
@@ -92,7 +99,96 @@ def test_reasons(
         build.build_library()
 
 
+@pytest.fixture
+def cuda_source(
+    write_source: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A kernel, which no compiler will see, and a folder in which nvcc may be found."""
+    write_source("", "cuda/answer_kernel.cu")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path
+
+
+def write_program(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("known", "codes"),
+    [
+        (
+            "compute_75 compute_80 compute_90 compute_100 compute_120",
+            "sm_80 sm_90 sm_100 compute_100",
+        ),
+        ("compute_50 compute_80 compute_90", "sm_80 sm_90 compute_90"),
+    ],
+)
+def test_code_for_the_gpus_that_nvcc_knows(
+    known: str, codes: str, cuda_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDACXX", f"{FAKE_COMPILER} {known}")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("NVCCFLAGS", "-O0 -DNUMBER='40 + 2'")
+    library = cuda_source / "answer.so"
+    build.compile_library(library, cuda=True)
+    compiled, linked = map(shlex.split, library.read_text().splitlines())
+    for command in (compiled, linked):
+        assert re.findall(r",code=(\w+)", " ".join(command)) == codes.split()
+        assert command.index("-O3") < command.index("-O0") == command.index("-DNUMBER=40 + 2") - 1
+    assert compiled[-4:-2] == ["-c", str(cuda_source / "csrc/cuda/answer_kernel.cu")]
+    assert linked.index("-shared") < linked.index("-ltorch_cuda") < linked.index("-ltorch_cpu")
+
+
+def test_nvcc_is_looked_for(cuda_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDACXX goes before CUDA_HOME, CUDA_HOME before PATH; none of these knows a GPU."""
+    for name in ("bin/nvcc", "home/bin/nvcc", "named"):
+        write_program(cuda_source / name)
+    expected = f"{cuda_source}/%s compiles C++20 for none of sm_80, sm_90, sm_100"
+    assert build.why_not(cuda=True) == expected % "bin/nvcc"
+    monkeypatch.setenv("CUDA_HOME", str(cuda_source / "home"))
+    assert build.why_not(cuda=True) == expected % "home/bin/nvcc"
+    monkeypatch.setenv("CUDACXX", str(cuda_source / "named"))
+    assert build.why_not(cuda=True) == expected % "named"
+
+    monkeypatch.setenv("CUDACXX", "no-such-nvcc -v")
+    with pytest.raises(RuntimeError, match=r"no CUDA compiler 'no-such-nvcc'; .* CUDACXX names"):
+        build.build_library(cuda=True)
+
+
+def test_an_nvcc_without_the_standard_is_none(
+    cuda_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = write_program(cuda_source / "nvcc", f'test "$1" = {build.FLAGS[0]} || echo compute_80')
+    monkeypatch.setenv("CUDACXX", str(old))
+    assert build.why_not(cuda=True) == f"{old} compiles C++20 for none of sm_80, sm_90, sm_100"
+
+
+def test_each_library_has_sources_and_a_cache_of_its_own(
+    write_source: Callable[..., None], cuda_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDACXX", f"{FAKE_COMPILER} compute_90")
+    assert build.why_not() == "their sources (csrc) are not part of this installation"
+    library = build.build_library(cuda=True)
+    assert library.name == build.CUDA_LIBRARY
+    assert (build.cached_library(cuda=True), build.cached_library()) == (library, None)
+
+    write_source("// another")
+    assert build.cached_library(cuda=True) is None
+    monkeypatch.setenv("CXX", FAKE_COMPILER)
+    library = build.build_library()
+    assert library.name == build.LIBRARY
+    assert (build.cached_library(cuda=True), build.cached_library()) == (None, library)
+    assert "cuda" not in library.read_text()
+    names = [["module.cpp"], ["answer_kernel.cu"]]
+    assert [[path.name for path in build.sources(cuda=cuda)] for cuda in (False, True)] == names
+
+
 def test_sources_of_the_repository() -> None:
-    root = Path(__file__).parent.parent
-    assert build.source_folder() == root / "csrc"
-    assert root / "csrc" / "module.cpp" in build.sources()
+    folder = Path(__file__).parent.parent / "csrc"
+    assert build.source_folder() == folder
+    together = {*build.sources(), *build.sources(cuda=True)}
+    assert {folder / "module.cpp", folder / "cuda/gather_fold_kernel.cu"} < together
+    assert together == {path for path in folder.rglob("*.c*") if path.is_file()}

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import ttsr_fast
-from ttsr_fast import backends
+from ttsr_fast import backends, build, cli
 from ttsr_fast.cli import EXTRAS, app
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
@@ -274,12 +274,16 @@ def test_match_refuses_bad_input(folder, arguments, message):
     assert_refused(run("match", *arguments), message)
 
 
+def env_lines():
+    lines = (line.split("  ", 1) for line in run("env").stdout.splitlines())
+    return {name: value.strip() for name, value in lines}
+
+
 def test_env_tells_what_runs_and_why_not(monkeypatch):
     monkeypatch.setattr(
         backends, "why_not", lambda name, device: None if name == "torch" else f"no {device}"
     )
-    lines = dict(line.split("  ", 1) for line in run("env").stdout.splitlines())
-    lines = {name: value.strip() for name, value in lines.items()}
+    lines = env_lines()
     assert lines["ttsr-fast"] == ttsr_fast.__version__
     assert lines["torch"].startswith(torch.__version__)
     assert lines["cpu capability"] == torch.backends.cpu.get_cpu_capability()
@@ -289,20 +293,41 @@ def test_env_tells_what_runs_and_why_not(monkeypatch):
     assert re.search(r"pillow \d+\.\d+", lines["extra cli"])
 
 
-def test_env_names_the_instruction_set(monkeypatch):
+def test_env_names_the_instruction_set_and_the_version_of_cuda(monkeypatch):
     monkeypatch.setattr(backends, "why_not", lambda name, device: None)
     monkeypatch.setattr(backends, "instruction_set", lambda: "avx2")
-    assert re.search(r"^cpp on cpu +runs, avx2$", run("env").stdout, re.MULTILINE)
+    monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
+    monkeypatch.setattr(backends, "cuda_library_version", lambda: "13.0")
+    monkeypatch.setattr(cli, "_devices", lambda: ["cpu", "cuda:0"])
+    lines = env_lines()
+    assert (lines["cpp on cpu"], lines["cpp on cuda"]) == ("runs, avx2", "runs")
+    assert lines["cuda library"] == "loaded, CUDA 13.0"
+
+    monkeypatch.setattr(backends, "load_cuda_library", lambda: "it is not there")
+    assert env_lines()["cuda library"] == "no: it is not there"
 
 
 def test_env_builds_the_kernels_first(monkeypatch):
-    monkeypatch.setattr("ttsr_fast.build.build_library", lambda: Path("/cache/kernels.so"))
-    assert run("env", "--build").stdout.splitlines()[0] == "compiled /cache/kernels.so"
+    def built(cuda=None, reason=None):
+        """The first lines with a torch for this CUDA, and this reason not to compile in CUDA."""
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(build, "why_not", lambda *, cuda: reason)
+        return run("env", "--build").stdout.partition("ttsr-fast ")[0].splitlines()
+
+    libraries = {False: Path("/cache/cpu.so"), True: Path("/cache/cuda.so")}
+    monkeypatch.setattr(build, "build_library", lambda *, cuda=False: libraries[cuda])
+    monkeypatch.setattr(backends, "load_cuda_library", lambda: "not asked here")
+    assert built() == ["compiled /cache/cpu.so"]
+    assert built("13.0") == ["compiled /cache/cpu.so", "compiled /cache/cuda.so"]
+    assert built("13.0", "there is no nvcc") == [
+        "compiled /cache/cpu.so",
+        "left out the kernels in CUDA: there is no nvcc",
+    ]
 
     def fail():
         raise RuntimeError("there is no compiler\n(a second line)")
 
-    monkeypatch.setattr("ttsr_fast.build.build_library", fail)
+    monkeypatch.setattr(build, "build_library", fail)
     assert_refused(run("env", "--build"), "there is no compiler")
 
 

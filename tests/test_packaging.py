@@ -1,6 +1,10 @@
-"""What is in the wheel and in the source archive, and that they work once installed."""
+"""What is in the wheel and in the source archive, and that they work once installed.
+
+nvcc is not needed: the library in CUDA is a stand-in, see `test_cuda_library.py` for its own tests.
+"""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +18,9 @@ import pytest
 import ttsr_fast
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = "ttsr_fast/_C.abi3.so"
+LIBRARY, CUDA_LIBRARY = "ttsr_fast/_C.abi3.so", "ttsr_fast/_C_cuda.abi3.so"
+FAKE_COMPILER = shlex.join([sys.executable, str(ROOT / "tests" / "fake_compiler.py")])
+FAKE_NVCC = f"{FAKE_COMPILER} compute_90"
 pytestmark = pytest.mark.xdist_group("packaging")  # the archives are built once
 
 SEARCH = """
@@ -40,8 +46,8 @@ else:
 
 import shutil
 from ttsr_fast import build
-def compile_library(target):  # stands in for the compiler
-    assert build.why_not() is None and len(build.sources()) > 1
+def compile_library(target, cuda):  # stands in for the compiler
+    assert build.why_not() is None and len(build.sources()) > 1 and not cuda
     target.parent.mkdir(parents=True)
     shutil.copy({library!r}, target)
 build.compile_library = compile_library
@@ -52,7 +58,8 @@ torch.testing.assert_close(search_and_transfer("cpp"), expected)
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("CXX", "LDFLAGS", "PYTHONPATH")}
+    left_out = ("CXX", "LDFLAGS", "CUDACXX", "CUDA_HOME", "NVCCFLAGS", "PYTHONPATH")
+    inherited = {name: value for name, value in os.environ.items() if name not in left_out}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
@@ -88,7 +95,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def archives(tree: Path) -> tuple[Path, Path]:
     """The source archive, and the wheel that is built from it."""
-    run_checked("-m", "build", "--no-isolation", cwd=tree, TTSR_FAST_BUILD="cpu")
+    build = ("-m", "build", "--no-isolation")
+    run_checked(*build, cwd=tree, TTSR_FAST_BUILD="cuda", CUDACXX=FAKE_NVCC)
     (archive,), (wheel,) = tree.glob("dist/*.tar.gz"), tree.glob("dist/*.whl")
     return archive, wheel
 
@@ -100,7 +108,7 @@ def wheel(archives: tuple[Path, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def python_only(tree: Path, archives: tuple[Path, Path]) -> Path:
-    """The wheel without the library."""
+    """The wheel without the libraries."""
     build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", "python-only")
     run_checked(*build, cwd=tree, TTSR_FAST_BUILD="none")
     (wheel,) = tree.glob("python-only/*.whl")
@@ -114,17 +122,17 @@ def install(wheel: Path, folder: Path) -> Path:
 
 
 def test_wheel_holds_the_package(wheel: Path) -> None:
-    kernels = files_under("csrc", suffixes=".h .cpp") | files_under("kernels", suffixes=".py")
-    expected = files_under("ttsr_fast", suffixes=".py .typed") | {LIBRARY}
+    kernels = files_under("csrc", suffixes=".h .cpp .cu") | files_under("kernels", suffixes=".py")
+    expected = files_under("ttsr_fast", suffixes=".py .typed") | {LIBRARY, CUDA_LIBRARY}
     expected |= {f"ttsr_fast/{path}" for path in kernels}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
-    assert {"csrc/module.cpp", "kernels/search.py"} < kernels
+    assert {"csrc/module.cpp", "csrc/cuda/gather_fold_kernel.cu", "kernels/search.py"} < kernels
 
 
 def test_source_archive_holds_the_repository(archives: tuple[Path, Path]) -> None:
     expected = files_under("ttsr_fast", "kernels", "bench", "tests", suffixes=".py .typed")
-    expected |= files_under("csrc", suffixes=".h .cpp")
+    expected |= files_under("csrc", "tests", suffixes=".h .cpp .cu")
     expected |= {"Makefile", "constraints.txt", "pyproject.toml", "setup.py", "MANIFEST.in"}
     expected |= {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".clang-format"}
     with tarfile.open(archives[0]) as file:
@@ -179,17 +187,41 @@ def test_without_the_library(python_only: Path, wheel: Path, tmp_path: Path) -> 
     run_checked("-c", program, cwd=tmp_path, **environment)
 
 
+FAKE_TORCH = """
+import os, types
+__version__ = "2.13.0"
+version = types.SimpleNamespace(cuda=os.environ.get("FAKE_TORCH_CUDA"))
+"""
+NO_CXX, NO_NVCC, WITH_CUDA = {"CXX": "nowhere"}, {"CUDACXX": "nowhere"}, {"FAKE_TORCH_CUDA": "13.0"}
+WITHOUT = "ttsr-fast: building without the kernels in "
+
+
 @pytest.mark.parametrize(
-    ("wanted", "compiler", "status", "line"),
+    ("wanted", "changed", "built", "line"),
     [
-        ("none", "c++", 0, "ttsr-fast: building without the kernels in C++: TTSR_FAST_BUILD=none"),
-        ("", "nowhere", 0, "building without the kernels in C++: there is no C++ compiler"),
-        ("cpu", "nowhere", 1, "TTSR_FAST_BUILD=cpu: the kernels cannot be compiled here: there is"),
-        ("cuda", "c++", 1, "TTSR_FAST_BUILD=cuda: this version has no CUDA kernels"),
-        ("gpu", "c++", 1, "TTSR_FAST_BUILD must be cpu, cuda or none, got 'gpu'"),
+        ("none", {}, [], f"{WITHOUT}C++: TTSR_FAST_BUILD=none"),
+        ("none", {}, [], f"{WITHOUT}CUDA: TTSR_FAST_BUILD=none"),
+        ("cpu", NO_NVCC, [LIBRARY], f"{WITHOUT}CUDA: TTSR_FAST_BUILD=cpu"),
+        ("cuda", {}, [LIBRARY, CUDA_LIBRARY], ""),
+        ("", WITH_CUDA, [LIBRARY, CUDA_LIBRARY], ""),
+        ("", {}, [LIBRARY], f"{WITHOUT}CUDA: torch 2.13.0 is a build without CUDA"),
+        ("", WITH_CUDA | NO_NVCC, [LIBRARY], f"{WITHOUT}CUDA: there is no CUDA compiler 'nowhere'"),
+        ("", NO_CXX, [], f"{WITHOUT}C++: there is no C++ compiler 'nowhere'"),
+        ("cpu", NO_CXX, None, "=cpu: the kernels in C++ cannot be compiled here: there is no"),
+        ("cuda", NO_CXX, None, "=cuda: the kernels in C++ cannot be compiled here: there is no"),
+        ("cuda", NO_NVCC, None, "=cuda: the kernels in CUDA cannot be compiled here: there is no"),
+        ("gpu", {}, None, "TTSR_FAST_BUILD must be cpu, cuda or none, got 'gpu'"),
     ],
 )
-def test_choice_of_kernels(wanted: str, compiler: str, status: int, line: str) -> None:
-    result = run("setup.py", "--version", cwd=ROOT, TTSR_FAST_BUILD=wanted, CXX=compiler)
+def test_choice_of_kernels(
+    wanted: str, changed: dict[str, str], built: list[str] | None, line: str, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text(FAKE_TORCH)
+    environment = {"CXX": FAKE_COMPILER, "CUDACXX": FAKE_NVCC, "PYTHONPATH": str(tmp_path)}
+    environment |= {"TTSR_FAST_BUILD": wanted, **changed}
+    command = ("setup.py", "build_ext", "--build-lib", tmp_path / "built")
+    result = run(*command, cwd=ROOT, **environment)
+    libraries = [str(path.relative_to(tmp_path / "built")) for path in tmp_path.rglob("*.so")]
+    assert (result.returncode, sorted(libraries)) == (built is None, built or []), result.stdout
     assert line in result.stdout
-    assert result.returncode == status
+    assert line or WITHOUT not in result.stdout

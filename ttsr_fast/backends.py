@@ -162,12 +162,12 @@ def instruction_set() -> str:
 
 
 def _library(*, cuda: bool = False) -> Path | None:
-    """What the environment names, the library installed, or the one that was built afterwards."""
+    """What the environment names, what was built afterwards, or the library installed."""
     named = os.environ.get("TTSR_FAST_CUDA_LIBRARY" if cuda else "TTSR_FAST_LIBRARY")
     if named:
         return Path(named)
     installed = Path(__file__).parent / (build.CUDA_LIBRARY if cuda else build.LIBRARY)
-    return installed if installed.is_file() else build.cached_library(cuda=cuda)
+    return build.cached_library(cuda=cuda) or (installed if installed.is_file() else None)
 
 
 def _triton_search(*arguments):

@@ -1,9 +1,11 @@
-"""Compiles the kernels in C++, the same way for `setup.py` and for `ttsr-fast env --build`.
+"""Compiles the kernels in C++ and in CUDA, for `setup.py`, make and `ttsr-fast env`.
 
-The library is written against PyTorch's stable ABI and needs nothing of Python's, so that one file
-serves every Python and every torch from `OLDEST_TORCH` on; it chooses its instruction set when it
-runs. `setup.py` runs this file by itself: it imports nothing of the package, and torch only to
-compile.
+There is a library for the CPU, which chooses its instruction set when it runs, and one that holds
+code for several GPUs. Both are written against PyTorch's stable ABI and need nothing of Python's,
+so that one file serves every Python and every torch from `OLDEST_TORCH` on. This file imports
+nothing of the package, and torch only to compile; it also runs by itself:
+
+    python ttsr_fast/build.py ttsr_fast/_C.abi3.so
 """
 
 import hashlib
@@ -12,29 +14,40 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 LIBRARY = "_C.abi3.so"
+CUDA_LIBRARY = "_C_cuda.abi3.so"
 OLDEST_TORCH = (2, 11)
-FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # OLDEST_TORCH
+FLAGS = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # OLDEST_TORCH
+CXX_FLAGS = ("-fPIC", "-fvisibility=hidden")
+NVCC_FLAGS = (
+    "-DUSE_CUDA",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "--cudart=static",  # torch may bring along another
+    "--threads=0",
 )
+ARCHITECTURES = (80, 90, 100)  # A100, H100, B200
 
 
-def why_not() -> str | None:
-    """Why the kernels cannot be compiled here, None if they can."""
+def why_not(*, cuda: bool = False) -> str | None:
+    """Why the kernels cannot be compiled here, for the CPU or in CUDA; None if they can."""
     if platform.system() not in ("Linux", "Darwin"):
         return f"they are for Linux and macOS, this is {platform.system()}"
-    if not (source_folder() / "module.cpp").is_file():
+    if not sources(cuda=cuda):
         return "their sources (csrc) are not part of this installation"
-    if shutil.which(_compiler()[0]) is None:
-        return f"there is no C++ compiler {_compiler()[0]!r}; the variable CXX names another"
+    compiler = _compiler(cuda)[0]
+    if shutil.which(compiler) is None:
+        language, variable = ("CUDA", "CUDACXX") if cuda else ("C++", "CXX")
+        return (
+            f"there is no {language} compiler {compiler!r}; the variable {variable} names another"
+        )
+    if cuda and not _architectures():
+        names = ", ".join(f"sm_{number}" for number in ARCHITECTURES)
+        return f"{compiler} compiles C++20 for none of {names}"
     try:
         from torch import __version__ as version
     except ImportError as error:
@@ -51,47 +64,53 @@ def source_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "csrc"
 
 
-def sources() -> list[Path]:
+def sources(*, cuda: bool = False) -> list[Path]:
     """The files to compile."""
-    return sorted(source_folder().rglob("*.cpp"))
+    patterns = ("cuda/*.cpp", "cuda/*.cu") if cuda else ("*.cpp", "cpu/*.cpp")
+    return sorted(file for pattern in patterns for file in source_folder().glob(pattern))
 
 
-def compile_library(library: Path) -> None:
+def compile_library(library: Path, *, cuda: bool = False) -> None:
     """Compile the sources into `library`, all at the same time.
 
-    The environment variables CXX, CXXFLAGS and LDFLAGS are respected; where CXXFLAGS differ from
-    `FLAGS`, they win. Messages of the compiler go to the terminal.
+    The environment variables CXX, CXXFLAGS and LDFLAGS are respected; for CUDA it is CUDACXX,
+    CUDA_HOME, NVCCFLAGS and what nvcc itself reads. Where CXXFLAGS or NVCCFLAGS differ from the
+    flags above, they win. Messages of the compiler go to the terminal.
 
     Raises:
         RuntimeError: `why_not` has a reason, or the compiler finds an error.
     """
-    reason = why_not()
+    reason = why_not(cuda=cuda)
     if reason is not None:
         raise RuntimeError(f"the kernels cannot be compiled here: {reason}")
     import torch
 
     torch_folder = Path(torch.__file__).parent
-    flags = [*FLAGS, "-isystem", str(torch_folder / "include")]
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    compiler = [*_compiler(cuda), *FLAGS, "-isystem", str(torch_folder / "include")]
+    compiler += [*NVCC_FLAGS, *_architectures()] if cuda else CXX_FLAGS
+    compiler += shlex.split(os.environ.get("NVCCFLAGS" if cuda else "CXXFLAGS", ""))
     link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-    link += shlex.split(os.environ.get("LDFLAGS", ""))
     library.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        objects = [f"{folder}/{number}.o" for number in range(len(sources()))]
+        objects = [f"{folder}/{number}.o" for number in range(len(sources(cuda=cuda)))]
         commands = [
-            [*_compiler(), *flags, "-c", str(source), "-o", target]
-            for source, target in zip(sources(), objects, strict=True)
+            [*compiler, "-c", str(source), "-o", target]
+            for source, target in zip(sources(cuda=cuda), objects, strict=True)
         ]
         list(pool.map(_run, commands))
-        linked = f"{folder}/{LIBRARY}"
-        _run([*_compiler(), *flags, "-shared", *objects, *link, "-o", linked])
+        if cuda:
+            link = [*_stand_in_for_torch_cuda(folder), *link]
+        else:
+            link += shlex.split(os.environ.get("LDFLAGS", ""))
+        linked = f"{folder}/{library.name}"
+        _run([*compiler, "-shared", *objects, *link, "-o", linked])
         os.replace(linked, library)
 
 
-def build_library() -> Path:
+def build_library(*, cuda: bool = False) -> Path:
     """Compile the kernels once into torch's cache of extensions, for an installation without them.
 
     Returns:
@@ -100,32 +119,74 @@ def build_library() -> Path:
     Raises:
         RuntimeError: as `compile_library`.
     """
-    library = _cache_path()
+    library = _cache_path(cuda)
     if not library.is_file():
-        compile_library(library)
+        compile_library(library, cuda=cuda)
     return library
 
 
-def cached_library() -> Path | None:
+def cached_library(*, cuda: bool = False) -> Path | None:
     """What `build_library` has compiled from these very sources, None if it has not."""
-    library = _cache_path()
+    library = _cache_path(cuda)
     return library if library.is_file() else None
 
 
-def _cache_path() -> Path:
+def _cache_path(cuda: bool) -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch_extensions")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default).expanduser()
-    digest = hashlib.sha256(" ".join([platform.machine(), *FLAGS]).encode())
+    how: tuple[str, ...] = (platform.machine(), *FLAGS, *CXX_FLAGS, *NVCC_FLAGS, *map(str, ARCHITECTURES))
+    if cuda:
+        from torch.version import cuda as toolkit
+
+        how = (*how, str(toolkit))
+    digest = hashlib.sha256(" ".join(how).encode())
     for file in sorted(source_folder().rglob("*.[ch]*")):
         digest.update(file.read_bytes())
-    return root / "ttsr_fast" / digest.hexdigest()[:16] / LIBRARY
+    name = CUDA_LIBRARY if cuda else LIBRARY
+    return root / "ttsr_fast" / digest.hexdigest()[:16] / name
 
 
-def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX") or "c++")
+def _compiler(cuda: bool) -> list[str]:
+    named = os.environ.get("CUDACXX" if cuda else "CXX")
+    if named or not cuda:
+        return shlex.split(named or "c++")
+    folders = [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    if os.environ.get("CUDA_HOME"):
+        folders.insert(0, os.path.join(os.environ["CUDA_HOME"], "bin"))
+    return [shutil.which("nvcc", path=os.pathsep.join(folders)) or "nvcc"]
+
+
+def _architectures() -> list[str]:
+    """Flags for machine code of every architecture that nvcc knows, and PTX of the newest.
+
+    Later GPUs translate the PTX. An nvcc without C++20 knows none.
+    """
+    question = [*_compiler(cuda=True), FLAGS[0], "--list-gpu-arch"]
+    known = subprocess.run(question, capture_output=True, text=True).stdout.split()
+    numbers = [number for number in ARCHITECTURES if f"compute_{number}" in known]
+    code = [(number, "sm") for number in numbers] + [(number, "compute") for number in numbers[-1:]]
+    return [f"-gencode=arch=compute_{number},code={kind}_{number}" for number, kind in code]
+
+
+def _stand_in_for_torch_cuda(folder: str) -> list[str]:
+    """Flags that link with an empty library of the name of torch's for CUDA, made in `folder`.
+
+    A process that has torch has loaded libtorch_cuda.so, but not for others to see: a library gets
+    at its functions only by naming it among those that it needs. The linker believes that name
+    of any file that bears it, so that a CPU build of torch will do to link with.
+    """
+    name = "libtorch_cuda.so"
+    make = [*_compiler(cuda=True), "-shared", f"-Xlinker=-soname={name}", "-x", "c++", "/dev/null"]
+    _run([*make, "-o", f"{folder}/{name}"])
+    return [f"-L{folder}", "-Xlinker=--no-as-needed", "-ltorch_cuda"]
 
 
 def _run(command: list[str]) -> None:
     status = subprocess.run(command).returncode
     if status != 0:
         raise RuntimeError(f"the compiler stopped with status {status}: {shlex.join(command)}")
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    compile_library(target, cuda=target.name == CUDA_LIBRARY)

@@ -193,17 +193,28 @@ def match_command(
 @app.command("env")
 def env_command(
     build: Annotated[
-        bool, typer.Option("--build", help="First compile the kernels for the CPU.")
+        bool, typer.Option("--build", help="First compile the kernels, in CUDA if torch has it.")
     ] = False,
 ) -> None:
     """Show versions, devices, and which backends run here and why others do not."""
     with _errors_in_one_line():
         if build:
-            from ttsr_fast.build import build_library
-
-            typer.echo(f"compiled {build_library()}")
+            _build()
         for name, value in _environment():
             typer.echo(f"{name:<20} {value}")
+
+
+def _build() -> None:
+    from ttsr_fast import build
+
+    typer.echo(f"compiled {build.build_library()}")
+    if torch.version.cuda is None:
+        return
+    reason = build.why_not(cuda=True)
+    if reason is None:
+        typer.echo(f"compiled {build.build_library(cuda=True)}")
+    else:
+        typer.echo(f"left out the kernels in CUDA: {reason}")
 
 
 def _environment() -> Iterator[tuple[str, str]]:
@@ -220,9 +231,16 @@ def _environment() -> Iterator[tuple[str, str]]:
             reason = backends.why_not(backend, torch.device(kind))
             if reason is not None:
                 verdict = f"no: {reason}"
+            elif (backend, kind) == ("cpp", "cpu"):
+                verdict = f"runs, {backends.instruction_set()}"
             else:
-                verdict = "runs" + (f", {backends.instruction_set()}" if backend == "cpp" else "")
+                verdict = "runs"
             yield f"{backend} on {kind}", verdict
+    reason = backends.load_cuda_library()
+    if reason is None:
+        yield "cuda library", f"loaded, CUDA {backends.cuda_library_version()}"
+    else:
+        yield "cuda library", f"no: {reason}"
     for extra, names in EXTRAS.items():
         yield f"extra {extra}", ", ".join(f"{name} {_version(name)}" for name in names)
 

@@ -175,13 +175,18 @@ def gather_fold(
         weight: `[N, H, W]`, a factor for every patch, any float dtype; differentiable.
         divisor: `"area"` divides by `kernel_size**2` everywhere, borders included, as TTSR does;
             `"overlap"` by the number of patches that meet at a block; `"none"` by nothing.
-        backend: as for `search`.
+        backend: None chooses the fastest that can run; `"cpp"` (CPU and CUDA), `"torch"` or
+            `"reference"` asks for that one and raises if it cannot run. `"triton"`, which names a
+            search, is as None.
 
     Returns:
         `[N, C, stride*H, stride*W]`, dtype and memory format of `value`; accumulated in float32 for
         16-bit values. Bit-equal from run to run, and so are its gradients.
 
     Differentiable once, in value and weight. Cost: `kernel_size**2` reads and one write per output.
+    On CUDA a value whose channels do not lie side by side is copied to channels last first. Nothing
+    waits for the device: an index outside the key grid is found by the kernel, which stops with an
+    assertion; under `TTSR_FAST_CHECK_INDEX=0` it gives zeros or another block instead.
 
     Raises:
         TypeError: an argument is no tensor, or has another dtype than asked for.

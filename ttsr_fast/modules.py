@@ -13,7 +13,8 @@ class SearchTransfer(nn.Module):
 
     Args:
         precision: as for `ttsr_fast.search`.
-        backend: as for `ttsr_fast.search`, used for both operations.
+        backend: as for `ttsr_fast.search` and `ttsr_fast.gather_fold`, used for both: on a GPU
+            `"triton"` searches with Triton, and transfers with what None would choose.
     """
 
     def __init__(self, *, precision: str | None = None, backend: str | None = None) -> None:

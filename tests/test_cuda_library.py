@@ -1,0 +1,197 @@
+"""The library in CUDA as it was compiled, without a GPU: machine code, symbols, and that it loads.
+
+The machine code is shown by cuobjdump, of which Triton's wheel has a copy.
+"""
+
+import ctypes
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from ttsr_fast import build
+
+LIBRARY = Path(build.__file__).with_name(build.CUDA_LIBRARY)
+TARGETS = {f"sm_{number}" for number in build.ARCHITECTURES}
+KERNELS = {"gather_fold_kernel", "gather_fold_adjoint_kernel", "gather_dot_kernel"}
+BYTES = {"double": 8, "float": 4, "c10::Half": 2, "c10::BFloat16": 2}
+REGISTERS = 1 << 16  # of a multiprocessor, on every target; threads are given them in eights
+# What torch's own library for CUDA is to provide; a build of torch for the CPU has the rest.
+FROM_TORCH_CUDA = {
+    "aoti_torch_get_current_cuda_stream",
+    "torch_c10_cuda_check_msg",
+    "torch_c10_cuda_free_error_msg",
+}
+LOADING = """
+import ctypes, sys, torch
+library, *stand_in = sys.argv[1:]
+if torch.version.cuda is None and stand_in:
+    ctypes.CDLL(stand_in[0])
+from ttsr_fast import ops
+torch.ops.load_library(library)
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+for op in ("gather_fold", "gather_fold_adjoint", "gather_dot"):
+    assert has_kernel(f"ttsr_fast::cuda_{op}", "CUDA"), op
+print(torch.ops.ttsr_fast.cuda_version())
+"""
+pytestmark = pytest.mark.xdist_group("cuda_library")  # cuobjdump takes seconds
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one target; a vector is what it moves at once, in elements."""
+
+    target: str
+    name: str
+    element: str
+    vector: int
+    threads: int  # of a block, at most
+    registers: int
+    memory: int  # of a thread's own, in bytes: where registers are spilled to
+    loads: Counter[str]
+
+    def __str__(self) -> str:
+        return f"{self.name}<{self.element}, {self.vector}> on {self.target}"
+
+
+def output_of(*command: str | Path, text: str | None = None) -> str:
+    result = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+def cuobjdump(option: str) -> str:
+    import triton
+
+    return output_of(
+        Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", option, LIBRARY
+    )
+
+
+def functions(listing: str) -> dict[tuple[str, str], str]:
+    """What is listed of each function, by target and symbol."""
+    found = {}
+    _, *targets = re.split(r"\barch = (\w+)\n", listing)
+    for target, listed in zip(targets[::2], targets[1::2], strict=True):
+        _, *parts = re.split(r"\bFunction (?:: )?(\w+)", listed)
+        found |= {(target, name): text for name, text in zip(parts[::2], parts[1::2], strict=True)}
+    return found
+
+
+def number(pattern: str, text: str) -> int:
+    (found,) = re.findall(pattern, text)
+    return int(found)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> list[Kernel]:
+    usage, code = functions(cuobjdump("-res-usage")), functions(cuobjdump("-sass"))
+    assert usage.keys() == code.keys()
+    ptx = cuobjdump("-ptx")
+    found = []
+    for (target, symbol), text in code.items():
+        demangled = output_of("c++filt", symbol)
+        ((name, element, vector),) = re.findall(r"(\w+)<([\w:]+), (\d+)>", demangled)
+        listed = usage[target, symbol]
+        found.append(
+            Kernel(
+                target,
+                name,
+                element,
+                int(vector),
+                threads=number(rf"\.entry {symbol}\([^)]*\)\s*\.maxntid (\d+)", ptx),
+                registers=number(r" REG:(\d+)", listed),
+                memory=number(r" STACK:(\d+)", listed) + number(r" LOCAL:(\d+)", listed),
+                loads=Counter(re.findall(r"\bLDG\.[\w.]+", text)),
+            )
+        )
+    return found
+
+
+def test_code_is_for_these_gpus_and_later_ones() -> None:
+    """Machine code for each target; of the newest also PTX, which later GPUs translate."""
+    assert set(re.findall(r"\.(\w+)\.cubin", cuobjdump("--list-elf"))) == TARGETS
+    newest = f"sm_{max(build.ARCHITECTURES)}"
+    assert set(re.findall(r"\.(\w+)\.ptx", cuobjdump("--list-ptx"))) == {newest}
+
+
+def test_every_kernel_is_there_for_every_gpu(kernels: list[Kernel]) -> None:
+    found = [(kernel.target, kernel.name, kernel.element, kernel.vector) for kernel in kernels]
+    assert Counter(found) == Counter(
+        (target, name, element, vector)
+        for target in TARGETS
+        for name in KERNELS
+        for element, size in BYTES.items()
+        for vector in (1, 16 // size)
+    )
+
+
+def test_registers_suffice(kernels: list[Kernel]) -> None:
+    """None is spilled, and a thread block of the largest size has enough of them."""
+    spilled = {str(kernel): kernel.memory for kernel in kernels if kernel.memory}
+    assert spilled == {}
+    taken = {str(kernel): -kernel.registers // 8 * -8 * kernel.threads for kernel in kernels}
+    assert {name: count for name, count in taken.items() if count > REGISTERS} == {}
+
+
+def test_vectors_are_loaded_at_once(kernels: list[Kernel]) -> None:
+    wrong = {
+        str(kernel): kernel.loads
+        for kernel in kernels
+        if any(".128" in load for load in kernel.loads) != (kernel.vector > 1)
+    }
+    assert wrong == {}
+
+
+def dynamic_section(tag: str) -> list[str]:
+    listing = output_of("readelf", "--dynamic", "--wide", LIBRARY)
+    return re.findall(rf"\({tag}\).*\[(.*)\]", listing)
+
+
+def dynamic_symbols(option: str) -> list[tuple[str, str]]:
+    """Kind and name of the dynamic symbols, without versions."""
+    listing = output_of("nm", "--dynamic", "--without-symbol-versions", option, LIBRARY)
+    return re.findall(r"(\w) (\S+)$", listing, re.MULTILINE)
+
+
+def test_nothing_is_exported() -> None:
+    """But what the linker adds, and weak symbols of the C++ library, which every library has."""
+    exported = dynamic_symbols("--defined-only")
+    strong = {name for kind, name in exported if kind not in "VWu"}
+    assert strong <= {"_edata", "_end", "__bss_start", "_init", "_fini"}
+    weak = output_of("c++filt", text="\n".join(name for kind, name in exported if kind in "VWu"))
+    assert [line for line in weak.splitlines() if "std::" not in line] == []
+
+
+def test_needs_the_stable_abi_and_the_system_alone() -> None:
+    needed = dynamic_section("NEEDED")
+    ours = [name for name in needed if name.startswith(("libtorch", "libc10"))]
+    assert ours == ["libtorch_cuda.so", "libtorch_cpu.so", "libc10.so"]
+    names = {re.split(r"[-.]", name)[0] for name in needed if name not in ours}
+    assert names <= {"libstdc++", "libgcc_s", "libm", "libc", "libdl", "libpthread", "librt", "ld"}
+    assert dynamic_section("RPATH") + dynamic_section("RUNPATH") == []
+
+    system = [ctypes.CDLL(name) for name in needed if name not in ours]
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    undefined = {name for kind, name in dynamic_symbols("--undefined-only") if kind == "U"}
+    from_torch = {name for name in undefined if not any(hasattr(x, name) for x in system)}
+    foreign = [name for name in from_torch if not name.startswith(("aoti_torch_", "torch_"))]
+    assert foreign == []
+    assert {name for name in from_torch if not hasattr(torch_cpu, name)} == FROM_TORCH_CUDA
+
+
+def test_loads_beside_the_library_of_torch(tmp_path: Path) -> None:
+    """Which is found because torch has loaded it, and so is a stand-in for it."""
+    stand_in = tmp_path / "stand_in.so"
+    source = "\n".join(f'extern "C" int {name}() {{ return 0; }}' for name in FROM_TORCH_CUDA)
+    command = ["c++", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", "-"]
+    output_of(*command, "-o", stand_in, text=source)
+    load = (sys.executable, "-c", LOADING, LIBRARY)
+    assert int(output_of(*load, stand_in)) >= 12000
+    if torch.version.cuda is None:
+        result = subprocess.run(load, capture_output=True, text=True)
+        assert "libtorch_cuda.so: cannot open shared object file" in result.stderr
