@@ -177,7 +177,8 @@ class OnGpu:
 
 def test_who_runs_what_on_a_gpu(monkeypatch):
     """Triton searches; the compiled library transfers, and PyTorch where that is missing."""
-    monkeypatch.setattr(backends, "_why_not_triton", lambda _: None)
+    for check in ("_why_not_triton", "_why_not_gpu"):
+        monkeypatch.setattr(backends, check, lambda _: None)
     for reason, transfer in ((None, "cpp"), ("it is missing", "torch")):
         monkeypatch.setattr(backends, "load_cuda_library", lambda r=reason: r)
         for op in OPERATORS:
@@ -188,6 +189,17 @@ def test_who_runs_what_on_a_gpu(monkeypatch):
         backends.choose("gather_fold", OnGpu, "cpp")
     with pytest.raises(RuntimeError, match="cannot run search on cuda: .*backend='triton'"):
         backends.choose("search", OnGpu, "cpp")
+
+
+def test_gpus_that_the_kernels_are_not_compiled_for(monkeypatch):
+    monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, backend in (((7, 5), "torch"), ((8, 0), "cpp")):
+        backends._why_not_gpu.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        expected = backends._IMPLEMENTATIONS[backend]["gather_fold"]
+        assert backends.choose("gather_fold", OnGpu, None) is expected
+    backends._why_not_gpu.cache_clear()
 
 
 def test_triton_is_chosen_for_gpus_alone(monkeypatch):

@@ -30,7 +30,7 @@ from tests.test_gather_fold import (  # noqa: F401  # run here as well
     test_weight_of_another_dtype,
 )
 from tests.test_modules import test_dtypes, test_equals_the_oracle  # noqa: F401  # the same
-from ttsr_fast import backends, compiled, gather_fold, reference
+from ttsr_fast import backends, compiled, gather_fold, ops, reference
 
 each = pytest.mark.parametrize
 
@@ -113,21 +113,39 @@ def test_every_index_of_small_grids(backend, query, key):
     torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-13)
 
 
-@each("outside", [-1, 12, 2**40, -(2**40)])
+@each("outside", [-1, 12, 2**40, -(2**40), 2**63 - 1, -(2**63)])
 def test_index_outside_the_grid(backend, monkeypatch, outside):
-    """On a GPU it is the kernel that stops; unchecked it reads nothing outside the value."""
-    value, index = torch.randn(1, 4, 3, 4), torch.zeros(1, 2, 5, dtype=torch.int64)
+    """On a GPU it is the kernel that stops; unchecked the patch adds nothing."""
+    value = cases.LAYOUTS["surrounded"](torch.randn(1, 3, 4, 4)).permute(0, 3, 1, 2)
+    assert value.stride(1) == 1, "read where it is, with NaN around"
+    index = torch.randint(12, (1, 2, 5))
     index[0, 1, 2] = outside
-    out = torch.empty(1, 4, 2, 5)
+    out, weight = torch.empty(1, 4, 2, 5), (index != outside).double()
     options = ([value], index, None, [out], [1], 3, 1, "area")
     with pytest.raises(RuntimeError, match="index outside the key grid"):
         compiled.cuda_gather_fold(*options)
     monkeypatch.setenv(compiled.CHECK_INDEX_VARIABLE, "0")
     compiled.cuda_gather_fold(*options)
-    expected = reference.gather_fold(value, index.clamp(0, 11))
-    assert out.isfinite().all()
-    # The first column is not touched by its patch.
-    torch.testing.assert_close(out[..., 0], expected[..., 0], rtol=0, atol=1e-6)
-    dot = torch.empty(index.shape)
-    compiled.cuda_gather_dot(value, torch.randn(1, 4, 2, 5), index, dot, 1, 3, 1, 3, 4, "area")
-    assert dot.isfinite().all()
+    expected = reference.gather_fold(value.double(), index.clamp(0, 11), weight)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
+
+    grad, dot = torch.randn(1, 4, 2, 5), torch.empty(index.shape)
+    compiled.cuda_gather_dot(value, grad, index, dot, 1, 3, 1, 3, 4, "area")
+    clamped = index.clamp(0, 11)
+    expected = reference.gather_dot(value.double(), grad.double(), clamped) * weight
+    torch.testing.assert_close(dot.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_more_positions_than_a_patch_has(backend):
+    """What the checks above the operators never let through."""
+    value, index = torch.randn(1, 4, 9, 9), torch.zeros(1, 9, 9, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="can have 49 positions in a patch, got 81"):
+        ops.gather_fold(value, index, None, 1, 9, 4, "area", backend)
+
+
+def test_weight_of_another_sum(backend):
+    value, index = torch.randn(1, 4, 3, 4), torch.zeros(1, 3, 4, dtype=torch.int64)
+    weight, outs = torch.rand(1, 3, 4), [torch.empty(1, 4, 3, 4), torch.empty(1, 4, 3, 4).double()]
+    values = [value, value.double()]
+    with pytest.raises(RuntimeError, match="of the type that the values are summed in"):
+        compiled.cuda_gather_fold(values, index, weight, outs, [1, 1], 3, 1, "area")

@@ -207,7 +207,7 @@ def test_values_of_other_dtypes_and_batches(backend):
     [
         (2, lambda x: x.long(), TypeError, "ref_lv1 must be a float64, .* got torch.int64"),
         (3, lambda x: x[0], ValueError, r"ref_lv2 must be \[N, C, H, W\]"),
-        (4, lambda x: x.to("meta"), ValueError, "ref_lv3 must be on cpu like query, got meta"),
+        (4, lambda x: x.to("meta"), ValueError, r"ref_lv3 must be on \S+ like query, got meta"),
         (4, lambda x: x.expand(3, -1, -1, -1), ValueError, "ref_lv3 must have batch size 1 or 2"),
     ],
 )
@@ -221,7 +221,7 @@ def test_values_that_are_refused(position, change, error, message):
 
 def test_index_is_sorted_once(backend, monkeypatch):
     """For the three levels and for the gradient to the key, whose norms need it as well."""
-    if backends.BACKENDS.index(backend) > 1:
+    if "gather_fold_adjoint" not in backends._IMPLEMENTATIONS[backend]:
         backend = "torch"
     sorts = []
     choosers = ops.Choosers

@@ -20,6 +20,7 @@ from ttsr_fast.choosers import Choosers
 
 BACKENDS = ("cpp", "triton", "torch", "reference")  # in order of preference
 OLDEST_TRITON = (3, 6)
+OLDEST_GPU = (8, 0)
 ENVIRONMENT_VARIABLE = "TTSR_FAST_BACKEND"
 
 
@@ -77,7 +78,7 @@ def why_not(
             return "the compiled kernels are for the CPU and for CUDA"
         if op == "search":
             return "the compiled search is for the CPU; backend='triton' searches on a GPU"
-        return load_cuda_library()
+        return load_cuda_library() or _why_not_gpu(device)
     if backend == "triton":
         if dtype == torch.float64:
             return "its kernels are for float32, float16 and bfloat16"
@@ -98,8 +99,15 @@ def _why_not_triton(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return "its kernels are for CUDA and ROCm; TRITON_INTERPRET=1 interprets them on the CPU"
+    return _why_not_gpu(device)
+
+
+@cache
+def _why_not_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return None
     capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < (8, 0):
+    if capability < OLDEST_GPU:
         return f"it needs compute capability 8.0 or newer, this device has {capability}"
     return None
 

@@ -134,7 +134,13 @@ def cached_library(*, cuda: bool = False) -> Path | None:
 def _cache_path(cuda: bool) -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch_extensions")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default).expanduser()
-    how: tuple[str, ...] = (platform.machine(), *FLAGS, *CXX_FLAGS, *NVCC_FLAGS, *map(str, ARCHITECTURES))
+    how: tuple[str, ...] = (
+        platform.machine(),
+        *FLAGS,
+        *CXX_FLAGS,
+        *NVCC_FLAGS,
+        *map(str, ARCHITECTURES),
+    )
     if cuda:
         from torch.version import cuda as toolkit
 

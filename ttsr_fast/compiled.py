@@ -67,7 +67,7 @@ def gather_fold(values, index, weight, outs, strides, kernel_size, padding, divi
 
 def gather_fold_adjoint(grads, choosers, weight, outs, strides, kernel_size, padding, divisor):
     run = cuda_gather_fold_adjoint if choosers.index.is_cuda else _cpu_adjoint
-    padded = [_whole_blocks(out, stride) for out, stride in zip(outs, strides, strict=True)]
+    padded = [_with_whole_blocks(out, stride) for out, stride in zip(outs, strides, strict=True)]
     keys = _key_grid(outs[0], strides[0], kernel_size, padding)
     run(grads, choosers, weight, padded, strides, kernel_size, padding, keys, divisor)
     for out, whole in zip(outs, padded, strict=True):
@@ -183,6 +183,17 @@ def _whole_blocks(x: Tensor, stride: int) -> Tensor:
     """`x`, or a zero-padded copy if its last blocks are not whole."""
     missing = [-size % stride for size in x.shape[2:]]
     return F.pad(x, [0, missing[1], 0, missing[0]]) if any(missing) else x
+
+
+def _with_whole_blocks(out: Tensor, stride: int) -> Tensor:
+    """`out`, or one to fill in its stead if its last blocks are not whole."""
+    size = [-(-n // stride) * stride for n in out.shape[2:]]
+    if size == list(out.shape[2:]):
+        return out
+    layout = torch.contiguous_format if out.is_contiguous() else torch.channels_last
+    return torch.empty(
+        [*out.shape[:2], *size], dtype=out.dtype, device=out.device, memory_format=layout
+    )
 
 
 def _laid_out_like(out: Tensor, x: Tensor) -> Tensor:

@@ -186,7 +186,8 @@ def gather_fold(
     Differentiable once, in value and weight. Cost: `kernel_size**2` reads and one write per output.
     On CUDA a value whose channels do not lie side by side is copied to channels last first. Nothing
     waits for the device: an index outside the key grid is found by the kernel, which stops with an
-    assertion; under `TTSR_FAST_CHECK_INDEX=0` it gives zeros or another block instead.
+    assertion; under `TTSR_FAST_CHECK_INDEX=0` such a patch adds nothing, and its gradient may
+    be added to that of another key.
 
     Raises:
         TypeError: an argument is no tensor, or has another dtype than asked for.

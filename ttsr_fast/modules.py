@@ -40,12 +40,13 @@ class SearchTransfer(nn.Module):
             ValueError: a reference map whose size does not fit the key grid; and all that `search`
                 and `gather_fold` raise.
         """
-        match, (t_lv3, t_lv2, t_lv1) = search_transfer(
+        # The level with the most work comes first, so that none is left with it at the end.
+        match, (t_lv1, t_lv2, t_lv3) = search_transfer(
             lrsr_lv3,
             refsr_lv3,
-            [ref_lv3, ref_lv2, ref_lv1],
-            [1, 2, 4],
-            names=["ref_lv3", "ref_lv2", "ref_lv1"],
+            [ref_lv1, ref_lv2, ref_lv3],
+            [4, 2, 1],
+            names=["ref_lv1", "ref_lv2", "ref_lv3"],
             precision=self.precision,
             backend=self.backend,
         )

@@ -21,7 +21,7 @@ __device__ Meeting<Sum<T>> meeting_at(const GatherDotParams& p, int64_t image, i
                                       int32_t tap) {
   const Transfer& t = p.transfer;
   const int32_t k = t.kernel_size;
-  if (tap >= k * k) return {-1, 0, 0};
+  if (tap >= k * k || chosen < 0) return {-1, 0, 0};
   const Position from = t.value_block(chosen, tap / k, tap % k);
   const Position to = t.output_block(patch, tap / k, tap % k);
   if (!t.key.blocks.holds(from) || !t.query.blocks.holds(to)) return {-1, 0, 0};

@@ -14,6 +14,9 @@ namespace {
 
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // thread blocks, patches, elements of a row
 
+template <class T>
+constexpr ScalarType kSumType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
 using Guard = torch::stable::accelerator::DeviceGuard;
 
 void check_count(int64_t count, int64_t limit, const char* what) {
@@ -83,9 +86,12 @@ struct LevelMaps {
 
 // Fills `outs` from `ins`: levels that have the same grids, type and alignment share a launch.
 void launch_levels(const std::vector<Tensor>& ins, const std::vector<Tensor>& outs,
-                   const std::vector<int64_t>& strides, const Tensor& index, const PatchOptions& options,
-                   const GatherFoldParams& common) {
+                   const std::vector<int64_t>& strides, const Tensor& index,
+                   const std::optional<Tensor>& weight, const PatchOptions& options,
+                   GatherFoldParams common) {
+  common.weight = weight ? weight->const_data_ptr() : nullptr;
   const bool adjoint = common.order != nullptr;
+  check_count(options.kernel_size * options.kernel_size, kMaxTaps, "positions in a patch");
   const Guard guard(index.get_device_index());
   const cudaStream_t stream = current_stream(index);
   std::vector<bool> done(ins.size(), false);
@@ -93,6 +99,8 @@ void launch_levels(const std::vector<Tensor>& ins, const std::vector<Tensor>& ou
     if (done[first]) continue;
     with_element(ins[first], [&](auto element) {
       using T = decltype(element);
+      STD_TORCH_CHECK(!weight || weight->scalar_type() == kSumType<T>,
+                      "ttsr_fast: weights must be of the type that the values are summed in");
       const LevelMaps<T> maps(ins[first], outs[first], strides[first]);
       GatherFoldParams params = common;
       params.images = outs[first].size(0);
@@ -132,8 +140,7 @@ void gather_fold(const std::vector<Tensor>& values, const Tensor& index, const s
   GatherFoldParams params{};
   params.index = data_of<int64_t>(index);
   params.check_index = check_index;
-  params.weight = weight ? weight->const_data_ptr() : nullptr;
-  launch_levels(values, outs, strides, index, options, params);
+  launch_levels(values, outs, strides, index, weight, options, params);
 }
 
 void gather_fold_adjoint(const std::vector<Tensor>& grads, const Tensor& index, const Tensor& begin,
@@ -143,8 +150,7 @@ void gather_fold_adjoint(const std::vector<Tensor>& grads, const Tensor& index, 
   GatherFoldParams params{};
   params.begin = data_of<int32_t>(begin);
   params.order = data_of<int32_t>(order);
-  params.weight = weight ? weight->const_data_ptr() : nullptr;
-  launch_levels(grads, outs, strides, index, options, params);
+  launch_levels(grads, outs, strides, index, weight, options, params);
 }
 
 void gather_dot(const Tensor& value, const Tensor& grad, const Tensor& index, const Tensor& out,

@@ -11,11 +11,9 @@ namespace ttsr_fast {
 
 namespace {
 
-constexpr int kFlight =
-    3;  // sources whose loads are on their way at the same time; nine are three times that
+constexpr int kFlight = 3;  // sources whose loads are on their way together; nine are three times that
 constexpr int kLong = 128;  // sources that one warp sums by itself
-constexpr int kMaxTaps = 49;
-constexpr int kBlocks = 3, kAdjointBlocks = 2;  // that share a multiprocessor, at least; more would spill
+constexpr int kBlocks = 3;  // on a multiprocessor; more would break up a flight
 
 // The slice of a block's rows that a thread block works on, for as many blocks side by side as it has warps.
 struct Slice {
@@ -53,6 +51,7 @@ struct Taps {
   const Level& level;
   int64_t image;
   Position block;
+  Sum<T> scale;  // of the block
 
   __device__ int32_t count() const { return int32_t(p.transfer.kernel_size * p.transfer.kernel_size); }
   __device__ Source<Sum<T>> operator()(int32_t tap) const {
@@ -62,9 +61,10 @@ struct Taps {
     if (!t.query.patches.holds(at)) return {-1, 0};
     const int64_t patch = image * t.query.patches.size() + t.query.patches.index(at);
     const int64_t chosen = chosen_by(p.index, patch, p.check_index, t.key.patches);
+    if (chosen < 0) return {-1, 0};
     const Position from = t.value_block(chosen, a, b);
     if (!t.key.blocks.holds(from)) return {-1, 0};
-    return {offset_of(level, image, from), Sum<T>(t.scale(block)) * weight_of<T>(p, patch)};
+    return {offset_of(level, image, from), scale * weight_of<T>(p, patch)};
   }
 };
 
@@ -230,7 +230,6 @@ __device__ __forceinline__ void share_long_lists(const GatherFoldParams& p, cons
   __shared__ Sum<T> partial[kWarps][kVectors<kVector>][kVector][kWarpSize];
   __shared__ Source<Sum<T>> lists[kWarps][kWarpSize];
   const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  __syncthreads();
   for (int32_t w = 0; w < kWarps; ++w) {
     const Choosers<T> sources{p, level, takers[w]};
     const int64_t count = sources.count();
@@ -288,12 +287,26 @@ __device__ __forceinline__ void store(const Level& l, const Slice& slice, int32_
   }
   if (l.out_c == 1) return;
   __syncthreads();
-  for (int32_t i = threadIdx.x; i < slice.size * kVector * kWarps; i += kWarps * kWarpSize) {
-    const int32_t line = i / run, place = i % run, block = place / pixels;
-    const int32_t at = pixels == 1 ? slice.first * kVector + line : place % pixels * l.channels + line;
-    if (slice.block.x + block >= width) continue;
-    out[at % l.channels * l.out_c + (block * l.stride + at / l.channels) * l.out_w] =
-        staged[line * (run + 1) + place];
+  // A thread stores every 256th element; dividing anew for each would take longer than summing them.
+  const int32_t lines = slice.size * kVector / pixels, at_once = kWarps * kWarpSize;
+  const int64_t columns = (width - slice.block.x) * pixels;
+  int32_t line = threadIdx.x / run, place = threadIdx.x % run;
+  while (line < lines) {
+    if (place < columns) {
+      int32_t channel = line, x = place;
+      if (l.slices > 1) {
+        channel = slice.first * kVector + line;
+        x = place * l.stride + channel / l.channels;
+        channel %= l.channels;
+      }
+      out[channel * l.out_c + x * l.out_w] = staged[line * (run + 1) + place];
+    }
+    line += at_once / run;
+    place += at_once % run;
+    if (place >= run) {
+      place -= run;
+      ++line;
+    }
   }
   __syncthreads();  // before the next row is staged
 }
@@ -306,7 +319,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks)
   const Slice slice = slice_of<kVector>(p, blocks, &number);
   const Level& level = p.level[number];
   const Position block{slice.block.y, slice.block.x + threadIdx.x / kWarpSize};
-  const Taps<T> sources{p, level, slice.image, block};
+  const Taps<T> sources{p, level, slice.image, block, Sum<T>(p.transfer.scale(block))};
   const int32_t count = block.x < blocks.width ? sources.count() : 0;
   __shared__ Source<Sum<T>> lists[kWarps][kWarpSize];
   LookUp<T, Taps<T>> look_up{sources, lists[threadIdx.x / kWarpSize]};
@@ -318,7 +331,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks)
 }
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kWarps* kWarpSize, kAdjointBlocks)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks)
     gather_fold_adjoint_kernel(const __grid_constant__ GatherFoldParams p) {
   __shared__ Takers takers[kWarps];
   const Grid& blocks = p.transfer.key.blocks;
@@ -331,9 +344,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kAdjointBlocks)
   __shared__ Source<Sum<T>> lists[kWarps][kWarpSize];
   LookUp<T, Choosers<T>> look_up{sources, lists[warp]};
   Lane<T, kVector> lane(level, slice, 0);
+  __syncthreads();  // the lists of all warps are there
+  bool any_long = false;
+  for (int32_t w = 0; w < kWarps; ++w) any_long |= Choosers<T>{p, level, takers[w]}.count() > kLong;
   for (int32_t row = 0; row < level.stride; ++row, lane.next_row(level)) {
     if (sources.count() <= kLong) lane.add(look_up, 0, sources.count());
-    share_long_lists(p, level, slice, row, takers, lane);
+    if (any_long) share_long_lists(p, level, slice, row, takers, lane);
     store(level, slice, row, blocks.width, lane);
   }
 }

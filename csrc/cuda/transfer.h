@@ -14,6 +14,7 @@ constexpr int kWarpSize = 32;
 constexpr int kWarps = 8;  // of a thread block
 constexpr int kVectorBytes = 16;
 constexpr int kMaxLevels = 4;
+constexpr int kMaxTaps = 49;  // of a patch
 
 // Vectors of a thread, and of a slice, which is what a warp sums at a time.
 template <int kVector>
