@@ -95,9 +95,13 @@ class Outcome:
 
 
 def gpu_steps(results: Path) -> list[Step]:
-    """What runs on a GPU, in 530 seconds at most."""
+    """What runs on a GPU, in 535 seconds at most."""
     python, out = sys.executable, ["--out", str(results), "--device", "cuda"]
-    bench = [python, "-u", "bench/search.py", *out]
+    bench, transfer, model = (
+        [python, "-u", f"bench/{name}.py", *out] for name in ("search", "transfer", "model")
+    )
+    # The three levels at once, and without torch.compile: either takes longer than all this.
+    transfer += ["--levels", "all three", "--peers", "reference", "grid_sample", "index_add"]
     workers = (
         ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
         if find_spec("xdist")
@@ -109,27 +113,23 @@ def gpu_steps(results: Path) -> list[Step]:
         Step(
             "build",
             [python, "setup.py", "--quiet", "build_ext", "--inplace", "--force"],
-            45,
+            90,
             _lacking("setuptools"),
-            {"TTSR_FAST_BUILD": "cpu"},
+            {"TTSR_FAST_BUILD": "cuda"},
         ),
         Step(
             "tests",
             tests,
-            160,
+            140,
             _lacking("pytest", "hypothesis"),
             {"TTSR_FAST_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1"},
         ),
-        sanitizer_step("memcheck", 50, ["--leak-check", "no"]),
-        sanitizer_step("racecheck", 50, ["--racecheck-report", "analysis"]),
-        Step("search", [*bench, "--seconds", "0.1", "--limit", "2"], 100, _lacking("rich")),
-        Step(
-            "transfer",
-            [python, "-u", "bench/transfer.py", *out, "--seconds", "0.05"],
-            25,
-            _lacking("rich"),
-        ),
-        Step("tune", [*bench, "--tune", "--quick", "--budget", "35"], 50, _lacking("rich")),
+        sanitizer_step("memcheck", 45, ["--leak-check", "no"]),
+        sanitizer_step("racecheck", 45, ["--racecheck-report", "analysis"]),
+        Step("search", [*bench, "--seconds", "0.1", "--limit", "2"], 70, _lacking("rich")),
+        Step("transfer", [*transfer, "--seconds", "0.05"], 35, _lacking("rich")),
+        Step("model", [*model, "--seconds", "0.1", "--limit", "2"], 40, _lacking("rich")),
+        Step("tune", [*bench, "--tune", "--quick", "--budget", "20"], 30, _lacking("rich")),
         report_step(python, results),
     ]
 
@@ -138,8 +138,12 @@ def rehearsal_steps(results: Path) -> list[Step]:
     """The same on the CPU: one file of the tests, no sanitizer, sizes of a few pixels."""
     python, out = sys.executable, ["--out", str(results), "--device", "cpu"]
     interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    bench = [python, "-u", "bench/search.py", *out]
+    bench, transfer, model = (
+        [python, "-u", f"bench/{name}.py", *out] for name in ("search", "transfer", "model")
+    )
     tiny = ["--sizes", TINY, "--channels", "8", "--seconds", "0.001"]
+    short = ["--quick", "--seconds", "0.001", "--no-memory"]
+    images = ["--pair", f"{TINY}:16x20", "--patch", TINY, "--batch", "1"]
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_modules.py"]
     smoke = [python, "-u", "bench/kernel_smoke.py", "--device", "cpu", "--tiny"]
     own = ["--backends", "torch-fp32", "direct-fp16", "--peers", "unfold"]
@@ -150,21 +154,8 @@ def rehearsal_steps(results: Path) -> list[Step]:
         Step("tests", tests, 120, _lacking("pytest"), {"TTSR_FAST_TEST_BACKENDS": "torch"}),
         Step("memcheck", [*smoke, "--precisions", "fp16"], 120, environment=interpreted),
         Step("search", [*bench, *tiny, *own], 120, environment=interpreted),
-        Step(
-            "transfer",
-            [
-                python,
-                "-u",
-                "bench/transfer.py",
-                *out,
-                "--size",
-                TINY,
-                "--seconds",
-                "0.001",
-                "--no-memory",
-            ],
-            120,
-        ),
+        Step("transfer", [*transfer, "--size", TINY, *short], 120, environment=interpreted),
+        Step("model", [*model, "--sizes", TINY, *images, *short], 120, environment=interpreted),
         Step("tune", [*bench, *tiny, "--tune", *tuned], 120, environment=interpreted),
         report_step(python, results),
     ]
@@ -175,7 +166,7 @@ def environment_steps(python: str) -> list[Step]:
     lacking = _lacking("typer", "rich")
     return [
         Step("versions", [python, "-c", REPORT], 15),
-        Step("environment", command, 15, lacking),
+        Step("environment", command, 10, lacking),
     ]
 
 
@@ -206,7 +197,7 @@ def report_step(python: str, results: Path) -> Step:
         "code = report.main([*files, '--images', str(folder)]) if files else 1; "
         "print(len(files), 'result files'); sys.exit(code)"
     )
-    return Step("report", [python, "-c", script], 20, _lacking("rich"))
+    return Step("report", [python, "-c", script], 15, _lacking("rich"))
 
 
 def _lacking(*modules: str) -> str | None:

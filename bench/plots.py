@@ -28,6 +28,21 @@ STYLES = {
     "cpp": ("#0072B2", "o"),
     "torch": ("#009E73", "^"),
     "reference": ("#D55E00", "D"),
+    "grid_sample": ("#CC79A7", "P"),
+    "index_add": ("#777777", "v"),
+    "default": ("#0072B2", "o"),
+    "default-graph": ("#0072B2", "D"),
+    "fp16x3": ("#56B4E9", "s"),
+    "fp16x3-graph": ("#56B4E9", "D"),
+    "cpp-graph": ("#0072B2", "D"),
+}
+STAGES = {  # Tol's light palette, that black can be read on
+    "LTE": "#77AADD",
+    "search": "#EE8866",
+    "transfer": "#EEDD88",
+    "MainNet": "#BBCC33",
+    "backward": "#99DDFF",
+    "Adam": "#DDDDDD",
 }
 GREY = "#666666"
 LEAST = {"median_s": 0.0, "peak_bytes": 1e5}  # drawn: less is within the error of the measurement
@@ -35,7 +50,7 @@ LEAST = {"median_s": 0.0, "peak_bytes": 1e5}  # drawn: less is within the error 
 
 def draw(data: Data, path: Path) -> None:
     """The figure of a result file, whichever benchmark wrote it."""
-    {"search": search, "transfer": transfer}[data["kind"]](data, path)
+    {"search": search, "transfer": transfer, "model": model}[data["kind"]](data, path)
 
 
 def save(figure: Any, path: Path, dpi: int = 160) -> None:
@@ -170,28 +185,50 @@ def _top(group: list[float], gap: float) -> float:
 
 def transfer(data: Data, path: Path) -> None:
     """Time and memory of every operation and level: median and range over layouts and indices."""
-    plt = pyplot()
     groups: dict[str, list[Data]] = {}
     for case in data["cases"]:
         title = f"{case['operation']} {case.get('level', '')}".strip()
         groups.setdefault(title, []).append(case["rows"])
     titles = sorted(groups, key=lambda title: title.startswith(("SearchTransfer", "with")))
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained", sharey=True)
+    size = (12, 1 + 0.8 * len(groups))
+    figure, axes = pyplot().subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    _dots(axes, data["labels"], {title: groups[title] for title in titles})
+    save(figure, path)
+
+
+def model(data: Data, path: Path) -> None:
+    """Time and memory of every case, and the stages that the whole model's time goes into."""
+    groups = {f"{case['operation']}\n{case['title']}": [case["rows"]] for case in data["cases"]}
+    figure, axes = pyplot().subplot_mosaic(
+        [["time", "memory"], ["stages", "stages"]],
+        figsize=(12, 9),
+        layout="constrained",
+        height_ratios=(1.6, 1),
+    )
+    axes["memory"].sharey(axes["time"])
+    axes["memory"].tick_params(axis="y", labelleft=False)
+    _dots([axes["time"], axes["memory"]], data["labels"], groups)
+    _bars(axes["stages"], data)
+    save(figure, path)
+
+
+def _dots(axes: Any, labels: dict[str, str], groups: dict[str, list[Data]]) -> None:
+    """Medians of what the rows of a group hold, a line over their range; time, then memory."""
     for axis, field, scale, heading in (
         (axes[0], "median_s", 1e3, "Time, ms"),
         (axes[1], "peak_bytes", 1e-6, "Memory above inputs and results, MB"),
     ):
-        for n, (name, label) in enumerate(data["labels"].items()):
+        for n, (name, label) in enumerate(labels.items()):
             colour, marker = STYLES[name]
-            for y, title in enumerate(titles):
-                values = [rows[name].get(field) for rows in groups[title]]
+            for y, cases in enumerate(groups.values()):
+                values = [rows.get(name, {}).get(field) for rows in cases]
                 values = sorted(max(x, LEAST[field]) * scale for x in values if x is not None)
                 if not values:
                     continue
-                at = y + 0.22 * (n - (len(data["labels"]) - 1) / 2)
+                at = y + 0.8 * ((n + 0.5) / len(labels) - 0.5)
                 axis.plot([values[0], values[-1]], [at, at], color=colour, linewidth=2.5)
                 axis.plot(median(values), at, color=colour, marker=marker, markersize=6)
-                if y == 0:
+                if label is not None:
                     axis.annotate(
                         label,
                         (values[-1], at),
@@ -201,10 +238,42 @@ def transfer(data: Data, path: Path) -> None:
                         va="center",
                         fontsize=9,
                     )
+                    label = None
         axis.set_xscale("log")
         axis.set_title(heading, loc="left", fontsize=11)
         axis.grid(visible=False, axis="y")
-    axes[0].set_yticks(range(len(titles)), titles)
-    axes[0].tick_params(axis="y", length=0, labelcolor="black")
+        axis.tick_params(axis="y", length=0, labelcolor="black")
+    axes[0].set_yticks(range(len(groups)), groups)
     axes[0].invert_yaxis()
-    save(figure, path)
+
+
+def _bars(axis: Any, data: Data) -> None:
+    """The stages of the whole model, one after another, as shares of the slowest of a case."""
+    ticks: list[str] = []
+    for case in data["cases"]:
+        stages = {
+            label: case["rows"][name]["stages_s"]
+            for name, label in data["labels"].items()
+            if "stages_s" in case["rows"].get(name, {})
+        }
+        longest = max((sum(taken.values()) for taken in stages.values()), default=1.0)
+        for label, taken in stages.items():
+            left = 0.0
+            for stage, seconds in taken.items():
+                share, at = 100 * seconds / longest, len(ticks)
+                axis.barh(at, share, left=left, color=STAGES[stage], edgecolor="white")
+                if share > 6:
+                    text = f"{stage}\n{seconds:.3g} s"
+                    axis.annotate(
+                        text, (left + share / 2, at), ha="center", va="center", fontsize=8
+                    )
+                left += share
+            ticks.append(f"{case['operation']}, {label}")
+    for stage, colour in STAGES.items():
+        axis.barh(0, 0, color=colour, label=stage)
+    axis.legend(ncols=len(STAGES), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    axis.set_yticks(range(len(ticks)), ticks)
+    axis.tick_params(axis="y", length=0, labelcolor="black")
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis="y")
+    axis.set_title("Stages, % of the slowest", loc="left", fontsize=11)

@@ -1,4 +1,4 @@
-"""Tables and plots of the results of `search.py`, `search.py --tune` and `transfer.py`.
+"""Tables and plots of the results of `search.py` (with `--tune` too), `transfer.py` and `model.py`.
 
     python bench/report.py out/*.json                        markdown on the terminal
     python bench/report.py out/*.json --images docs/images   and the plots, <stem>.png
@@ -21,6 +21,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from text import (
+    bytes_text,
+    count_text,
+    digits,
+    flop_text,
+    range_text,
+    seconds_text,
+    size_title,
+)
 
 Data = dict[str, Any]
 STYLE: Data = {
@@ -33,56 +42,7 @@ STYLE: Data = {
 }
 INDICES = ("random", "coherent", "all to one")
 OPERATIONS = ("gather_fold", "adjoint", "SearchTransfer", "with gradients")
-UNITS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
-
-
-# --- text ---
-
-
-def seconds_text(seconds: float) -> str:
-    """Three significant digits and a unit."""
-    unit = next((unit for unit, scale in UNITS.items() if seconds >= scale), "µs")
-    return f"{_digits(seconds / UNITS[unit])} {unit}"
-
-
-def _range_text(low: float, high: float) -> str:
-    """Two times in the unit of the first."""
-    number, unit = seconds_text(low).split()
-    return f"{number} to {_digits(high / UNITS[unit])}"
-
-
-def bytes_text(count: float | None) -> str:
-    """Decimal units, as memory is sold."""
-    if count is None:
-        return "not measured"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{_digits(count / scale)} {unit}"
-    return f"{_digits(count / 1e3)} kB"
-
-
-def count_text(count: float) -> str:
-    """Thousands, millions and billions."""
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{_digits(count / scale)} {unit}"
-    return _digits(count)
-
-
-def flop_text(rate: float) -> str:
-    """FLOP per second."""
-    return f"{_digits(rate / 1e12)} TFLOP/s" if rate >= 1e12 else f"{_digits(rate / 1e9)} GFLOP/s"
-
-
-def _digits(x: float) -> str:
-    return f"{x:.0f}" if x >= 99.95 else f"{x:.1f}" if x >= 9.995 else f"{x:.2f}"
-
-
-def size_title(entry: Data) -> str:
-    """`100x100`, `100x100 in 108x96` where the grids differ, `9 of 40x40` for a batch."""
-    query, key = ("x".join(map(str, entry[side])) for side in ("query", "key"))
-    grids = query if query == key else f"{query} in {key}"
-    return grids if entry.get("batch", 1) == 1 else f"{entry['batch']} of {grids}"
+ORIGINAL = "reference"  # the name of what a drop-in is compared with
 
 
 def is_gpu(data: Data) -> bool:
@@ -158,7 +118,7 @@ def _search_columns(data: Data, everything: bool) -> list[tuple[str, Callable[[D
     """Headings and cells of what is known of a candidate; time and memory too if `everything`."""
     timed = [
         ("time", lambda row: seconds_text(row["median_s"])),
-        ("20 to 80 %", lambda row: _range_text(row["low_s"], row["high_s"])),
+        ("20 to 80 %", lambda row: range_text(row["low_s"], row["high_s"])),
     ]
     rates = [("pairs/s", lambda row: count_text(row["pairs_per_s"]))]
     if is_gpu(data):
@@ -179,23 +139,45 @@ def _search_columns(data: Data, everything: bool) -> list[tuple[str, Callable[[D
 def transfer_table(data: Data) -> Table:
     """Time and memory of every case of a transfer run."""
     copy = data["copy_bytes_per_s"] / 1e9
-    failures = {
+    title = f"{_transfer_title(data)}; ms with indices {'/'.join(INDICES)}"
+    lines = [f"a copy runs at {copy:.1f} GB/s", *reasons(data)]
+    return _table(title, lines, *_transfer_header(data), _transfer_rows(data, "\n"))
+
+
+def _table(
+    title: str,
+    lines: list[str],
+    header: list[str],
+    left: int,
+    rows: list[list[str]],
+    wrap_left: bool = False,
+) -> Table:
+    """A table with lines of text below; its first `left` columns describe a case.
+
+    Where it is too wide, either those are wrapped or the others.
+    """
+    table = Table(title=f"\n{title}", caption="\n".join(lines), **STYLE)
+    for n, name in enumerate(header):
+        justify, no_wrap = ("left", not wrap_left) if n < left else ("right", wrap_left)
+        table.add_column(name, justify=justify, no_wrap=no_wrap)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def reasons(data: Data) -> list[str]:
+    """Why some of the rows have no measurement, each reason once."""
+    found = {
         f"{data['labels'][name]}: {_cell(row, '')}"
         for case in data["cases"]
         for name, row in case["rows"].items()
-        if row["status"] == "failed"
+        if row["status"] != "ok"
     }
-    table = Table(
-        title=f"\nTransfer, {size_title(data)}, float32; ms with indices {'/'.join(INDICES)}",
-        caption="\n".join([f"a copy runs at {copy:.1f} GB/s", *sorted(failures)]),
-        **STYLE,
-    )
-    header, left = _transfer_header(data)
-    for n, name in enumerate(header):
-        table.add_column(name, justify="left" if n < left else "right", no_wrap=n < left)
-    for row in _transfer_rows(data, "\n"):
-        table.add_row(*row)
-    return table
+    return sorted(found)
+
+
+def _transfer_title(data: Data) -> str:
+    return f"Transfer, {size_title(data)}, {data.get('dtype', 'float32')}"
 
 
 def _transfer_header(data: Data) -> tuple[list[str], int]:
@@ -214,8 +196,12 @@ def _transfer_rows(data: Data, separator: str) -> list[list[str]]:
     rows = []
     for place in sorted(groups, key=lambda place: OPERATIONS.index(place[0])):
         group = groups[place]
-        cells = [_group_cell([rows[name] for rows in group], separator) for name in data["labels"]]
-        shares = [f"{100 * x[first]['copy_share']:.0f}" for x in group if "copy_share" in x[first]]
+        cells = [
+            _group_cell([rows[name] for rows in group if name in rows], separator)
+            for name in data["labels"]
+        ]
+        shares = [x.get(first, {}).get("copy_share") for x in group]
+        shares = [f"{100 * share:.0f}" for share in shares if share is not None]
         rows.append([*place, *cells, "/".join(shares)])
     return rows
 
@@ -224,9 +210,71 @@ def _group_cell(rows: list[Data], separator: str) -> str:
     """Times side by side and the largest memory, or that a result was wrong."""
     if any(row["status"] == "failed" for row in rows):
         return "FAILED"
-    peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
-    times = "/".join(_digits(row["median_s"] * 1e3) for row in rows)
+    if not any("median_s" in row for row in rows):
+        return "-" if rows else ""
+    peaks = [row["peak_bytes"] for row in rows if row.get("peak_bytes") is not None]
+    times = "/".join(digits(row["median_s"] * 1e3) if "median_s" in row else "-" for row in rows)
     return f"{times}{separator}{bytes_text(max(peaks, default=None))}"
+
+
+def model_tables(data: Data) -> list[Table]:
+    """Time and memory of every case of a model run, and the stages of the whole model."""
+    cases = _model_rows(data, "\n")
+    return [
+        _table("Drop-in and original form", reasons(data), *cases, wrap_left=True),
+        _table("Stages", [], *_stage_rows(data), wrap_left=True),
+    ]
+
+
+def _model_rows(data: Data, separator: str) -> tuple[list[str], int, list[list[str]]]:
+    """Header, how many columns of it describe the case, and a row for every case."""
+    header = ["", "size", *data["labels"].values(), "faster", "error", "checked"]
+    rows = []
+    for case in data["cases"]:
+        found = [case["rows"][name] for name in data["labels"] if name in case["rows"]]
+        cells = {
+            name: _cell(row, separator) if row["status"] == "ok" else _group_cell([row], separator)
+            for name, row in case["rows"].items()
+        }
+        right = [row for row in found if row["status"] == "ok"]
+        checked = {row.get("checked_queries", "all") for row in right}
+        rows.append(
+            [
+                case["operation"],
+                case["title"],
+                *(cells.get(name, "") for name in data["labels"]),
+                _ratio(case["rows"], next(iter(data["labels"]))),
+                f"{max((row['max_relative_error'] for row in right), default=0):.0e}",
+                "/".join(map(str, checked)),
+            ]
+        )
+    return header, 2, rows
+
+
+def _ratio(rows: Data, name: str) -> str:
+    """How many times faster than the original form a variant is, where both ran."""
+    times = [rows.get(x, {}).get("median_s") for x in (ORIGINAL, name)]
+    return "" if None in times else f"{digits(times[0] / times[1])} x"
+
+
+def _stage_rows(data: Data) -> tuple[list[str], int, list[list[str]]]:
+    """The same for the stages of the whole model."""
+    measured = [
+        (case, label, case["rows"][name]["stages_s"])
+        for case in data["cases"]
+        for name, label in data["labels"].items()
+        if "stages_s" in case["rows"].get(name, {})
+    ]
+    names = list(dict.fromkeys(stage for _, _, stages in measured for stage in stages))
+    rows = [
+        [
+            f"{case['operation']}, {case['title']}",
+            label,
+            *(seconds_text(stages[name]) if name in stages else "" for name in names),
+        ]
+        for case, label, stages in measured
+    ]
+    return ["", "", *names], 2, rows
 
 
 def draw(data: Data, path: Path, console: Console) -> None:
@@ -249,10 +297,11 @@ def markdown(data: Data) -> str:
     render = {
         "search": _search_markdown,
         "transfer": _transfer_markdown,
+        "model": _model_markdown,
         "tune": _tune_markdown,
     }.get(data.get("kind", ""))
     if render is None:
-        raise ValueError(f"kind must be search, transfer or tune, got {data.get('kind')!r}")
+        raise ValueError(f"kind must be search, transfer, model or tune, got {data.get('kind')!r}")
     return render(data)
 
 
@@ -302,10 +351,21 @@ def _worth_detail(entry: Data) -> tuple[bool, int]:
 def _transfer_markdown(data: Data) -> str:
     header, left = _transfer_header(data)
     return (
-        f"Transfer, {size_title(data)}, float32; median ms with indices {'/'.join(INDICES)} "
+        f"{_transfer_title(data)}; median ms with indices {'/'.join(INDICES)} "
         f"and peak memory above inputs and results. {machine_text(data)}, copy at "
         f"{data['copy_bytes_per_s'] / 1e9:.1f} GB/s.\n\n"
         f"{_rows_to_markdown(header, _transfer_rows(data, '<br>'), left)}\n"
+    )
+
+
+def _model_markdown(data: Data) -> str:
+    header, left, rows = _model_rows(data, "<br>")
+    stages = _stage_rows(data)
+    return (
+        "Drop-in and original form, float32; median time and peak memory above inputs and results. "
+        f"{machine_text(data)}.\n\n{_rows_to_markdown(header, rows, left)}\n\n"
+        + "".join(f"- {reason}\n" for reason in reasons(data))
+        + f"\nStages of the whole model:\n\n{_rows_to_markdown(stages[0], stages[2], stages[1])}\n"
     )
 
 

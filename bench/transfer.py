@@ -1,14 +1,16 @@
-"""Time and memory of the transfer at the sizes of TTSR's three levels, against unfold and fold.
+"""Time and memory of the transfer at the sizes of TTSR's three levels, against its peers.
 
-    python bench/transfer.py                  queries 88x125, keys 92x125
-    python bench/transfer.py --quick          small maps, about a minute
-    python bench/transfer.py --device cuda    on the GPU, which is the default where there is one
+    python bench/transfer.py                   queries 88x125, keys 92x125
+    python bench/transfer.py --size 9*40x40    nine images at once, as in training
+    python bench/transfer.py --quick           small maps, without torch.compile, under a minute
+    python bench/transfer.py --device cuda     on the GPU, which is the default where there is one
 
-`gather_fold` and its adjoint (the gradient to the value) with contiguous and channels-last values
-and with random, coherent and all-to-one indices; then `SearchTransfer` as a whole, forward and with
-its gradients. Writes a result file and a plot into the folder `--out` (`transfer.json` on the CPU,
-`<gpu>-transfer.json` otherwise). Exits with status 1 if any result was wrong; no time is reported
-for that one.
+`gather_fold` and its adjoint (the gradient to the value) at each level and at all three together,
+with contiguous and channels-last maps and with random, coherent and all-to-one indices. Peers other
+than unfold, gather and fold take part in all three together, unless they are named by `--peers`.
+Memory is that with random indices. Writes a result file and a plot into the folder `--out`
+(`transfer.json` on the CPU, `<gpu>-transfer.json` otherwise; `-batch` and the type follow where
+they are not the default). Exits with status 1 if any result was wrong; no time is reported for it.
 """
 
 import argparse
@@ -16,7 +18,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,285 +27,261 @@ import devices
 import harness
 import report
 import torch
+import torch.nn.functional as F
+import transfer_peers as peers
 from devices import CPU
-from gate import check_close
-from harness import Contender, Run, deferred
+from gate import WrongResult, check_close
+from harness import Contender, Declined, Run, deferred
 from rich.console import Console
 from sizes import Size
 from torch import Tensor
 
-from ttsr_fast import SearchTransfer, backends, gather_fold, reference
-
-Grid = tuple[int, int]
+from ttsr_fast import reference
 
 LEVELS = {"lv1": (4, 64), "lv2": (2, 128), "lv3": (1, 256)}  # stride, channels
+TOGETHER = "all three"
+GROUPS = {**{level: (level,) for level in LEVELS}, TOGETHER: tuple(LEVELS)}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-SIZE, QUICK_SIZE = "88x125:92x125", "22x31:23x31"
-REFERENCE = "reference"
-LABELS = {"cpp": "cpp", "torch": "torch", REFERENCE: "unfold, gather, fold"}
-TOLERANCE = {"gather_fold": 1e-6, "adjoint": 1e-5, "SearchTransfer": 5e-6, "with gradients": 1e-5}
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
+SIZES = {"cpu": ("88x125:92x125",), "cuda": ("9*40x40", "88x125:92x125")}
+QUICK_SIZES = {"cpu": ("22x31:23x31",), "cuda": ("9*40x40",)}
+TOLERANCE = {"gather_fold": 1e-6, "adjoint": 1e-5}
 
 
-# --- inputs ---
+# --- inputs, made on the CPU and the same on every device ---
 
 
-# Made on the CPU and the same on every device.
-
-
-def make_index(
-    kind: str, query: Grid, key: Grid, device: torch.device = CPU
-) -> Tensor:  # [1, H, W]
+def make_index(kind: str, size: Size, device: torch.device = CPU) -> Tensor:  # [N, H, W]
     """Key positions: independent, along a smooth flow, or all the same."""
     with CPU:
-        return _make_index(kind, query, key).to(device)
+        return _make_index(kind, size).to(device)
 
 
-def _make_index(kind: str, query: Grid, key: Grid) -> Tensor:
+def _make_index(kind: str, size: Size) -> Tensor:
+    grid, (height, width) = (size.batch, *size.query), size.key
     if kind == "random":
         generator = torch.Generator().manual_seed(2)
-        return torch.randint(key[0] * key[1], (1, *query), generator=generator)
+        return torch.randint(height * width, grid, generator=generator)
     if kind == "all to one":
-        return torch.full((1, *query), key[0] // 2 * key[1] + key[1] // 2)
-    y, x = (torch.linspace(0, 1, n) for n in query)
-    wave = 0.03 * torch.sin(2 * math.pi * (y[:, None] + 2 * x))
-    row = ((y[:, None] + wave).clamp(0, 1) * (key[0] - 1)).round().long()
-    column = ((x - wave).clamp(0, 1) * (key[1] - 1)).round().long()
-    return (row * key[1] + column)[None]
+        return torch.full(grid, height // 2 * width + width // 2)
+    y, x = (torch.linspace(0, 1, n) for n in size.query)
+    phase = torch.arange(size.batch)[:, None, None] / size.batch
+    wave = 0.03 * torch.sin(2 * math.pi * (y[:, None] + 2 * x + phase))
+    row = ((y[:, None] + wave).clamp(0, 1) * (height - 1)).round().long()
+    column = ((x - wave).clamp(0, 1) * (width - 1)).round().long()
+    return row * width + column
 
 
 def make_maps(
-    level: str, layout: str, query: Grid, key: Grid, device: torch.device = CPU
-) -> tuple[Tensor, Tensor]:
-    """A value and a gradient of the output, normally distributed."""
-    stride, channels = LEVELS[level]
-    with CPU:
-        generator = torch.Generator().manual_seed(0)
-        value, grad = (
-            torch.randn(1, channels, stride * h, stride * w, generator=generator).to(device)
-            for h, w in (key, query)
-        )
-    layout_of = {"memory_format": LAYOUTS[layout]}
-    return value.contiguous(**layout_of), grad.contiguous(**layout_of)
+    group: str, layout: str, size: Size, dtype: torch.dtype, device: torch.device = CPU
+) -> tuple[peers.Maps, peers.Maps]:
+    """Values and gradients of the outputs of every level, normally distributed."""
+    maps: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for level in GROUPS[group]:
+        stride, channels = LEVELS[level]
+        with CPU:
+            generator = torch.Generator().manual_seed(0)
+            for found, (h, w) in zip(maps, (size.key, size.query), strict=True):
+                shape = (size.batch, channels, stride * h, stride * w)
+                x = torch.randn(shape, generator=generator).to(device, dtype)
+                found.append(x.contiguous(memory_format=LAYOUTS[layout]))
+    return tuple(maps[0]), tuple(maps[1])
 
 
-def make_features(
-    query: Grid, key: Grid, device: torch.device = CPU
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The five maps of `SearchTransfer`, and gradients of its four results.
-
-    The queries are keys along a smooth flow plus noise, so that every best match is clear and
-    results can be compared number by number.
-    """
-    with CPU:
-        maps, grads = _make_features(query, key)
-    return [x.to(device) for x in maps], [x.to(device) for x in grads]
-
-
-def _make_features(query: Grid, key: Grid) -> tuple[list[Tensor], list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(channels: int, stride: int, grid: Grid) -> Tensor:
-        return torch.randn(1, channels, *(stride * n for n in grid), generator=generator)
-
-    values = [normal(channels, stride, key) for stride, channels in LEVELS.values()]
-    refsr = normal(256, 1, key)
-    lrsr = reference.gather_fold(refsr, make_index("coherent", query, key))
-    lrsr += 0.3 * normal(256, 1, query)
-    grads = [normal(1, 1, query)]
-    grads += [normal(channels, stride, query) for stride, channels in reversed(LEVELS.values())]
-    return [lrsr, refsr, *values], grads
+def strides_of(group: str) -> tuple[int, ...]:
+    return tuple(LEVELS[level][0] for level in GROUPS[group])
 
 
 # --- what is measured ---
 
 
-def fold_run(
-    name: str, operation: str, value: Tensor, grad: Tensor, index: Tensor, stride: int
-) -> Run:
-    """`gather_fold` or its adjoint alone, by a backend or by the reference."""
-    fold = reference.gather_fold if name == REFERENCE else partial(gather_fold, backend=name)
-    if operation == "gather_fold":
-        return lambda: (fold(value, index, stride=stride),)
-    value = value.detach().requires_grad_()
-    out = fold(value, index, stride=stride)
-    return lambda: torch.autograd.grad(out, value, grad, retain_graph=True)
-
-
-def fold_truths(value: Tensor, grad: Tensor, index: Tensor, stride: int) -> dict[str, Tensor]:
+def truths(group: str, index: Tensor, values: peers.Maps, grads: peers.Maps) -> dict[str, list]:
     """What both operations give in float64."""
-    size = list(value.shape)
+    levels = list(zip(values, grads, strides_of(group), strict=True))
     return {
-        "gather_fold": reference.gather_fold(value.double(), index, stride=stride),
-        "adjoint": reference.gather_fold_adjoint(grad.double(), index, None, size, stride=stride),
+        "gather_fold": [reference.gather_fold(v.double(), index, stride=s) for v, _, s in levels],
+        "adjoint": [
+            reference.gather_fold_adjoint(g.double(), index, None, list(v.shape), stride=s)
+            for v, g, s in levels
+        ],
     }
 
 
-def module_run(name: str, operation: str, maps: list[Tensor], grads: list[Tensor]) -> Run:
-    """`SearchTransfer`, forward or with all its gradients, by a backend or by the reference."""
-    module = reference.search_transfer if name == REFERENCE else SearchTransfer(backend=name)
-    if operation == "SearchTransfer":
-        return lambda: module(*maps)
-    leaves = [x.detach().requires_grad_() for x in maps]
-    return lambda: torch.autograd.grad(module(*leaves), leaves, grads)
+def least_bytes(
+    operation: str, index: Tensor, key: tuple[int, int], values: peers.Maps, grads: peers.Maps
+) -> int:
+    """What any implementation has to move: the index, and every input and output once.
+
+    Of a value only the blocks are counted that some patch covers. The gradient to it is written
+    whole, zeros and all. What fits a cache can move faster than a copy that does not.
+    """
+    chosen = torch.zeros(len(index), key[0] * key[1], device=index.device)
+    covered = F.max_pool2d(chosen.scatter_(1, index.flatten(1), 1).view(-1, 1, *key), 3, 1, 1)
+    share = 1.0 if operation == "adjoint" else covered.mean().item()
+    maps = (round(share * v.nbytes) + g.nbytes for v, g in zip(values, grads, strict=True))
+    return index.nbytes + sum(maps)
 
 
-def fold_job(
-    name: str, operation: str, level: str, layout: str, kind: str, query: Grid, key: Grid
+def check(
+    name: str, operation: str, dtype: torch.dtype, truth: list[Tensor], result: peers.Maps
+) -> dict[str, float]:
+    """The gate; peers that add in 16 bits may decline it."""
+    tolerance = max(TOLERANCE[operation], 2 * torch.finfo(dtype).eps)
+    try:
+        return check_close([f"result {n}" for n in range(len(truth))], result, truth, tolerance)
+    except WrongResult as error:
+        if name in peers.OURS or dtype == torch.float32:
+            raise
+        raise Declined(f"in {dtype} its {error}") from error
+
+
+def job(
+    name: str, operation: str, group: str, layout: str, kind: str, size: Size, dtype: torch.dtype
 ) -> tuple[Run, Callable[[], Run]]:
-    """`fold_run` for `harness.peak_bytes`."""
+    """A candidate's run as `memory.peak_bytes` takes it."""
 
-    def prepare(query: Grid, key: Grid) -> Run:
-        value, grad = make_maps(level, layout, query, key)
-        index = make_index(kind, query, key)
-        return fold_run(name, operation, value, grad, index, LEVELS[level][0])
+    def prepare(size: Size) -> Run:
+        maps, index = make_maps(group, layout, size, dtype), make_index(kind, size)
+        return peers.run(name, operation, *maps, index, strides_of(group))
 
-    return prepare((4, 4), (4, 4)), lambda: prepare(query, key)
-
-
-def module_job(name: str, operation: str, query: Grid, key: Grid) -> tuple[Run, Callable[[], Run]]:
-    """`module_run` for `harness.peak_bytes`."""
-
-    def prepare(query: Grid, key: Grid) -> Run:
-        return module_run(name, operation, *make_features(query, key))
-
-    return prepare((4, 4), (4, 4)), lambda: prepare(query, key)
+    return prepare(Size((4, 4), (4, 4), size.batch)), lambda: prepare(size)
 
 
 # --- the run ---
 
 
-def fold_cases(
-    names: list[str], query: Grid, key: Grid, device: torch.device = CPU
-) -> Iterator[tuple[dict, dict]]:
-    """Descriptions of the cases of `gather_fold` and its adjoint, with their contenders."""
-    for level, (stride, channels) in LEVELS.items():
+def cases(
+    names: dict[str, list[str]], size: Size, dtype: torch.dtype, device: torch.device = CPU
+) -> Iterator[tuple[dict[str, Any], dict[str, Contender]]]:
+    """Descriptions of the cases of every group of levels in `names`, with their contenders."""
+    for group in names:
         for kind in report.INDICES:
-            index = make_index(kind, query, key, device)
-            truths = fold_truths(*make_maps(level, "NCHW", query, key, device), index, stride)
+            index = make_index(kind, size, device)
+            wanted = truths(group, index, *make_maps(group, "NCHW", size, dtype, device))
             for layout in LAYOUTS:
-                maps = make_maps(level, layout, query, key, device)
-                for operation, truth in truths.items():
-                    least = 2 * 4 * channels * stride**2 * index.numel() + index.nbytes
-                    case = {
-                        "operation": operation,
-                        "level": level,
-                        "layout": layout,
-                        "index": kind,
-                        "least_bytes": least,
-                    }
+                maps = make_maps(group, layout, size, dtype, device)
+                for operation, truth in wanted.items():
+                    case = {"operation": operation, "level": group, "layout": layout, "index": kind}
+                    case["least_bytes"] = least_bytes(operation, index, size.key, *maps)
+                    inputs = (*maps, index, strides_of(group))
+                    place = (operation, group, layout, kind, size, dtype)
                     yield (
                         case,
                         {
                             name: Contender(
-                                deferred(fold_run, name, operation, *maps, index, stride),
-                                _check(operation, ["result"], [truth]),
-                                (fold_job, name, operation, level, layout, kind, query, key),
+                                make_run(name, operation, inputs),
+                                partial(check, name, operation, dtype, truth),
+                                (job, name, *place) if is_weighed(name, kind, device) else None,
                             )
-                            for name in names
+                            for name in names[group]
+                            if operation in peers.ALL[name].operations
                         },
                     )
 
 
-def module_cases(
-    names: list[str], query: Grid, key: Grid, device: torch.device = CPU
-) -> Iterator[tuple[dict, dict]]:
-    """The same for `SearchTransfer`."""
-    maps, grads = make_features(query, key, device)
-    doubles = [x.double() for x in maps]
-    results = {
-        "SearchTransfer": ["S", "T_lv3", "T_lv2", "T_lv1"],
-        "with gradients": ["lrsr_lv3", "refsr_lv3", "ref_lv1", "ref_lv2", "ref_lv3"],
-    }
-    for operation, labels in results.items():
-        truth = module_run(REFERENCE, operation, doubles, [x.double() for x in grads])()
-        yield (
-            {"operation": operation},
-            {
-                name: Contender(
-                    module_run(name, operation, maps, grads),
-                    _check(operation, labels, truth),
-                    (module_job, name, operation, query, key),
-                )
-                for name in names
-            },
-        )
+def is_weighed(name: str, kind: str, device: torch.device) -> bool:
+    """Whether memory is measured: in a process of its own a compiler's would be, too."""
+    return kind == report.INDICES[0] and (device.type != "cpu" or not peers.ALL[name].compiled)
 
 
-def _check(operation: str, labels: list[str], truth: Any) -> Callable[[Any], dict[str, float]]:
-    return lambda result: check_close(labels, result, truth, TOLERANCE[operation])
+def make_run(name: str, operation: str, inputs: tuple[Any, ...]) -> Run:
+    """A candidate's run, made at its first call."""
+    candidate = peers.ALL[name]
+    if candidate.graph:
+        return deferred(devices.graph_run, peers.run(name, operation, *inputs))
+    made = deferred(peers.run, name, operation, *inputs)
+    return partial(peers.declining, made) if candidate.compiled else made
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Measure every case."""
-    names = [*args.backends, REFERENCE]
-    query, key = args.size.query, args.size.key
+def names_at(group: str, args: argparse.Namespace) -> list[str]:
+    """The candidates that are measured at a group of levels."""
+    everywhere = args.named or group == TOGETHER
+    return [*args.backends, *(n for n in args.peers if everywhere or n == peers.REFERENCE)]
+
+
+def run(size: Size, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure every case of a size, writing the results after each."""
+    names = {group: names_at(group, args) for group in args.levels}
     data: dict[str, Any] = {
         "kind": "transfer",
         "machine": harness.machine(),
         "device": devices.describe(args.device),
         "seconds": args.seconds,
-        "query": query,
-        "key": key,
-        "labels": {name: LABELS[name] for name in names},
+        **vars(size),
+        "dtype": args.dtype,
+        "labels": {name: peers.ALL[name].label for name in [*args.backends, *args.peers]},
         "cases": [],
     }
     copy, copied = harness.copy_run(args.device)
-    total = len(LEVELS) * len(report.INDICES) * len(LAYOUTS) * 2 + 2  # directions; whole module
+    total = len(names) * len(report.INDICES) * len(LAYOUTS) * len(TOLERANCE)
     with report.progress_bar(console) as progress:
         task = progress.add_task("transfer", total=total)
-        for cases in (fold_cases, module_cases):
-            for case, contenders in cases(names, query, key, args.device):
-                title = " ".join(text for text in case.values() if isinstance(text, str))
-                progress.update(task, description=title)
-                if args.no_memory:
-                    contenders = {name: replace(c, job=None) for name, c in contenders.items()}
-                rows, timings = harness.measure(
-                    contenders, {"copy": copy}, seconds=args.seconds, device=args.device
-                )
-                case["copy_bytes_per_s"] = copied / timings["copy"].median_s
-                for row in rows.values():
-                    if "least_bytes" in case and row["status"] == "ok":
-                        row["bytes_per_s"] = case["least_bytes"] / row["median_s"]
-                        row["copy_share"] = row["bytes_per_s"] / case["copy_bytes_per_s"]
-                data["cases"].append(case | {"rows": rows})
-                progress.advance(task)
-    data["copy_bytes_per_s"] = median(case["copy_bytes_per_s"] for case in data["cases"])
+        for case, contenders in cases(names, size, DTYPES[args.dtype], args.device):
+            title = " ".join(text for text in case.values() if isinstance(text, str))
+            progress.update(task, description=title)
+            if args.no_memory:
+                contenders = {n: Contender(c.run, c.check, None) for n, c in contenders.items()}
+            rows, timings = harness.measure(
+                contenders, {"copy": copy}, seconds=args.seconds, device=args.device
+            )
+            case["copy_bytes_per_s"] = copied / timings["copy"].median_s
+            for row in rows.values():
+                if row["status"] == "ok":
+                    row["bytes_per_s"] = case["least_bytes"] / row["median_s"]
+                    row["copy_share"] = row["bytes_per_s"] / case["copy_bytes_per_s"]
+            data["cases"].append(case | {"rows": rows})
+            data["copy_bytes_per_s"] = median(case["copy_bytes_per_s"] for case in data["cases"])
+            harness.write_json(args.out / f"{stem(size, args)}.json", data)
+            progress.advance(task)
     return data
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    known = [name for name in LABELS if name != REFERENCE]
+    """The command line, with device, names and sizes resolved."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--device", metavar="DEVICE", help="cuda or cpu; default: the GPU where there is one")
-    add("--size", type=Size.parse, help=f"default: {SIZE}")
+    add("--size", nargs="+", type=Size.parse, metavar="SIZE", help="default: by device")
+    add("--levels", nargs="+", choices=GROUPS, help="default: all; with --quick all three together")
+    add("--dtype", choices=DTYPES, default="float32")
     add("--quick", action="store_true", help="small maps and short runs")
-    add("--backends", nargs="*", choices=known, metavar="NAME", help="cpp torch")
+    add("--backends", nargs="*", choices=peers.OURS, metavar="NAME", help=" ".join(peers.OURS))
+    add("--peers", nargs="*", choices=peers.PEERS, metavar="NAME", help=" ".join(peers.PEERS))
+    add("--no-peers", action="store_true", help="only the backends of this package")
     add("--no-memory", action="store_true", help="leave out memory, a process for each contender")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--seconds", type=float, help="time to spend on each candidate and case, default 0.5")
-    add("--out", type=Path, default=Path("out"), help="folder for results and plot")
+    add("--seconds", type=float, help="time to spend on each candidate and case")
+    add("--out", type=Path, default=Path("out"), help="folder for results and plots")
     args = parser.parse_args(argv)
     try:
         args.device = devices.pick(args.device)
     except (ValueError, RuntimeError) as error:
         parser.error(f"--device: {error}")
-    reasons = {name: backends.why_not(name, args.device) for name in known}
+    reasons = {name: peers.OURS[name].why_not(args.device) for name in peers.OURS}
     for name in args.backends or ():
         if reasons[name] is not None:
             parser.error(f"--backends {name}: {reasons[name]}")
     if args.threads < 1:
         parser.error("--threads must be positive")
-    if args.size is not None and args.size.batch != 1:
-        parser.error("--size: this benchmark has one image")
     if args.backends is None:
-        args.backends = [name for name in known if reasons[name] is None]
-    args.size = args.size or Size.parse(QUICK_SIZE if args.quick else SIZE)
-    args.seconds = args.seconds or (0.1 if args.quick else 0.5)
+        args.backends = [name for name in peers.OURS if reasons[name] is None]
+    args.named = args.peers is not None
+    if args.peers is None:
+        args.peers = [n for n, c in peers.PEERS.items() if not (args.quick and c.compiled)]
+    args.peers = [] if args.no_peers else args.peers
+    args.levels = args.levels or ([TOGETHER] if args.quick else list(GROUPS))
+    sizes = (QUICK_SIZES if args.quick else SIZES)[args.device.type]
+    args.size = args.size or [Size.parse(text) for text in sizes]
+    args.seconds = args.seconds or (0.05 if args.quick else 0.15)
     return args
+
+
+def stem(size: Size, args: argparse.Namespace) -> str:
+    """Name of the files of a size."""
+    parts = ["transfer", "batch" * (size.batch > 1), args.dtype.replace("float32", "")]
+    return devices.stem(args.device, "-".join(filter(None, parts)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -313,13 +290,14 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
     console = Console()
-    data = run(args, console)
-    stem = devices.stem(args.device, "transfer")
-    harness.write_json(args.out / f"{stem}.json", data)
-    report.draw(data, args.out / f"{stem}.png", console)
-    console.print(report.transfer_table(data))
-    rows = [row for case in data["cases"] for row in case["rows"].values()]
-    return int(any(row["status"] == "failed" for row in rows))
+    failed = False
+    for size in args.size:
+        data = run(size, args, console)
+        report.draw(data, args.out / f"{stem(size, args)}.png", console)
+        console.print(report.transfer_table(data))
+        rows = [row for case in data["cases"] for row in case["rows"].values()]
+        failed |= any(row["status"] == "failed" for row in rows)
+    return int(failed)
 
 
 if __name__ == "__main__":

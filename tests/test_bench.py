@@ -25,6 +25,7 @@ import plots
 import report
 import search
 import transfer
+import transfer_peers
 from gate import SearchTruth, WrongResult
 from sizes import Size
 
@@ -230,49 +231,101 @@ def test_peers_are_right(name: str, maps: Found, truth: SearchTruth) -> None:
 # --- the transfer benchmark ---
 
 
+PEERS = [name for name in transfer_peers.PEERS if name != "compile"]  # which takes long
+F32, F16 = torch.float32, torch.float16
+
+
 def test_transfer_cases_are_right_and_can_be_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ["torch", "reference"]
+    names = ["torch", *PEERS]
+    size = Size((5, 7), (6, 4), batch=2)
     data = {
         "kind": "transfer",
         "machine": harness.machine(),
-        "query": QUERY,
-        "key": KEY,
-        "labels": {name: transfer.LABELS[name] for name in names},
+        **vars(size),
+        "labels": {name: transfer_peers.ALL[name].label for name in names},
         "cases": [],
         "copy_bytes_per_s": 2e10,
     }
-    for cases in (transfer.fold_cases, transfer.module_cases):
-        for case, contenders in cases(names, QUERY, KEY):
-            rows = {}
-            for name, contender in contenders.items():
-                accuracy = contender.check(contender.run())
-                rows[name] = {"status": "ok", "median_s": 2e-3, "peak_bytes": 5e6, **accuracy}
-            data["cases"].append(case | {"rows": rows})
-    assert len(data["cases"]) == 3 * 3 * 2 * 2 + 2
+    for case, contenders in transfer.cases(dict.fromkeys(transfer.GROUPS, names), size, F32):
+        rows = {}
+        for name, contender in contenders.items():
+            accuracy = contender.check(contender.run())
+            rows[name] = {"status": "ok", "median_s": 2e-3, "peak_bytes": 5e6, **accuracy}
+        assert ("index_add" in rows) == (case["operation"] == "adjoint")
+        data["cases"].append(case | {"rows": rows})
+    assert len(data["cases"]) == 4 * 3 * 2 * 2
 
-    Console().print(report.transfer_table(data))
-    assert "adjoint" in capsys.readouterr().out
-    assert "| gather_fold | lv1 | NHWC | 2.00/2.00/2.00<br>5.00 MB |" in report.markdown(data)
+    Console(width=160).print(report.transfer_table(data))
+    assert "Transfer, 2 of 5x7 in 6x4, float32" in capsys.readouterr().out
+    cell = "2.00/2.00/2.00<br>5.00 MB"
+    row = f"| gather_fold | lv1 | NHWC | {' | '.join([cell] * 3)} |  |"
+    assert row in report.markdown(data)
     plots.draw(data, tmp_path / "transfer.png")
     with Image.open(tmp_path / "transfer.png") as image:
         image.verify()
 
 
+def test_transfer_writes_a_file_for_every_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device", "cpu", "--quick", "--no-memory", "--seconds", "0.001"]
+    options += ["--size", "3x4", "2*3x4", "--backends", "torch", "--out", str(tmp_path)]
+    assert transfer.main([*options, "--peers", "reference"]) == 0
+    stems = {"transfer", "transfer-batch"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{stem}.{kind}" for stem in stems for kind in ("json", "png")
+    }
+    data = json.loads((tmp_path / "transfer-batch.json").read_text())
+    assert (data["batch"], data["dtype"]) == (2, "float32")
+    assert {case["level"] for case in data["cases"]} == {"all three"}
+    for case in data["cases"]:
+        for row in case["rows"].values():
+            rate = case["least_bytes"] / row["median_s"]
+            assert row["copy_share"] == pytest.approx(rate / case["copy_bytes_per_s"])
+
+
 def test_wrong_transfer_is_refused() -> None:
-    _, contenders = next(transfer.fold_cases(["torch"], QUERY, KEY))
+    names = {"lv3": ["torch", "reference"]}
+    _, contenders = next(transfer.cases(names, Size(QUERY, KEY), F32))
     (result,) = contenders["torch"].run()
-    with pytest.raises(WrongResult, match="result is off by"):
+    with pytest.raises(WrongResult, match="result 0 is off by"):
         contenders["torch"].check((result + 1e-4,))
+    _, contenders = next(transfer.cases(names, Size(QUERY, KEY), F16))
+    (result,) = contenders["torch"].run()
+    for name, error in (("torch", WrongResult), ("reference", harness.Declined)):
+        with pytest.raises(error, match="result 0 is off by"):
+            contenders[name].check((result + 0.1,))
+
+
+def test_what_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+    monkeypatch.setattr(transfer_peers, "_compiler", lambda: failing)
+    for _, contenders in transfer.cases({"lv3": ["compile"]}, Size((2, 3), (3, 2)), F32):
+        record = harness.check_and_weigh(contenders["compile"], CPU)
+        assert record == {"status": "skipped", "reason": "it does not compile: no compiler"}
+
+
+def test_bytes_that_have_to_move() -> None:
+    size = Size((1, 2), (4, 5))
+    index = torch.tensor([[[0, 7]]])  # a corner and a key inside: 4 and 9 blocks, 2 of them in both
+    maps = transfer.make_maps("lv2", "NCHW", size, F16)
+    block = 2 * 128 * 2 * 2
+    forward = transfer.least_bytes("gather_fold", index, size.key, *maps)
+    assert forward == 2 * 8 + (4 + 9 - 2 + 2) * block
+    assert transfer.least_bytes("adjoint", index, size.key, *maps) == 2 * 8 + (20 + 2) * block
 
 
 def test_transfer_jobs_repeat_the_runs() -> None:
-    job = (transfer.fold_job, "torch", "adjoint", "lv2", "NHWC", "random", QUERY, KEY)
+    size = Size(QUERY, KEY)
+    job = (transfer.job, "torch", "adjoint", "lv2", "NHWC", "random", size, F32)
     (gradient,) = job[0](*job[1:])[1]()()
-    maps = transfer.make_maps("lv2", "NCHW", QUERY, KEY)
-    truth = transfer.fold_truths(*maps, transfer.make_index("random", QUERY, KEY), stride=2)
-    torch.testing.assert_close(gradient.double(), truth["adjoint"], rtol=1e-5, atol=1e-5)
+    maps = transfer.make_maps("lv2", "NCHW", size, F32)
+    (truth,) = transfer.truths("lv2", transfer.make_index("random", size), *maps)["adjoint"]
+    torch.testing.assert_close(gradient.double(), truth, rtol=1e-5, atol=1e-5)
 
 
 # --- text and pictures ---

@@ -21,7 +21,6 @@ from tests.test_gather_fold import (  # noqa: F401  # run here as well
     test_gradients_of_shapes_and_dtypes,
     test_identity_index_returns_the_value,
     test_layouts,
-    test_many_queries_at_one_key,
     test_nan_reaches_only_the_patches_that_hold_it,
     test_options,
     test_picture_with_channels_last_whose_blocks_are_cut,

@@ -10,6 +10,13 @@ from ttsr_fast import gather_fold, ops, reference
 PATCH_OPTIONS = [(k, p, s) for k, p in cases.PATCHES for s in (1, 2)]
 
 
+@pytest.fixture
+def backend(backend):
+    """On a GPU Triton only searches: there the compiled library is to run, and not PyTorch."""
+    on_gpu = torch.get_default_device().type == "cuda"
+    return "cpp" if on_gpu and backend == "triton" else backend
+
+
 def oracle(value, index, weight=None, *, grad=None, **options):
     """The result in float64 and in the dtype of `value`; with `grad`, all gradients instead."""
     results = []
@@ -166,21 +173,26 @@ def test_nan_reaches_only_the_patches_that_hold_it(backend):
     assert out.isnan().nonzero().tolist() == [[0, 1, 4, 4]]
 
 
-def random_indices(n, h, w, keys):
-    return {
-        "random": torch.randint(keys, (n, h, w)),
-        "coherent": torch.arange(n * h * w).view(n, h, w) % keys,
-        "same_key": torch.full((n, h, w), keys // 2),
-    }
+def make_index(kind, n, h, w, keys):
+    """A random key for every query, one after the other, one for all, or one for half of them."""
+    if kind == "coherent":
+        return torch.arange(n * h * w).view(n, h, w) % keys
+    index = torch.randint(keys, (n, h, w))
+    if kind == "same_key":
+        index.fill_(keys // 2)
+    if kind == "flat_areas":
+        index[:, : h // 2] = keys // 2
+    return index
 
 
-@pytest.mark.parametrize("kind", ["random", "coherent", "same_key"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", ["random", "coherent", "same_key", "flat_areas"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_bit_equal_twice_and_on_any_threads(backend, dtype, kind, set_threads):
-    value = torch.randn(1, 8, 58, 62).to(dtype)
-    index = random_indices(2, 61, 67, 29 * 31)[kind]
+def test_bit_equal_twice_and_on_any_threads(backend, dtype, kind, layout, set_threads):
+    value = cases.LAYOUTS[layout](torch.randn(1, 8, 58, 62).to(dtype))
+    index = make_index(kind, 2, 61, 67, 29 * 31)
     weight = torch.rand(index.shape).to(dtype)
-    grad = torch.randn(2, 8, 122, 134).to(dtype)
+    grad = cases.LAYOUTS[layout](torch.randn(2, 8, 122, 134).to(dtype))
     results = []
     for threads in (1, 2, 2):
         set_threads(threads)
@@ -192,17 +204,36 @@ def test_bit_equal_twice_and_on_any_threads(backend, dtype, kind, set_threads):
             assert torch.equal(x, y), name
 
 
+@pytest.mark.parametrize("value_batch", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("stride", "channels"), [(1, 75), (2, 11), (3, 5), (4, 19)])
+@pytest.mark.parametrize("kind", ["same_key", "flat_areas"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_many_queries_at_one_key(backend, dtype):
+def test_many_queries_at_one_key(backend, dtype, kind, stride, channels, layout, value_batch):
     """Flat areas send hundreds of queries to one key; their sum stays accurate."""
-    value = torch.randn(1, 4, 12, 10).to(dtype).requires_grad_()
-    index = torch.full((2, 30, 40), 33)
-    index[:, ::7] = 62
-    out = gather_fold(value, index, stride=1, backend=backend)
-    grad = torch.randn(out.shape).to(dtype)
+    value = torch.randn(value_batch, channels, 6 * stride, 5 * stride).to(dtype)
+    value = cases.LAYOUTS[layout](value).requires_grad_()
+    index = make_index(kind, 2, 17, 33, 30)
+    weight = torch.rand(index.shape)
+    out = gather_fold(value, index, stride=stride, weight=weight, backend=backend)
+    grad = cases.LAYOUTS[layout](torch.randn(out.shape).to(dtype))
     (actual,) = torch.autograd.grad(out, value, grad)
-    expected, baseline = oracle(value, index, grad=grad)
+    expected, baseline = oracle(value, index, weight, grad=grad, stride=stride)
     assert_no_worse(actual, expected[0], baseline[0])
+
+
+def test_exact_sums_of_any_number_of_queries(backend):
+    """No query is lost or counted twice where a long sum is split."""
+    numbers = torch.tensor([0, 1, 255, 256, 257, 512, 513, 769])
+    index = torch.arange(8).repeat_interleave(numbers)
+    index = index[torch.randperm(len(index))].view(1, 11, 233)
+    value = torch.zeros(1, 3, 2, 4, requires_grad=True)
+    options = {"kernel_size": 1, "divisor": "none"}
+    out = gather_fold(value, index, backend=backend, **options)
+    grad = cases.integers(*out.shape)
+    (actual,) = torch.autograd.grad(out, value, grad)
+    expected = oracle(value, index, grad=grad, **options, padding=0)[0][0]
+    assert torch.equal(actual.double(), expected)
 
 
 @pytest.mark.parametrize("keys", [1, 120])

@@ -12,11 +12,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from ttsr_fast import gather_fold
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for a script of that folder
 
 import devices
 import gpu_check
 import harness
+import kernel_smoke
 import peers
 import plots
 import report
@@ -334,12 +337,32 @@ def test_kernels_are_found_where_nothing_is_installed(tmp_path: Path) -> None:
 
 def test_whole_check_takes_less_than_nine_minutes(tmp_path: Path) -> None:
     steps = gpu_check.gpu_steps(tmp_path)
-    assert sum(step.limit for step in steps) <= 530
+    assert sum(step.limit for step in steps) <= 535
     names = ["versions", "environment", "build", "tests", "memcheck", "racecheck"]
-    assert [step.name for step in steps] == [*names, "search", "transfer", "tune", "report"]
-    tests = steps[3]
+    assert [step.name for step in steps] == [
+        *names,
+        *("search", "transfer", "model", "tune", "report"),
+    ]
+    build, tests = steps[2:4]
+    assert build.environment == {"TTSR_FAST_BUILD": "cuda"}
     assert tests.environment["TTSR_FAST_TEST_DEVICE"] == "cuda"
     assert not any("pip" in step.command or "venv" in step.command for step in steps)
+
+
+@pytest.mark.compiled
+def test_sanitized_kernels_are_held_to_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in kernel_smoke.folds() if case.to_one and case.shared)
+    monkeypatch.setattr(kernel_smoke, "folds", lambda: [case])
+    reasons = {"cpp": None, "triton": "not here"}
+    monkeypatch.setattr(kernel_smoke.backends, "why_not", lambda name, *_: reasons[name])
+    assert kernel_smoke.main(["--device", "cpu"]) == 2, "one of the two could not run"
+
+    def wrong(*arguments, **options):
+        return 1.001 * gather_fold(*arguments, **options)
+
+    monkeypatch.setattr(kernel_smoke, "gather_fold", wrong)
+    assert kernel_smoke.run_fold(case, devices.CPU).startswith("WRONG: result is off by 1.0e-03")
+    assert kernel_smoke.main(["--device", "cpu"]) == 1
 
 
 def test_step_that_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,6 +371,7 @@ def test_step_that_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "no such step: coffee" in capsys.readouterr().err
 
 
+@pytest.mark.compiled
 def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step but the sanitizers for real, with interpreted kernels at tiny sizes."""
     monkeypatch.setenv("OUT", str(tmp_path))
@@ -358,7 +382,7 @@ def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (x["name"] for x in outcomes), "ok"
     ), log
     assert code == 0
-    names = {"search", "transfer"}
+    names = {"search", "transfer", "model"}
     expected = {f"{name}.{kind}" for name in names for kind in ("json", "png")} | {"tune.json"}
     assert {path.name for path in tmp_path.iterdir()} == {
         *expected,

@@ -1,9 +1,10 @@
 // gather_fold and its adjoint: every destination block is a weighted sum of source blocks.
 //
-// The two differ only in the table that lists, for a band of destinations, where the sources are: forward,
-// the taps of the patches that meet at an output block; backward, the taps of all patches that took a value
-// block. One writer per destination and a fixed order of addition: bit-equal results with any number of
-// threads.
+// The two differ only in the list of where, for a band of destinations, the sources are: forward, the taps of
+// the patches that meet at an output block; backward, the taps of all patches that took a value block. One
+// writer per destination and a fixed order of addition: bit-equal results with any number of threads.
+
+#include <sys/mman.h>
 
 #include <vector>
 
@@ -15,11 +16,11 @@ namespace ttsr_fast {
 
 namespace {
 
-constexpr int64_t kTableEntries = 1 << 19;  // sources listed at a time
-constexpr int64_t kPlaneBytes = 1 << 19;  // channels served by one look at the table: those that fit a cache
-constexpr int64_t kPlanes = 8;            // but no more than these
-constexpr int64_t kChannels = 64;         // channels per task in channels_last
-constexpr int64_t kDestinations = 512;    // destination blocks per task
+constexpr int64_t kSources = 1 << 19;  // listed at a time
+constexpr int64_t kDestinations = 64;  // whose sources are listed by a task
+constexpr int64_t kTasks = 16;         // per thread, so that all end together
+constexpr int64_t kPartial = 256;      // sources added up in one go
+constexpr uintptr_t kHugePage = 2 << 20;
 
 // The weight of every query patch of all images; ones where there is none.
 class PatchWeights {
@@ -56,80 +57,111 @@ struct Choosers {
   }
 };
 
-struct Range {
-  int64_t begin, end;
+// A block to be filled: the part of a list that holds its sources, and its offset in its map.
+struct Destination {
+  int64_t begin, end, offset;
 };
 
-// The sources of destination blocks [first, first + ranges.size()).
-template <class S>
-struct Table {
-  int64_t first;
-  std::vector<Range> ranges;  // of every destination's sources
-  std::vector<Source<S>> sources;
-};
-
-// Fills the table of a band of destinations and runs `use` on it, band after band.
-//   size_of(block): upper bound on a destination's sources
-//   list(block, add): calls add(offset, weight) for each
-template <class S, class SizeOf, class List, class Use>
-void for_each_band(const Grid& blocks, const SizeOf& size_of, const List& list, const Use& use) {
-  Table<S> table;
-  for (table.first = 0; table.first < blocks.size(); table.first += table.ranges.size()) {
-    table.ranges.clear();
-    int64_t size = 0;
-    for (int64_t d = table.first; d < blocks.size(); ++d) {
-      const int64_t next = size + size_of(blocks.position(d));
-      if (next > kTableEntries && d > table.first) break;
-      table.ranges.push_back({size, next});
-      size = next;
-    }
-    table.sources.resize(size);
-    const int64_t count = table.ranges.size();
-    parallel_tasks((count + kDestinations - 1) / kDestinations, [&](int64_t task, int64_t) {
-      for (int64_t d = task * kDestinations; d < std::min(count, (task + 1) * kDestinations); ++d) {
-        Range& range = table.ranges[d];
-        range.end = range.begin;
-        list(blocks.position(table.first + d),
-             [&](int64_t offset, double weight) { table.sources[range.end++] = {offset, S(weight)}; });
-      }
-    });
-    use(table);
-  }
+template <class T>
+int64_t offset_of(const Maps<T>& map, int64_t stride, Position block) {
+  return stride * (block.y * map.stride_h + block.x * map.stride_w);
 }
 
-// Destination blocks of a band of the map `out`, from the map `in` of the same image.
-template <class T>
-void sum_band(const Table<Sum<T>>& table, const Grid& blocks, int64_t stride, const Maps<const T>& in,
-              const Maps<T>& out, int64_t n) {
-  const int64_t count = table.ranges.size(), chunks = (count + kDestinations - 1) / kDestinations;
-  const bool channels_last = in.stride_c == 1 && out.stride_c == 1 && out.channels > 1;
-  const auto has_rows = [](const auto& map) { return map.stride_w == 1 || map.width == 1; };
-  STD_TORCH_CHECK(channels_last || (has_rows(in) && has_rows(out)), "ttsr_fast: rows must be contiguous");
-  const int64_t planes = kPlaneBytes / (in.height * in.width * int64_t(sizeof(T)));
-  const int64_t step = channels_last ? kChannels : std::clamp<int64_t>(planes, 1, kPlanes);
-  const int64_t groups = (out.channels + step - 1) / step;
-  const bool whole_rows = channels_last && groups == 1;
+// Sums the blocks of destinations in the map `out` from the map `in`.
+template <class In, class S, class Out>
+void sum_each(const std::vector<Destination>& destinations, const std::vector<Source<S>>& sources,
+              const Extent& block, const Blocks<const In>& in, const Blocks<Out>& out) {
+  const int64_t planes = planes_at_a_time(block.columns), groups = (block.planes + planes - 1) / planes;
+  const int64_t count = destinations.size(), tasks = kTasks * torch::stable::get_num_threads();
+  // A task is as large as that allows: results that lie together come from one thread.
+  const int64_t chunks = std::clamp<int64_t>(tasks / std::max<int64_t>(groups, 1), 1, count);
   parallel_tasks(chunks * groups, [&](int64_t task, int64_t) {
-    const int64_t first_c = task / chunks * step, end_c = std::min(out.channels, first_c + step);
-    const int64_t first_d = task % chunks * kDestinations, end_d = std::min(count, first_d + kDestinations);
-    for (int64_t d = first_d; d < end_d; ++d) {
-      const Position at = blocks.position(table.first + d);
-      const Range range = table.ranges[d];
-      const Source<Sum<T>>* sources = table.sources.data() + range.begin;
-      const int64_t size = range.end - range.begin, y = at.y * stride, x = at.x * stride;
-      if (!channels_last) {
-        sum_blocks(Planes<const T>{in.at(n, first_c, 0, 0), in.stride_h, in.stride_c}, sources, size, stride,
-                   end_c - first_c, Planes<T>{out.at(n, first_c, y, x), out.stride_h, out.stride_c});
-        continue;
-      }
-      for (int64_t r = 0; r < stride; ++r) {
-        for (int64_t q = 0; q < (whole_rows ? 1 : stride); ++q) {
-          sum_vectors(in.at(n, first_c, r, q), sources, size, (whole_rows ? stride : 1) * (end_c - first_c),
-                      out.at(n, first_c, y + r, x + q));
-        }
-      }
+    const int64_t p = task / chunks * planes, chunk = task % chunks;
+    const Extent part{std::min(planes, block.planes - p), block.rows, block.columns};
+    for (int64_t d = chunk * count / chunks; d < (chunk + 1) * count / chunks; ++d) {
+      const Destination& to = destinations[d];
+      sum_blocks(in.at(p, 0), sources.data() + to.begin, to.end - to.begin, part,
+                 Blocks<Out>{out.at(p, 0).data + to.offset, out.plane, out.row});
     }
   });
+}
+
+// The same, with long sums in parts, which are tasks of their own and lose less to rounding: flat areas send
+// many queries to one key. Parts have more than kPartial / 2 sources on average, so a band has few of them.
+template <class In, class S, class Out>
+void sum_in_parts(std::vector<Destination>& destinations, const std::vector<Source<S>>& sources,
+                  const Extent& block, const Blocks<const In>& in, const Blocks<Out>& out) {
+  std::vector<Destination> parts, wholes;
+  std::vector<Source<S>> partial;
+  for (Destination& d : destinations) {
+    if (d.end - d.begin <= kPartial) continue;
+    const int64_t first = partial.size();
+    for (; d.begin < d.end; d.begin += kPartial) {
+      const int64_t offset = partial.size() * block.size();
+      parts.push_back({d.begin, std::min(d.begin + kPartial, d.end), offset});
+      partial.push_back({offset, 1});
+    }
+    wholes.push_back({first, int64_t(partial.size()), d.offset});
+    d.begin = d.end;  // zero, for the time being
+  }
+  sum_each(destinations, sources, block, in, out);
+  if (parts.empty()) return;
+  // Neighbouring destinations share their sources: in this order these are still in a cache.
+  const auto source = [&](const Destination& part) { return sources[part.begin].offset; };
+  std::sort(parts.begin(), parts.end(), [&](auto& a, auto& b) { return source(a) < source(b); });
+  const Tensor memory = scratch(parts.size() * block.size() * sizeof(S));
+  const Blocks<S> sums{static_cast<S*>(memory.mutable_data_ptr()), block.rows * block.columns, block.columns};
+  sum_each(parts, sources, block, in, sums);
+  sum_each(wholes, partial, block, Blocks<const S>{sums.data, sums.plane, sums.row}, out);
+}
+
+// Asks for huge pages under a result: to make small ones, one by one, takes longer than to fill them.
+template <class T>
+void use_huge_pages(const T* data, int64_t count) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = (uintptr_t(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = uintptr_t(data + count) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Fills image n of the map `out` from that of the map `in`, band after band.
+//   size_of(block): upper bound on a destination's sources
+//   list(block, add): calls add(offset, weight) for each
+template <class T, class SizeOf, class List>
+void fill(const Maps<const T>& in, const Maps<T>& out, int64_t n, const Grid& blocks, int64_t stride,
+          const SizeOf& size_of, const List& list) {
+  const auto has_pixels = [](const auto& map) {
+    return map.stride_c == 1 && (map.stride_w == map.channels || map.width == 1);
+  };
+  const auto has_rows = [](const auto& map) { return map.stride_w == 1 || map.width == 1; };
+  const bool channels_last = out.channels > 1 && has_pixels(in) && has_pixels(out);
+  STD_TORCH_CHECK(channels_last || (has_rows(in) && has_rows(out)), "ttsr_fast: rows must be contiguous");
+  const Extent block = channels_last ? Extent{1, stride, stride * out.channels}  // rows of whole pixels
+                                     : Extent{out.channels, stride, stride};
+  std::vector<Destination> destinations;
+  std::vector<Source<Sum<T>>> sources;
+  for (int64_t first = 0; first < blocks.size(); first += destinations.size()) {
+    destinations.clear();
+    int64_t size = 0;
+    for (int64_t d = first; d < blocks.size(); ++d) {
+      const int64_t next = size + size_of(blocks.position(d));
+      if (next > kSources && d > first) break;
+      destinations.push_back({size, size, offset_of(out, stride, blocks.position(d))});
+      size = next;
+    }
+    sources.resize(size);
+    const int64_t count = destinations.size();
+    parallel_tasks((count + kDestinations - 1) / kDestinations, [&](int64_t task, int64_t) {
+      for (int64_t d = task * kDestinations; d < std::min(count, (task + 1) * kDestinations); ++d) {
+        int64_t& end = destinations[d].end;
+        list(blocks.position(first + d),
+             [&](int64_t offset, double weight) { sources[end++] = {offset, Sum<T>(weight)}; });
+      }
+    });
+    sum_in_parts(destinations, sources, block, Blocks<const T>{in.at(n, 0, 0, 0), in.stride_c, in.stride_h},
+                 Blocks<T>{out.at(n, 0, 0, 0), out.stride_c, out.stride_h});
+  }
 }
 
 }  // namespace
@@ -144,18 +176,18 @@ void gather_fold(const Tensor& value, const Tensor& index, const std::optional<T
     using T = decltype(element);
     const Maps<const T> in(value);
     const Maps<T> to(out);
+    use_huge_pages(to.data, out.numel());
     for (int64_t n = 0; n < index.size(0); ++n) {
-      for_each_band<Sum<T>>(
-          t.query.blocks, [&](Position) { return t.kernel_size * t.kernel_size; },
+      fill(
+          in, to, n, t.query.blocks, o.stride, [&](Position) { return t.kernel_size * t.kernel_size; },
           [&](Position block, const auto& add) {
             const double scale = t.scale(block);
             for_each_patch_at(t.query, block, t.kernel_size, [&](int64_t j, int64_t a, int64_t b) {
               const Position at = t.value_block(chosen[n * patches + j], a, b);
               if (!t.key.blocks.holds(at)) return;
-              add(o.stride * (at.y * in.stride_h + at.x * in.stride_w), scale * weights[n * patches + j]);
+              add(offset_of(in, o.stride, at), scale * weights[n * patches + j]);
             });
-          },
-          [&](const auto& table) { sum_band<T>(table, t.query.blocks, o.stride, in, to, n); });
+          });
     }
   });
 }
@@ -172,11 +204,12 @@ void gather_fold_adjoint(const Tensor& grad, const Tensor& index, const std::opt
     using T = decltype(element);
     const Maps<const T> in(grad);
     const Maps<T> to(out);
+    use_huge_pages(to.data, out.numel());
     for (int64_t n = 0; n < out.size(0); ++n) {
       const int64_t first = n * images * patches;
       const Choosers choosers(chosen + first, images * patches, t.key.patches.size());
-      for_each_band<Sum<T>>(
-          t.key.blocks,
+      fill(
+          in, to, n, t.key.blocks, o.stride,
           [&](Position block) {
             int64_t size = 0;
             for_each_patch_at(t.key, block, t.kernel_size, [&](int64_t i, int64_t, int64_t) {
@@ -190,12 +223,11 @@ void gather_fold_adjoint(const Tensor& grad, const Tensor& index, const std::opt
                 const int64_t j = choosers.patch[c];
                 const Position at = t.output_block(j % patches, a, b);
                 if (!t.query.blocks.holds(at)) continue;
-                add(j / patches * in.stride_n + o.stride * (at.y * in.stride_h + at.x * in.stride_w),
+                add(j / patches * in.stride_n + offset_of(in, o.stride, at),
                     t.scale(at) * weights[first + j]);
               }
             });
-          },
-          [&](const auto& table) { sum_band<T>(table, t.key.blocks, o.stride, in, to, n); });
+          });
     }
   });
 }

@@ -18,30 +18,34 @@ struct Source {
   S weight;
 };
 
-// A block in some channels of a map whose rows are contiguous.
-template <class T>
-struct Planes {
-  T* data;
-  int64_t row, plane;  // strides
+// The size of a block. The columns of a row lie side by side.
+struct Extent {
+  int64_t planes, rows, columns;
+
+  int64_t size() const { return planes * rows * columns; }
 };
 
-// out[p][r][c] = sum over sources of weight * map[p][r][c], from the source's offset on, for the stride x
-// stride elements of a block in every plane.
-void sum_blocks(const Planes<const float>& map, const Source<float>* sources, int64_t count, int64_t stride,
-                int64_t planes, const Planes<float>& out);
-void sum_blocks(const Planes<const double>& map, const Source<double>* sources, int64_t count, int64_t stride,
-                int64_t planes, const Planes<double>& out);
-void sum_blocks(const Planes<const Half>& map, const Source<float>* sources, int64_t count, int64_t stride,
-                int64_t planes, const Planes<Half>& out);
-void sum_blocks(const Planes<const BFloat16>& map, const Source<float>* sources, int64_t count,
-                int64_t stride, int64_t planes, const Planes<BFloat16>& out);
+// A map, as the place from which the offsets of its blocks count and the strides inside every block.
+template <class T>
+struct Blocks {
+  T* data;
+  int64_t plane, row;
 
-// out[i] = sum over sources of weight * map[offset + i], for i in [0, length).
-void sum_vectors(const float* map, const Source<float>* sources, int64_t count, int64_t length, float* out);
-void sum_vectors(const double* map, const Source<double>* sources, int64_t count, int64_t length,
-                 double* out);
-void sum_vectors(const Half* map, const Source<float>* sources, int64_t count, int64_t length, Half* out);
-void sum_vectors(const BFloat16* map, const Source<float>* sources, int64_t count, int64_t length,
-                 BFloat16* out);
+  Blocks at(int64_t p, int64_t r) const { return {data + p * plane + r * row, plane, row}; }
+};
+
+// How many planes of a narrow block are summed at a time, sharing the look at its sources.
+constexpr int64_t planes_at_a_time(int64_t columns) { return columns < 8 ? 8 / columns : 1; }
+
+// The block at the beginning of `out` = sum over sources of weight * the block at their offset in `map`.
+#define TTSR_SUM_BLOCKS(In, Out)                                                              \
+  void sum_blocks(const Blocks<const In>& map, const Source<Sum<In>>* sources, int64_t count, \
+                  const Extent& block, const Blocks<Out>& out)
+#define TTSR_SUM_BLOCKS_OF_ALL_TYPES(f)                                               \
+  f(double, double) f(float, float) f(Half, Half) f(BFloat16, BFloat16)   /* whole */ \
+      f(Half, float) f(BFloat16, float) f(float, Half) f(float, BFloat16) /* in parts */
+#define TTSR_DECLARE(In, Out) TTSR_SUM_BLOCKS(In, Out);
+TTSR_SUM_BLOCKS_OF_ALL_TYPES(TTSR_DECLARE)
+#undef TTSR_DECLARE
 
 }  // namespace ttsr_fast
