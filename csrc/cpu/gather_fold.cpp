@@ -20,7 +20,6 @@ constexpr int64_t kSources = 1 << 19;  // listed at a time
 constexpr int64_t kDestinations = 64;  // whose sources are listed by a task
 constexpr int64_t kTasks = 16;         // per thread, so that all end together
 constexpr int64_t kPartial = 256;      // sources added up in one go
-constexpr uintptr_t kHugePage = 2 << 20;
 
 // The weight of every query patch of all images; ones where there is none.
 class PatchWeights {
@@ -117,10 +116,11 @@ void sum_in_parts(std::vector<Destination>& destinations, const std::vector<Sour
 
 // Asks for huge pages under a result: to make small ones, one by one, takes longer than to fill them.
 template <class T>
-void use_huge_pages(const T* data, int64_t count) {
+void use_huge_pages([[maybe_unused]] const Maps<T>& map, [[maybe_unused]] int64_t count) {
 #ifdef MADV_HUGEPAGE
-  const uintptr_t begin = (uintptr_t(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = uintptr_t(data + count) / kHugePage * kHugePage;
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (uintptr_t(map.data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = uintptr_t(map.data + count) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -176,7 +176,7 @@ void gather_fold(const Tensor& value, const Tensor& index, const std::optional<T
     using T = decltype(element);
     const Maps<const T> in(value);
     const Maps<T> to(out);
-    use_huge_pages(to.data, out.numel());
+    use_huge_pages(to, out.numel());
     for (int64_t n = 0; n < index.size(0); ++n) {
       fill(
           in, to, n, t.query.blocks, o.stride, [&](Position) { return t.kernel_size * t.kernel_size; },
@@ -204,7 +204,7 @@ void gather_fold_adjoint(const Tensor& grad, const Tensor& index, const std::opt
     using T = decltype(element);
     const Maps<const T> in(grad);
     const Maps<T> to(out);
-    use_huge_pages(to.data, out.numel());
+    use_huge_pages(to, out.numel());
     for (int64_t n = 0; n < out.size(0); ++n) {
       const int64_t first = n * images * patches;
       const Choosers choosers(chosen + first, images * patches, t.key.patches.size());
