@@ -18,9 +18,6 @@ from transfer import LEVELS, make_index
 
 from ttsr_fast import TTSR, SearchTransfer, backends, functional, reference
 
-# That weights are random is no news to a benchmark, whose processes would each say it.
-logging.getLogger("ttsr_fast.model").setLevel(logging.ERROR)
-
 STAGES = ("LTE", "search", "transfer", "MainNet", "backward", "Adam")
 SHIFT = (12, 20)  # pixels by which the image lies elsewhere than in its reference
 TINY = Size((4, 4), (4, 4))
@@ -122,12 +119,24 @@ class Original(nn.Module):
 def make_model(name: str) -> TTSR:
     """TTSR as published, in one of its variants and with the same random weights in all of them."""
     variant = VARIANTS[name]
-    with torch.random.fork_rng(devices=[]), CPU:
+    with torch.random.fork_rng(devices=[]), CPU, _errors_only("ttsr_fast.model"):
         torch.manual_seed(0)
         model = TTSR(backend=variant.backend, precision=variant.precision)
     if name == ORIGINAL:
         model.SearchTransfer = Original()
     return model
+
+
+@contextmanager
+def _errors_only(name: str) -> Iterator[None]:
+    """Keep to itself that weights are random, which each process of a benchmark would say."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def make_images(size: Size) -> dict[str, Tensor]:
