@@ -23,6 +23,7 @@ LAW: dict[str, set[str]] = {
     "compiled": {"choosers", "portable", "torch"},
     "choosers": {"torch"},
     "build": {"torch"},
+    "bands": {"functional", "torch"},
     "certify": {"functional", "portable", "torch"},
     "portable": {"torch"},
     "reference": {"torch"},
