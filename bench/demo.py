@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import plots
-import report
+import tables
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     scores = {name: quality(x, truth) for name, x in (("bicubic", bicubic), ("ttsr-fast", sr))}
 
     title = f"\n{'x'.join(map(str, lr.size))} to {'x'.join(map(str, sr.size))}, measured on Y"
-    table = Table(title=title, **report.STYLE)
+    table = Table(title=title, **tables.STYLE)
     for name in ("", "PSNR", "SSIM", "time"):
         table.add_column(name, justify="right" if name else "left")
     for name, (psnr, ssim) in scores.items():

@@ -31,6 +31,8 @@ import memory
 import model_runs
 import peers
 import report
+import tables
+import text
 import torch
 from devices import Run
 from gate import SearchTruth, check_close
@@ -161,7 +163,7 @@ def module_cases(
         for operation in TOLERANCE:
             if operation == "with gradients" and size.pairs > PAIRS:
                 continue
-            title = report.size_title(vars(size))
+            title = text.size_title(vars(size))
             case = {"operation": operation, "title": title, **vars(size), "pairs": size.pairs}
             why = {name: why_not(name, operation, size, before, args) for name in args.names}
             skipped = {n: {"status": "skipped", "reason": why[n]} for n in why if why[n]}
@@ -192,7 +194,7 @@ def why_not(
     if name == ORIGINAL:
         needed = bytes_needed(size, operation)
         if needed > memory.available_bytes(args.device):
-            return f"does not fit (needs {report.bytes_text(needed)})"
+            return f"does not fit (needs {text.bytes_text(needed)})"
     timed = [
         case
         for case in before
@@ -201,7 +203,7 @@ def why_not(
     if timed and name not in SUBJECTS:
         estimate = timed[-1]["rows"][name]["median_s"] * size.pairs / timed[-1]["pairs"]
         if estimate > args.limit:
-            return f"skipped (estimated {report.seconds_text(estimate)})"
+            return f"skipped (estimated {text.seconds_text(estimate)})"
     return None
 
 
@@ -221,9 +223,9 @@ def model_cases(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict
     patch = args.patch.query
     training = Size(patch, (4 * patch[0], 4 * patch[1]), args.batch)
     texts = (
-        f"LR {report.size_title({**vars(args.pair), 'key': args.pair.query})}, "
+        f"LR {text.size_title({**vars(args.pair), 'key': args.pair.query})}, "
         f"reference {'x'.join(map(str, args.pair.key))}",
-        f"LR {report.size_title({**vars(training), 'key': patch})}",
+        f"LR {text.size_title({**vars(training), 'key': patch})}",
     )
     for operation, size, title in zip(MODEL, (args.pair, training), texts, strict=True):
         names = [name for name in args.names if not VARIANTS[name].graph]
@@ -354,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     data = run(args, console)
     report.draw(data, args.out / f"{devices.stem(args.device, 'model')}.png", console)
-    for table in report.model_tables(data):
+    for table in tables.model_tables(data):
         console.print(table)
     rows = [row for case in data["cases"] for row in case["rows"].values()]
     return int(any(row["status"] == "failed" for row in rows))

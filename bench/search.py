@@ -24,6 +24,8 @@ import harness
 import memory
 import peers
 import report
+import tables
+import text
 import torch
 import tune
 from gate import SearchTruth
@@ -80,13 +82,13 @@ def sweep(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with report.progress_bar(console) as progress:
         task = progress.add_task("", total=len(args.sizes) * (len(names) + 2))
         for size in sorted(args.sizes, key=lambda size: size.pairs):
-            title = report.size_title(vars(size))
+            title = text.size_title(vars(size))
 
             def step(text: str, title: str = title) -> None:
                 progress.update(task, description=f"{title}  {text}", advance=1)
 
             data["sizes"].append(measure_size(size, names, data["sizes"], args, step))
-            console.print(report.search_table(data, data["sizes"][-1]))
+            console.print(tables.search_table(data, data["sizes"][-1]))
             progress.update(task, completed=len(data["sizes"]) * (len(names) + 2))
             harness.write_json(args.out / f"{stem}.json", data)
     report.draw(data, args.out / f"{stem}.png", console)
@@ -207,12 +209,12 @@ def why_not(
         return "it needs a GPU"
     needed = candidate.bytes_needed(size, args.channels)
     if needed > memory.available_bytes(args.device):
-        return f"does not fit (needs {report.bytes_text(needed)})"
+        return f"does not fit (needs {text.bytes_text(needed)})"
     timed = [entry for entry in before if "median_s" in entry["rows"][name]]
     if timed and name not in SUBJECTS:
         estimate = timed[-1]["rows"][name]["median_s"] * size.pairs / timed[-1]["pairs"]
         if estimate > args.limit:
-            return f"skipped (estimated {report.seconds_text(estimate)})"
+            return f"skipped (estimated {text.seconds_text(estimate)})"
     return None
 
 
@@ -290,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     data = sweep(args, console)
     failed = [
-        f"{row['label']} at {report.size_title(entry)}"
+        f"{row['label']} at {text.size_title(entry)}"
         for entry in data["sizes"]
         for row in entry["rows"].values()
         if row["status"] == "failed"

@@ -26,6 +26,7 @@ from typing import Any
 import devices
 import harness
 import report
+import tables
 import torch
 import torch.nn.functional as F
 import transfer_peers as peers
@@ -155,7 +156,7 @@ def cases(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Contender]]]:
     """Descriptions of the cases of every group of levels in `names`, with their contenders."""
     for group in names:
-        for kind in report.INDICES:
+        for kind in tables.INDICES:
             index = make_index(kind, size, device)
             wanted = truths(group, index, *make_maps(group, "NCHW", size, dtype, device))
             for layout in LAYOUTS:
@@ -181,7 +182,7 @@ def cases(
 
 def is_weighed(name: str, kind: str, device: torch.device) -> bool:
     """Whether memory is measured: in a process of its own a compiler's would be, too."""
-    return kind == report.INDICES[0] and (device.type != "cpu" or not peers.ALL[name].compiled)
+    return kind == tables.INDICES[0] and (device.type != "cpu" or not peers.ALL[name].compiled)
 
 
 def make_run(name: str, operation: str, inputs: tuple[Any, ...]) -> Run:
@@ -213,7 +214,7 @@ def run(size: Size, args: argparse.Namespace, console: Console) -> dict[str, Any
         "cases": [],
     }
     copy, copied = harness.copy_run(args.device)
-    total = len(names) * len(report.INDICES) * len(LAYOUTS) * len(TOLERANCE)
+    total = len(names) * len(tables.INDICES) * len(LAYOUTS) * len(TOLERANCE)
     with report.progress_bar(console) as progress:
         task = progress.add_task("transfer", total=total)
         for case, contenders in cases(names, size, DTYPES[args.dtype], args.device):
@@ -294,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     for size in args.size:
         data = run(size, args, console)
         report.draw(data, args.out / f"{stem(size, args)}.png", console)
-        console.print(report.transfer_table(data))
+        console.print(tables.transfer_table(data))
         rows = [row for case in data["cases"] for row in case["rows"].values()]
         failed |= any(row["status"] == "failed" for row in rows)
     return int(failed)

@@ -17,7 +17,8 @@ from typing import Any
 import devices
 import harness
 import peers
-import report
+import tables
+import text
 from gate import SearchTruth
 from rich.console import Console
 from rich.table import Table
@@ -107,7 +108,7 @@ def make_problems(args: argparse.Namespace, precisions: list[str]) -> Iterator[P
     for size in sorted(args.sizes, key=lambda size: size.pairs):
         query, key = peers.maps(size, args.channels, args.device)
         truth = SearchTruth(query, key, limit=512)
-        title = report.size_title(vars(size))
+        title = text.size_title(vars(size))
         for precision in precisions:
             yield Problem(f"{precision} {title}", precision, query, key, truth, size.pairs)
 
@@ -277,7 +278,7 @@ def group_table(group: Data) -> Table:
     """Every tile of an algorithm: its times, or why there are none."""
     rows = group["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["times_s"]))
-    table = Table(title=f"\n{group['algorithm']}, {group['operands']}", **report.STYLE)
+    table = Table(title=f"\n{group['algorithm']}, {group['operands']}", **tables.STYLE)
     for column in ("block_q", "block_k", "block_c", "warps", "stages", "ring", *names):
         table.add_column(column, justify="right", no_wrap=column not in names)
     left_out: dict[str, list[str]] = {}
@@ -288,7 +289,7 @@ def group_table(group: Data) -> Table:
             left_out.setdefault(text, []).append("(" + ", ".join(shape) + ")")
             continue
         ring = "" if row["ring_bytes"] is None else f"{row['ring_bytes'] >> 20} MiB"
-        times = [report.seconds_text(row["times_s"][name]) for name in names]
+        times = [text.seconds_text(row["times_s"][name]) for name in names]
         won = row["tile"] == group["winner"] and row["ring_bytes"] in (
             None,
             group.get("ring_bytes"),
@@ -301,7 +302,7 @@ def group_table(group: Data) -> Table:
 def algorithms_table(data: Data, problems: list[Problem]) -> Table:
     """The best of every algorithm at every problem."""
     algorithms = list(dict.fromkeys(group["algorithm"] for group in data["groups"]))
-    table = Table(title="\nthe best of each algorithm, ps per pair", **report.STYLE)
+    table = Table(title="\nthe best of each algorithm, ps per pair", **tables.STYLE)
     table.add_column("")
     for name in (*algorithms, "fastest"):
         table.add_column(name, justify="right")

@@ -1,5 +1,7 @@
 """A key in bands: the rows a band needs, and that no patch is lost, seen twice or cut."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ def search_in_bands(query, key, ends, **options):
     """The best of the bands between consecutive `ends`."""
     kernel_size, padding = options.get("kernel_size", 3), options.get("padding")
     score = index = None
-    for first, last in zip(ends[:-1], ends[1:], strict=True):
+    for first, last in itertools.pairwise(ends):
         top, bottom = rows_needed(first, last, key.shape[2], kernel_size, padding)
         found = search_band(query, key[:, :, top:bottom], first, last, key.shape[2], **options)
         if score is None:
@@ -26,7 +28,10 @@ def search_in_bands(query, key, ends, **options):
     return score, index
 
 
-@each(("first", "last", "padding", "rows"), [(0, 2, 1, (0, 3)), (2, 5, 1, (1, 6)), (5, 9, 1, (4, 9))])
+@each(
+    ("first", "last", "padding", "rows"),
+    [(0, 2, 1, (0, 3)), (2, 5, 1, (1, 6)), (5, 9, 1, (4, 9))],
+)
 def test_rows_of_a_padded_key(first, last, padding, rows):
     assert rows_needed(first, last, 9, 3, padding) == rows
 

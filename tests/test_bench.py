@@ -24,6 +24,8 @@ import peers
 import plots
 import report
 import search
+import tables
+import text
 import transfer
 import transfer_peers
 from gate import SearchTruth, WrongResult
@@ -202,7 +204,7 @@ def test_sizes_are_read() -> None:
     size = Size.parse("9*40x41:7x5")
     assert size == Size((40, 41), (7, 5), batch=9)
     assert (size.queries, size.keys, size.pairs) == (1640, 35, 9 * 1640 * 35)
-    assert report.size_title(vars(size)) == "9 of 40x41 in 7x5"
+    assert text.size_title(vars(size)) == "9 of 40x41 in 7x5"
 
 
 def test_chunks_of_a_batch() -> None:
@@ -257,7 +259,7 @@ def test_transfer_cases_are_right_and_can_be_shown(
         data["cases"].append(case | {"rows": rows})
     assert len(data["cases"]) == 4 * 3 * 2 * 2
 
-    Console(width=160).print(report.transfer_table(data))
+    Console(width=160).print(tables.transfer_table(data))
     assert "Transfer, 2 of 5x7 in 6x4, float32" in capsys.readouterr().out
     cell = "2.00/2.00/2.00<br>5.00 MB"
     row = f"| gather_fold | lv1 | NHWC | {' | '.join([cell] * 3)} |  |"
@@ -334,14 +336,14 @@ def test_transfer_jobs_repeat_the_runs() -> None:
 @each(
     "text, expected",
     [
-        (report.seconds_text(59.96), "60.0 s"),
-        (report.seconds_text(0.0123456), "12.3 ms"),
-        (report.seconds_text(4e-6), "4.00 µs"),
-        (report.bytes_text(67.18e9), "67.2 GB"),
-        (report.bytes_text(1.5e6), "1.50 MB"),
-        (report.bytes_text(None), "not measured"),
-        (report.count_text(16.8e9), "16.8 G"),
-        (report.count_text(7), "7.00"),
+        (text.seconds_text(59.96), "60.0 s"),
+        (text.seconds_text(0.0123456), "12.3 ms"),
+        (text.seconds_text(4e-6), "4.00 µs"),
+        (text.bytes_text(67.18e9), "67.2 GB"),
+        (text.bytes_text(1.5e6), "1.50 MB"),
+        (text.bytes_text(None), "not measured"),
+        (text.count_text(16.8e9), "16.8 G"),
+        (text.count_text(7), "7.00"),
     ],
 )
 def test_numbers_as_text(text: str, expected: str) -> None:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for a scri
 import model
 import model_runs
 import report
+import text
 from gate import WrongResult
 from model_runs import Subject
 from sizes import Size
@@ -112,7 +113,7 @@ def test_run_writes_results_a_plot_and_tables(
     assert "|  |  | LTE | search | transfer | MainNet | backward | Adam |" in printed
     rows = cases["SearchTransfer", "7x8"]
     faster = rows["reference"]["median_s"] / rows["torch"]["median_s"]
-    assert f"| {report.digits(faster)} x |" in printed
+    assert f"| {text.digits(faster)} x |" in printed
 
 
 def test_wrong_result_has_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

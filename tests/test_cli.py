@@ -12,8 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 import ttsr_fast
-from ttsr_fast import backends, build, cli
-from ttsr_fast.cli import EXTRAS, app
+from ttsr_fast import backends, build, environment
+from ttsr_fast.cli import app
+from ttsr_fast.environment import EXTRAS
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
 from ttsr_fast.pictures import draw_match
@@ -127,69 +128,6 @@ def test_the_suffix_is_kept_where_it_can_hold_the_result(folder):
         assert written.pixels.shape == expected.pixels.shape
 
 
-# --- folders --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folders(folder):
-    for name in ("lows", "refs"):
-        Path(name).mkdir()
-    for number in range(3):
-        Image(noise(4, 5, 3, seed=number)).save(f"lows/{number}.png")
-        Image(noise(20, 24, 3, seed=9 + number)).save(f"refs/{number}.{('png', 'bmp')[number % 2]}")
-    Path("lows/notes.txt").write_text("no picture")
-    return folder
-
-
-def test_a_folder_takes_references_of_the_same_name(folders):
-    result = run("upscale", "lows", "--ref", "refs")
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert names(folders / "lows_x4") == [f"{number}_x4.png" for number in range(3)]
-    for number, ref in enumerate(("0.png", "1.bmp", "2.png")):
-        expected = upscale(f"lows/{number}.png", f"refs/{ref}").image.pixels
-        np.testing.assert_array_equal(read_image(f"lows_x4/{number}_x4.png").pixels, expected)
-
-
-def test_a_folder_takes_one_reference_for_all(folders):
-    result = run("upscale", "lows", "--ref", "ref.png", "-o", "new/out", "--suffix", "")
-    assert result.exit_code == 0
-    assert len(result.stdout.splitlines()) == 3
-    for number in range(3):
-        expected = upscale(f"lows/{number}.png", REF).image.pixels
-        np.testing.assert_array_equal(read_image(f"new/out/{number}.png").pixels, expected)
-
-
-def test_a_picture_takes_its_reference_from_a_folder(folders):
-    assert run("upscale", "lows/1.png", "--ref", "refs", "-o", "out.png").exit_code == 0
-    expected = upscale("lows/1.png", "refs/1.bmp").image.pixels
-    np.testing.assert_array_equal(read_image("out.png").pixels, expected)
-
-
-def test_failures_do_not_stop_a_folder(folders):
-    Path("lows/0.png").write_bytes(b"damaged")
-    Path("refs/1.bmp").unlink()
-    result = run("upscale", "lows", "--ref", "refs")
-    assert result.exit_code == 1
-    assert re.fullmatch(r"lows_x4/2_x4.png \(20 x 16, .*\)\n", result.stdout)
-    assert result.stderr.splitlines() == [
-        "error: cannot read lows/0.png: it is no picture, or damaged",
-        "error: lows/1.png has 0 references in refs, one is expected",
-        "error: 2 of 3 pictures failed",
-    ]
-    assert names(folders / "lows_x4") == ["2_x4.png"]
-
-
-def test_two_pictures_are_not_written_into_one_file(folders):
-    Image(LOW).save("lows/0.bmp")
-    result = run("upscale", "lows", "--ref", "ref.png", "--ext", "png", "--quiet")
-    assert_refused(
-        result,
-        "cannot write lows_x4/0_x4.png: it is an input or another result\n"
-        "error: 1 of 4 pictures failed",
-        code=1,
-    )
-
-
 # --- bad input ------------------------------------------------------------------------------------
 
 PAIR = ("low.png", "--ref", "ref.png")
@@ -202,7 +140,16 @@ PAIR = ("low.png", "--ref", "ref.png")
         (("low.png", "--ref", "none.png"), "cannot read none.png: no such file or folder"),
         (("broken.png", "--ref", "ref.png"), "cannot read broken.png: .*truncated.*"),
         (("low.png", "--ref", "broken.png"), "cannot read broken.png: .*truncated.*"),
-        (("low.png", "--ref", "tiny.png"), "ref must have .* 12x12 pixels, got 36x11"),
+        (("low.png", "--ref", "tiny.png"), "tiny.png must have .* 12x12 pixels, got 36x11"),
+        ((*PAIR, "--ref", "tiny.png"), "tiny.png must have .* 12x12 pixels, got 36x11"),
+        (("low.png",), "either --ref or --pairs is needed, and not both"),
+        ((*PAIR, "--pairs", "sub"), "either --ref or --pairs is needed, and not both"),
+        (("low.png", "--pairs", "ref.png"), "--pairs must be a folder, got ref.png"),
+        (("low.png", "--ref", "sub"), "sub holds no pictures .*"),
+        ((*PAIR, "--max-memory", "some"), "--max-memory: a size in bytes is expected, .*'some'"),
+        ((*PAIR, "--max-memory", "1M"), "max_memory 0.00 GiB is not enough for method 'detail'.*"),
+        ((*PAIR, "--tile", "8"), "tile is for method 'ttsr', not for 'detail'"),
+        ((*PAIR, "--cache", "sub"), "--cache is for --method ttsr, with --weights"),
         ((*PAIR, "-o", "none/a.png"), "cannot write none/a.png: there is no folder none"),
         ((*PAIR, "-o", "low.png/a.png"), "cannot write low.png/a.png: there is no folder low.png"),
         ((*PAIR, "-o", "/proc/a.png"), "cannot write /proc/a.png: no file can be made in /proc .*"),
@@ -231,20 +178,18 @@ def test_bad_input_is_refused_in_one_line(folder, arguments, message):
     assert {name: Path(name).read_bytes() for name in names(folder)} == before
 
 
-def test_a_folder_cannot_go_into_a_file(folders):
-    assert_refused(run("upscale", "lows", "--ref", "refs", "-o", "low.png/out"), ".*low.png.*")
-
-
 def test_a_failure_leaves_the_existing_result_alone(folder):
     Path("out.png").write_bytes(b"before")
     before = names(folder)
-    assert_refused(run("upscale", "low.png", "--ref", "tiny.png", "-o", "out.png"), "ref must .*")
+    assert_refused(
+        run("upscale", "low.png", "--ref", "tiny.png", "-o", "out.png"), "tiny.png must .*"
+    )
     assert Path("out.png").read_bytes() == b"before"
     assert names(folder) == before
 
 
 def test_usage_is_explained(folder):
-    for arguments in (("upscale", "low.png"), ("upscale", *PAIR, "--loud"), ("enlarge",)):
+    for arguments in (("match", "low.png"), ("upscale", *PAIR, "--loud"), ("enlarge",)):
         result = run(*arguments)
         assert result.exit_code == 2
         assert "Usage: " in result.stderr
@@ -265,7 +210,7 @@ def test_match_draws_the_result(folder):
 @each(
     ("arguments", "message"),
     [
-        (("low.png", "--ref", "tiny.png", "-o", "a.png"), "ref must have at least one patch .*"),
+        (("low.png", "--ref", "tiny.png", "-o", "a.png"), "tiny.png must have at least one .*"),
         (("none.png", "--ref", "ref.png", "-o", "a.png"), "cannot read none.png: no such file"),
         ((*PAIR, "-o", "a.xyz"), "cannot write a.xyz: the suffix must be one of .*"),
     ],
@@ -298,7 +243,7 @@ def test_env_names_the_instruction_set_and_the_version_of_cuda(monkeypatch):
     monkeypatch.setattr(backends, "instruction_set", lambda: "avx2")
     monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
     monkeypatch.setattr(backends, "cuda_library_version", lambda: "13.0")
-    monkeypatch.setattr(cli, "_devices", lambda: ["cpu", "cuda:0"])
+    monkeypatch.setattr(environment, "devices", lambda: ["cpu", "cuda:0"])
     lines = env_lines()
     assert (lines["cpp on cpu"], lines["cpp on cuda"]) == ("runs, avx2", "runs")
     assert lines["cuda library"] == "loaded, CUDA 13.0"

@@ -24,6 +24,7 @@ import peers
 import plots
 import report
 import search
+import tables
 import tune
 from gpu_check import Step
 from sizes import Size
@@ -176,7 +177,7 @@ def test_tables_and_plot_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert row["ps_per_pair"] == pytest.approx(2.0)
     assert row["effective_flop_per_s"] == pytest.approx(4608 * 0.5e12)
     assert row["gemm_share"] == pytest.approx(3 * 512 * 0.5e12 / 400e12)
-    Console(width=160).print(report.search_table(data, data["sizes"][1]))
+    Console(width=160).print(tables.search_table(data, data["sizes"][1]))
     printed = capsys.readouterr().out
     assert "2 of 125x185, 256 channels, 1.00 G pairs" in printed
     assert "triton fp16 (rolled)" in printed and "2304 TFLOP/s" in printed

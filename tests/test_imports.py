@@ -24,15 +24,22 @@ LAW: dict[str, set[str]] = {
     "choosers": {"torch"},
     "build": {"torch"},
     "bands": {"functional", "torch"},
+    "references": {"bands", "functional", "torch"},
     "certify": {"functional", "portable", "torch"},
     "portable": {"torch"},
     "reference": {"torch"},
     "modules": {"functional", "torch"},
     "model": {"modules", "torch", "safetensors"},
     "images": {"imagecodecs", "numpy", "PIL", "tifffile", "torch"},
-    "upscale": {"functional", "images", "model", "torch"},
+    "plan": {"model", "torch"},
+    "inference": {"model", "plan", "references", "torch"},
+    "detail": {"functional", "images", "references", "torch"},
+    "bank": {"detail", "images", "inference", "model", "plan", "safetensors", "torch"},
+    "upscale": {"bank", "detail", "images", "inference", "model", "plan", "references", "torch"},
     "pictures": {"images", "numpy", "PIL", "torch"},
 }
+LAW["environment"] = {"__init__", "backends", "torch"}
+LAW["folders"] = {"images"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
 LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setuptools", "skimage"}

@@ -141,3 +141,46 @@ def test_runs_are_equal():
     score = torch.rand(20, 30)
     for first, second in zip(draw(score=score), draw(score=score), strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+def test_several_references_are_framed_in_the_colours_of_what_they_served():
+    height, width = 20, 30
+    refs = [solid(80, 120, *colour) for colour in ((9, 9, 9), (99, 99, 99), (200, 200, 200))]
+    served = torch.zeros(height, width, dtype=torch.int64)
+    served[:, 15:] = 2
+    index = torch.arange(height)[:, None] * 4 * 120 + torch.arange(width) * 4
+    result = solid(4 * height, 4 * width, 0, 0, 255)
+    score = torch.ones(height, width)
+    low = solid(height, width, 255, 0, 0)
+    sheet = draw_match(low, refs, result, score, index, served).pixels
+    step_y, step_x = (sheet.shape[0] - GAP) // 2, PANEL + GAP
+    assert sheet.shape[1] == 4 * step_x + GAP
+    top, high = GAP + CAPTION, step_y - CAPTION - GAP
+    which = sheet[top : top + high, GAP + 3 * step_x : GAP + 3 * step_x + PANEL]
+    left, right = which[high // 2, 10], which[high // 2, PANEL - 10]
+    assert np.abs(left.astype(int) - right).max() > 60
+    assert (which[:, :230] == left).all() and (which[:, 250:] == right).all()
+
+    panel = sheet[top : top + high, GAP + step_x : GAP + step_x + PANEL]
+    assert (panel[2, 2] == left).all(), "the first reference is in the colour of what it served"
+    for ref in refs:
+        assert (panel == ref.pixels[0, 0]).all(2).sum() > 2000
+    colours = {tuple(panel[y, x]) for y in range(high) for x in (2, panel.shape[1] // 2 + 2)}
+    assert tuple(right) in colours
+
+
+def test_offsets_count_in_the_reference_of_each_patch():
+    """The second is half as large: the same place has another index, and is white all the same."""
+    served = torch.zeros(20, 30, dtype=torch.int64)
+    served[10:] = 1
+    row, column = torch.arange(20)[:, None], torch.arange(30)
+    first = row * 4 * 120 + column * 4
+    second = row * 2 * 60 + column * 2
+    index = torch.where(served == 0, first, second)
+    refs = [solid(80, 120, 9, 9, 9), solid(40, 60, 9, 9, 9)]
+    result, low = solid(80, 120, 0, 0, 255), solid(20, 30, 255, 0, 0)
+    sheet = draw_match(low, refs, result, torch.ones(20, 30), index, served).pixels
+    step_y = (sheet.shape[0] - GAP) // 2
+    top = GAP + CAPTION + step_y
+    flow = sheet[top : top + step_y - CAPTION - GAP, GAP : GAP + PANEL]
+    assert flow.min() > 180

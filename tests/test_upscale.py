@@ -1,7 +1,5 @@
 """From two pictures to one: quality, the formula, planted matches, kinds of pictures, errors."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -9,9 +7,10 @@ import torch.nn.functional as F
 from PIL import Image as pillow
 from skimage.data import stereo_motorcycle
 
-from ttsr_fast import reference
+from ttsr_fast import inference, reference
 from ttsr_fast.images import Image, downscale, to_tensor, upscale_bicubic
 from ttsr_fast.model import TTSR
+from ttsr_fast.references import search_references
 from ttsr_fast.upscale import upscale
 
 each = pytest.mark.parametrize
@@ -266,10 +265,10 @@ def test_ttsr_is_the_model(model, dtype, ref_size):
 
 def test_ttsr_takes_the_models_backend_unless_told(model, monkeypatch):
     asked = []
-    module = sys.modules[upscale.__module__]  # the package has a function of that name
-    search = module.search
     monkeypatch.setattr(
-        module, "search", lambda *a, **options: asked.append(options) or search(*a, **options)
+        inference,
+        "search_references",
+        lambda *a, band, **options: asked.append(options) or search_references(*a, **options),
     )
     monkeypatch.setattr(model.SearchTransfer, "backend", "torch")
     monkeypatch.setattr(model.SearchTransfer, "precision", "fp32")

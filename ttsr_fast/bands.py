@@ -1,7 +1,8 @@
 """A key map searched in bands of rows, one after another or on several machines.
 
-A band is what the patches at some rows of the key grid read: those rows, and as many more above and
-below as a patch reaches. The rows beyond are masked, so that every patch is seen by one band, whole.
+A band is what the patches at some rows of the key grid read: those rows, and as many more above
+and below as a patch reaches. Patches that would reach beyond are masked, so that every patch is
+seen whole, and by one band.
 """
 
 from typing import Any

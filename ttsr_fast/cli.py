@@ -1,7 +1,5 @@
 """The command line: reads arguments, shows progress, reports every error in one line."""
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +10,9 @@ import numpy as np
 import torch
 
 import ttsr_fast
-from ttsr_fast import backends, images
+from ttsr_fast import backends, environment, images, plan
+from ttsr_fast.bank import ReferenceBank
+from ttsr_fast.folders import ENDINGS, check_result, namesake, pictures_in, result_path
 from ttsr_fast.functional import PRECISIONS
 from ttsr_fast.images import SUFFIXES, Image
 from ttsr_fast.model import load_model
@@ -27,15 +27,7 @@ except ImportError as error:
     raise SystemExit(f"error: {error.name} is missing: pip install 'ttsr-fast[cli]'") from error
 
 SOME_FAILED, BAD_INPUT = 1, 2  # exit codes
-_ENDINGS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 _ERRORS = (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError)
-
-# What the extras of pyproject.toml bring.
-EXTRAS = {
-    "cli": ("imagecodecs", "pillow", "rich", "tifffile", "typer"),
-    "bench": ("matplotlib", "pytest-benchmark", "rich", "scikit-image"),
-    "peers": ("faiss-cpu", "pykeops"),
-}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,6 +56,14 @@ def _one_of(choices: Sequence[Any], help: str, default: str) -> Any:
 
 Weights = Annotated[
     Path | None, typer.Option(help="A TTSR checkpoint: official, mmagic's or .safetensors.")
+]
+References = Annotated[
+    list[Path] | None,
+    typer.Option(help="Reference picture, or a folder of them; may be given several times."),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="4GiB, 512M, ...: what the process may take.", show_default="what is free"),
 ]
 Method = Annotated[
     str | None,
@@ -99,10 +99,11 @@ def upscale_command(
     lr: Annotated[
         Path, typer.Argument(metavar="LR", help="Picture to enlarge, or a folder of them.")
     ],
-    ref: Annotated[
-        Path,
-        typer.Option(help="Reference picture, or a folder with one of the same name for each."),
-    ],
+    ref: References = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Instead of --ref: a folder with a reference of each picture's name."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -113,6 +114,24 @@ def upscale_command(
     method: Method = None,
     phases: Phases = None,
     device: Device = None,
+    max_memory: MaxMemory = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="For ttsr: pixels of LR in a window, whose size does not change the result.",
+            show_default="what fits",
+        ),
+    ] = None,
+    show_plan: Annotated[
+        bool, typer.Option("--plan", help="Show what memory it will take, and stop.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="For ttsr: folder that keeps features of references.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out pictures whose result is there.")
+    ] = False,
     suffix: Annotated[str, typer.Option(help="Added to the names of results.")] = "_x4",
     ext: Annotated[
         str, typer.Option(help="png, jpg, ...; auto: as LR, or png where that cannot hold it.")
@@ -123,6 +142,8 @@ def upscale_command(
 ) -> None:
     """Enlarge a picture, or every picture of a folder, four times.
 
+    All references serve every picture, each of its patches with the best of them.
+
     Existing files are replaced, each when its successor is complete.
 
     A folder is worked through to its end even if some pictures fail; they are listed then.
@@ -130,32 +151,36 @@ def upscale_command(
     Exit codes: 0 all done, 1 some pictures of a folder failed, 2 bad input.
     """
     with _errors_in_one_line():
-        sources = _sources(lr, ref)
+        sources = pictures_in(lr)
         if ext != "auto" and f".{ext}" not in SUFFIXES:
-            raise ValueError(f"--ext must be auto or one of {_ENDINGS}, got {ext}")
+            raise ValueError(f"--ext must be auto or one of {ENDINGS}, got {ext}")
         options = _options(weights, method, phases, device, backend, precision)
+        if cache is not None and weights is None:
+            raise ValueError("--cache is for --method ttsr, with --weights")
+        options |= {"max_memory": _bytes(max_memory), "tile": tile}
+        references = _References(ref, pairs, cache)
+        if show_plan:
+            return _show_plans(sources, references, options)
         if lr.is_dir():
             output = output or lr.with_name(lr.name + suffix)
             output.mkdir(parents=True, exist_ok=True)
     failures: list[str] = []
-    results: set[Path] = set()
-    with _progress("enlarging", len(sources), quiet) as step:
+    results: list[Path] = []
+    with _progress("enlarging", len(sources), quiet) as (step, tell):
         for source in sources:
             start = time.perf_counter()
             try:
                 low = images.read_image(source)
-                path = _result_path(source, low, output, suffix, ext)
-                reference = _reference_for(source, ref)
-                if path.resolve() in {source.resolve(), reference.resolve(), *results}:
-                    raise ValueError(f"cannot write {path}: it is an input or another result")
-                images.check_output(path, low)
-                image = upscale(low, images.read_image(reference), **options).image
-                image.save(path)
+                path = result_path(source, low, output, suffix, ext)
+                if not (resume and path.is_file()):
+                    check_result(path, low, [source, *references.files(source)], results)
+                    bank = references.bank(source)
+                    image = upscale(low, bank, progress=tell(source.name), **options).image
+                    image.save(path)
+                    _report(path, image, start, quiet)
+                results.append(path)
             except _ERRORS as error:
                 failures.append(_one_line(error))
-            else:
-                results.add(path.resolve())
-                _report(path, image, start, quiet)
             step()
     for failure in failures:
         typer.echo(f"error: {failure}", err=True)
@@ -165,15 +190,54 @@ def upscale_command(
         raise typer.Exit(BAD_INPUT)
 
 
+class _References:
+    """The references of every picture: all for each, or one of the same name."""
+
+    def __init__(self, ref: list[Path] | None, pairs: Path | None, cache: Path | None) -> None:
+        if bool(ref) == (pairs is not None):
+            raise ValueError("either --ref or --pairs is needed, and not both")
+        if pairs is not None and not pairs.is_dir():
+            raise ValueError(f"--pairs must be a folder, got {pairs}")
+        self._pairs, self._cache = pairs, cache
+        self._all = [file for path in ref or () for file in pictures_in(path)]
+        self._bank: ReferenceBank | None = None
+
+    def files(self, source: Path) -> list[Path]:
+        return self._all if self._pairs is None else [namesake(source, self._pairs)]
+
+    def bank(self, source: Path) -> ReferenceBank:
+        if self._pairs is not None or self._bank is None:
+            files = self.files(source)
+            self._bank = ReferenceBank(files if len(files) > 1 else files[0], cache=self._cache)
+        return self._bank
+
+
+def _show_plans(sources: list[Path], references: _References, options: dict[str, Any]) -> None:
+    """A plan for every size among the pictures."""
+    shown = set()
+    for source in sources:
+        size = images.read_image(source).size
+        pictures = references.bank(source).pictures(grey=False)
+        sizes = [picture.size for picture in pictures]
+        if (size, *sizes) in shown:
+            continue
+        shown.add((size, *sizes))
+        lines = plan.describe(size, sizes, **options)
+        typer.echo(f"{source} ({size[1]} x {size[0]})")
+        for name, value in lines:
+            typer.echo(f"  {name:<22} {value}")
+
+
 @app.command("match")
 def match_command(
     lr: Annotated[Path, typer.Argument(metavar="LR", help="Picture to enlarge.")],
-    ref: Annotated[Path, typer.Option(help="Reference picture.")],
+    ref: References,
     output: Annotated[Path, typer.Option("--output", "-o", help="File for the drawing.")],
     weights: Weights = None,
     method: Method = None,
     phases: Phases = None,
     device: Device = None,
+    max_memory: MaxMemory = None,
     backend: Backend = None,
     precision: Precision = None,
     quiet: Quiet = False,
@@ -183,9 +247,12 @@ def match_command(
     with _errors_in_one_line():
         images.check_output(output, Image(np.empty((1, 1, 3), np.uint8)))
         options = _options(weights, method, phases, device, backend, precision)
-        low, high = images.read_image(lr), images.read_image(ref)
-        with _progress("matching", 1, quiet):
-            sheet = draw_match(low, high, *upscale(low, high, **options))
+        low, bank = images.read_image(lr), _References(ref, None, None).bank(lr)
+        with _progress("matching", 1, quiet) as (_, tell):
+            result = upscale(
+                low, bank, max_memory=_bytes(max_memory), progress=tell(lr.name), **options
+            )
+            sheet = draw_match(low, bank.pictures(grey=False), *result)
         sheet.save(output)
     _report(output, sheet, start, quiet)
 
@@ -200,7 +267,7 @@ def env_command(
     with _errors_in_one_line():
         if build:
             _build()
-        for name, value in _environment():
+        for name, value in environment.describe():
             typer.echo(f"{name:<20} {value}")
 
 
@@ -215,49 +282,6 @@ def _build() -> None:
         typer.echo(f"compiled {build.build_library(cuda=True)}")
     else:
         typer.echo(f"left out the kernels in CUDA: {reason}")
-
-
-def _environment() -> Iterator[tuple[str, str]]:
-    yield "ttsr-fast", ttsr_fast.__version__
-    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
-    yield "devices", ", ".join(_devices())
-    yield "cpu capability", torch.backends.cpu.get_cpu_capability()
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            yield f"cuda:{number}", torch.cuda.get_device_name(number)
-    for backend in backends.BACKENDS:
-        for kind in dict.fromkeys(device.partition(":")[0] for device in _devices()):
-            reason = backends.why_not(backend, torch.device(kind))
-            if reason is not None:
-                verdict = f"no: {reason}"
-            elif (backend, kind) == ("cpp", "cpu"):
-                verdict = f"runs, {backends.instruction_set()}"
-            else:
-                verdict = "runs"
-            yield f"{backend} on {kind}", verdict
-    reason = backends.load_cuda_library()
-    if reason is None:
-        yield "cuda library", f"loaded, CUDA {backends.cuda_library_version()}"
-    else:
-        yield "cuda library", f"no: {reason}"
-    for extra, names in EXTRAS.items():
-        yield f"extra {extra}", ", ".join(f"{name} {_version(name)}" for name in names)
-
-
-def _devices() -> list[str]:
-    """Where tensors can be: the CPU, and every GPU that torch has support for."""
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    if gpu is None:
-        return ["cpu"]
-    return ["cpu", *(f"{gpu.type}:{n}" for n in range(torch.accelerator.device_count()))]
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
 
 
 def _options(
@@ -283,45 +307,12 @@ def _options(
 
 
 def _device(name: str | None) -> str:
+    known = environment.devices()
     if name is None:
-        return next(iter(_devices()[1:]), "cpu")
-    if name not in _devices() and f"{name}:0" not in _devices():
-        raise ValueError(f"--device must be one of {', '.join(_devices())}, got {name}")
+        return next(iter(known[1:]), "cpu")
+    if name not in known and f"{name}:0" not in known:
+        raise ValueError(f"--device must be one of {', '.join(known)}, got {name}")
     return name
-
-
-def _sources(lr: Path, ref: Path) -> list[Path]:
-    for path in (lr, ref):
-        if not path.exists():
-            raise FileNotFoundError(f"cannot read {path}: no such file or folder")
-    if not lr.is_dir():
-        return [lr]
-    found = sorted(path for path in lr.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise ValueError(f"{lr} holds no pictures ({_ENDINGS})")
-    return found
-
-
-def _reference_for(source: Path, ref: Path) -> Path:
-    """`ref`, or the picture in it with the same name, at least without its suffix."""
-    if not ref.is_dir():
-        return ref
-    if (ref / source.name).is_file():
-        return ref / source.name
-    found = [ref / (source.stem + suffix) for suffix in SUFFIXES]
-    found = [path for path in found if path.is_file()]
-    if len(found) != 1:
-        raise ValueError(f"{source} has {len(found)} references in {ref}, one is expected")
-    return found[0]
-
-
-def _result_path(source: Path, low: Image, output: Path | None, suffix: str, ext: str) -> Path:
-    if output is not None and not output.is_dir():
-        return output
-    ending = f".{ext}"
-    if ext == "auto":
-        ending = ".png" if images.why_not_in(source.suffix, low) else source.suffix
-    return (output or source.parent) / (source.stem + suffix + ending)
 
 
 def _report(path: Path, image: Image, start: float, quiet: bool) -> None:
@@ -331,14 +322,27 @@ def _report(path: Path, image: Image, start: float, quiet: bool) -> None:
 
 
 @contextmanager
-def _progress(what: str, total: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A bar on the terminal, gone when done; one picture alone has no measure and only pulses."""
+def _progress(
+    what: str, total: int, quiet: bool
+) -> Iterator[tuple[Callable[[], None], Callable[[str], Callable[[str, int, int], None]]]]:
+    """A bar on the terminal, gone when done; one picture alone has no measure and only pulses.
+
+    Gives a function for every picture that is done, and one that makes, of a picture's name, what
+    `upscale` tells of its progress.
+    """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     disable = quiet or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task = progress.add_task(what, total=total if total > 1 else None)
-        yield lambda: progress.advance(task)
+
+        def tell(name: str) -> Callable[[str, int, int], None]:
+            def told(stage: str, done: int, of: int) -> None:
+                progress.update(task, description=f"{name}: {stage} {done}/{of}")
+
+            return told
+
+        yield lambda: progress.advance(task), tell
 
 
 @contextmanager
@@ -351,6 +355,13 @@ def _errors_in_one_line() -> Iterator[None]:
 
 def _one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _bytes(text: str | None) -> int | None:
+    try:
+        return None if text is None else plan.parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"--max-memory: {error}") from None
 
 
 def _fail(message: str, code: int = BAD_INPUT) -> NoReturn:

@@ -1,5 +1,6 @@
 """Drawings of a match: where every patch came from, and how similar it is."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,59 +9,123 @@ from torch import Tensor
 from ttsr_fast.images import SCALE, Image, from_tensor
 
 _PANEL = 480  # width of a panel; its height follows the low-resolution picture
-_GAP, _CAPTION = 28, 40
+_GAP, _CAPTION, _FRAME = 28, 40, 5
 _INK, _FAINT, _PAPER = (28, 30, 36), (120, 124, 134), (255, 255, 255)
 
 
-def draw_match(lr: Image, ref: Image, image: Image, score: Tensor, index: Tensor) -> Image:
-    """One labelled sheet with both pictures, the result, the origin of every patch and its score.
+def draw_match(
+    lr: Image,
+    ref: Image | Sequence[Image],
+    image: Image,
+    score: Tensor,
+    index: Tensor,
+    reference: Tensor | None = None,
+) -> Image:
+    """One labelled sheet with the pictures, the result, the origin of every patch and its score.
 
     The origin is drawn as optical flow is: the offset from where a patch lies in `lr`, relative to
     its size, to where it was found in `ref`. Hue is the direction and saturation the distance: a
     smooth picture means a coherent match. Colours are laid out in OKLab, hence even to the eye.
+    Several references are shown side by side, each in a frame of its colour, with the share of the
+    patches that it served, and one more drawing shows in these colours which served where.
 
     Args:
         lr: the low-resolution picture, as given to `upscale`.
-        ref: the reference, likewise.
+        ref: the reference or the references, likewise.
         image: the result, as returned by `upscale`.
         score: `[h, w]`, likewise.
         index: `[h, w]`, likewise.
+        reference: `[h, w]`, likewise; None for one reference.
 
     Returns:
-        RGB, uint8, about 1600 pixels wide.
+        RGB, uint8, about 1600 pixels wide, 2100 for several references.
     """
     from PIL import Image as pillow
     from PIL import ImageDraw
 
-    offset = _offsets(index, ref.size)
+    refs = [ref] if isinstance(ref, Image) else list(ref)
+    served = np.zeros(index.shape, int) if reference is None else reference.numpy()
+    height = round(min(max(_PANEL * lr.size[0] / lr.size[1], 240), 1.5 * _PANEL))
+    offset = _offsets(index.numpy(), served, [picture.size for picture in refs])
     distance = np.hypot(*offset)
     reach = max(min(2 * float(np.median(distance)), float(distance.max())), SCALE)
     lowest = min(float(np.quantile(score.numpy(), 0.02)), 0.95)
     heat = (score.numpy() - lowest) / (1 - lowest)
+    caption = f"reference, {refs[0].size[1]} x {refs[0].size[0]}"
+    shown = _shown(refs[0])
+    if len(refs) > 1:
+        caption = f"{len(refs)} references, and their shares"
+        shown = _contact_sheet(refs, np.bincount(served.ravel(), minlength=len(refs)), height)
     panels = [
         (f"low resolution, {lr.size[1]} x {lr.size[0]}", _shown(lr)),
-        (f"reference, {ref.size[1]} x {ref.size[0]}", _shown(ref)),
+        (caption, shown),
         (f"result, {image.size[1]} x {image.size[0]}", _shown(image)),
         ("where each patch came from", _flow_colours(offset / reach)),
         ("how similar it is", _heat_colours(heat)),
     ]
-    height = round(min(max(_PANEL * lr.size[0] / lr.size[1], 240), 1.5 * _PANEL))
+    if len(refs) > 1:
+        colours = _colours(len(refs))[served]
+        panels.insert(3, ("which reference it came from", colours))
+    columns = len(panels) // 2 + 1
     cell = _PANEL + _GAP, height + _CAPTION + _GAP
-    sheet = pillow.new("RGB", (3 * cell[0] + _GAP, 2 * cell[1] + _GAP), _PAPER)
+    sheet = pillow.new("RGB", (columns * cell[0] + _GAP, 2 * cell[1] + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, (caption, pixels) in enumerate(panels):
-        x, y = _GAP + number % 3 * cell[0], _GAP + number // 3 * cell[1]
+        x, y = _GAP + number % columns * cell[0], _GAP + number // columns * cell[1]
         draw.text((x, y), caption, _INK, _font(20))
         sheet.paste(_fit(pixels, height), (x, y + _CAPTION))
-    _draw_legend(sheet, (_GAP + 2 * cell[0], _GAP + cell[1]), height, reach, lowest)
+    place = _GAP + (len(panels) - columns) * cell[0], _GAP + cell[1]
+    _draw_legend(sheet, place, height, reach, lowest)
     return Image(np.asarray(sheet))
 
 
-def _offsets(index: Tensor, ref_size: tuple[int, int]) -> np.ndarray:  # [2, h, w]
-    """Down and to the right, in pixels of the reference."""
-    found = np.stack(np.divmod(index.numpy(), ref_size[1])) + SCALE / 2
+def _offsets(
+    index: np.ndarray, served: np.ndarray, sizes: list[tuple[int, int]]
+) -> np.ndarray:  # [2, h, w]
+    """Down and to the right, in pixels of the reference of each patch."""
+    height, width = np.array(sizes).T[:, served]
+    found = np.stack(np.divmod(index, width)) + SCALE / 2
     own = np.indices(index.shape) + 0.5
-    return found - own * (np.array(ref_size) / index.shape)[:, None, None]
+    return found - own * np.stack((height / index.shape[0], width / index.shape[1]))
+
+
+def _colours(count: int) -> np.ndarray:  # [count, 3]
+    """As unlike as hue and two steps of lightness allow."""
+    number = np.arange(count)
+    lightness = np.where(number % 2 == 0, 0.62, 0.8)
+    return _oklch_to_srgb(lightness, np.full(count, 0.13), 2 * np.pi * number / count + 0.5)
+
+
+def _contact_sheet(refs: list[Image], counts: np.ndarray, height: int) -> np.ndarray:
+    """All references in cells of one panel, framed in their colours."""
+    from PIL import Image as pillow
+    from PIL import ImageDraw
+
+    columns = min(range(1, len(refs) + 1), key=lambda n: _waste(n, len(refs), height))
+    rows = -(-len(refs) // columns)
+    cell = _PANEL // columns, height // rows
+    sheet = pillow.new("RGB", (_PANEL, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (ref, colour) in enumerate(zip(refs, _colours(len(refs)), strict=True)):
+        x, y = number % columns * cell[0], number // columns * cell[1]
+        room = max(1, cell[0] - 2 * _FRAME), max(1, cell[1] - 2 * _FRAME)
+        picture = pillow.fromarray(_shown(ref))
+        picture.thumbnail((room[0] - 2, room[1] - 2))
+        corner = x + picture.width + 2 * _FRAME - 1, y + picture.height + 2 * _FRAME - 1
+        draw.rectangle((x, y, *corner), tuple(map(int, colour)))
+        sheet.paste(picture, (x + _FRAME, y + _FRAME))
+        share = f"{number + 1}: {counts[number] / counts.sum():.0%}"
+        if cell[0] >= 60 and cell[1] >= 40:
+            at = x + _FRAME + 4, y + _FRAME + 2
+            draw.text(at, share, _PAPER, _font(16), stroke_width=2, stroke_fill=_INK)
+    return np.asarray(sheet)
+
+
+def _waste(columns: int, count: int, height: int) -> float:
+    """How far cells are from 4:3, and how many stay empty."""
+    rows = -(-count // columns)
+    shape = (_PANEL / columns) / (height / rows)
+    return abs(np.log(shape * 0.75)) + (rows * columns - count) / count
 
 
 def _flow_colours(offset: np.ndarray) -> np.ndarray:  # [2, h, w] -> [h, w, 3]

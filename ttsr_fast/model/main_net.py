@@ -73,24 +73,40 @@ class MainNet(nn.Module):
         T_lv1: Tensor,  # [N, 64, 4*H, 4*W]
     ) -> Tensor:  # [N, 3, 4*H, 4*W]
         """The picture, in [-1, 1], for `x` in [-1, 1] and what `SearchTransfer` returns."""
-        x = self.SFE(x)
-        x1 = x + S * self.conv11_head(torch.cat((x, T_lv3), 1))
-        x1 = x1 + self.conv11_tail(self.RB11(x1))
+        x1 = self.attend1(self.SFE(x), S, T_lv3)
+        x1, x2 = self.attend2(x1, S, T_lv2)
+        x4 = self.attend4(x2, S, T_lv1)
+        out1, out2, out4 = self.ex123(x1, x2, x4)
+        return self.merge(*self.refine(x1, x2, out1, out2), x4, out4)
 
+    def attend1(self, x: Tensor, S: Tensor, T_lv3: Tensor) -> Tensor:
+        """Soft attention at 1x."""
+        x1 = x + S * self.conv11_head(torch.cat((x, T_lv3), 1))
+        return x1 + self.conv11_tail(self.RB11(x1))
+
+    def attend2(self, x1: Tensor, S: Tensor, T_lv2: Tensor) -> tuple[Tensor, Tensor]:
+        """Soft attention at 2x, integration and residual blocks of both scales."""
         x2 = F.pixel_shuffle(self.conv12(x1), 2).relu()
         x2 = x2 + _up(S, 2) * self.conv22_head(torch.cat((x2, T_lv2), 1))
         out1, out2 = self.ex12(x1, x2)
         x1 = x1 + self.conv21_tail(self.RB21(out1))
-        x2 = x2 + self.conv22_tail(self.RB22(out2))
+        return x1, x2 + self.conv22_tail(self.RB22(out2))
 
+    def attend4(self, x2: Tensor, S: Tensor, T_lv1: Tensor) -> Tensor:
+        """Soft attention at 4x."""
         x4 = F.pixel_shuffle(self.conv23(x2), 2).relu()
-        x4 = x4 + _up(S, 4) * self.conv33_head(torch.cat((x4, T_lv1), 1))
-        out1, out2, out4 = self.ex123(x1, x2, x4)
-        x1 = x1 + self.conv31_tail(self.RB31(out1))
-        x2 = x2 + self.conv32_tail(self.RB32(out2))
-        x4 = x4 + self.conv33_tail(self.RB33(out4))
+        return x4 + _up(S, 4) * self.conv33_head(torch.cat((x4, T_lv1), 1))
 
-        return self.merge_tail(x1, x2, x4)
+    def refine(self, x1: Tensor, x2: Tensor, out1: Tensor, out2: Tensor) -> tuple[Tensor, Tensor]:
+        """The last residual blocks of 1x and 2x, on what `ex123` made of them."""
+        return (
+            x1 + self.conv31_tail(self.RB31(out1)),
+            x2 + self.conv32_tail(self.RB32(out2)),
+        )
+
+    def merge(self, x1: Tensor, x2: Tensor, x4: Tensor, out4: Tensor) -> Tensor:
+        """The last residual blocks of 4x, and the picture."""
+        return self.merge_tail(x1, x2, x4 + self.conv33_tail(self.RB33(out4)))
 
 
 class SFE(nn.Module):
@@ -156,17 +172,24 @@ class CSFI3(nn.Module):
         self.conv_merge3 = _conv3(3 * n_feats, n_feats)
 
     def forward(self, x1: Tensor, x2: Tensor, x4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.integrate_lower(x1, x2, x4), self.integrate4(x1, x2, x4)
+
+    def integrate_lower(self, x1: Tensor, x2: Tensor, x4: Tensor) -> tuple[Tensor, Tensor]:
+        """What 1x and 2x see."""
         x21 = self.conv21(x2).relu()
         x41 = self.conv31_2(self.conv31_1(x4).relu()).relu()
         x12 = self.conv12(_up(x1, 2)).relu()
         x42 = self.conv32(x4).relu()
-        x14 = self.conv13(_up(x1, 4)).relu()
-        x24 = self.conv23(_up(x2, 2)).relu()
         return (
             self.conv_merge1(torch.cat((x1, x21, x41), 1)).relu(),
             self.conv_merge2(torch.cat((x2, x12, x42), 1)).relu(),
-            self.conv_merge3(torch.cat((x4, x14, x24), 1)).relu(),
         )
+
+    def integrate4(self, x1: Tensor, x2: Tensor, x4: Tensor) -> Tensor:
+        """What 4x sees."""
+        x14 = self.conv13(_up(x1, 4)).relu()
+        x24 = self.conv23(_up(x2, 2)).relu()
+        return self.conv_merge3(torch.cat((x4, x14, x24), 1)).relu()
 
 
 class MergeTail(nn.Module):

@@ -1,0 +1,224 @@
+"""TTSR on pictures: windows and several references against the model itself, and the oracle."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_upscale import LOW, REF, noise, smooth
+from ttsr_fast import inference, reference
+from ttsr_fast.bank import ReferenceBank
+from ttsr_fast.images import downscale, to_tensor, upscale_bicubic
+from ttsr_fast.model import TTSR
+from ttsr_fast.references import search_references
+from ttsr_fast.upscale import upscale
+
+each = pytest.mark.parametrize
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return TTSR((1, 2, 1, 1), 8).double()
+
+
+@each("tile", [1, 3, 5, 8, 50])
+def test_windows_do_not_change_the_picture(model, tile):
+    whole, tiled = upscale(LOW, REF, model=model), upscale(LOW, REF, model=model, tile=tile)
+    np.testing.assert_array_equal(tiled.image.pixels, whole.image.pixels)
+    torch.testing.assert_close(tiled.score, whole.score, rtol=0, atol=1e-12)
+    assert torch.equal(tiled.index, whole.index)
+
+
+def test_float32_windows_round_alike(model):
+    torch.manual_seed(2)
+    single = TTSR((2, 2, 2, 2), 16)
+    low, ref = smooth(30, 41, seed=6), smooth(96, 80, seed=7)
+    whole, tiled = (upscale(low, ref, model=single, tile=n).image.pixels for n in (None, 11))
+    assert np.mean(whole != tiled) < 1e-3
+    assert np.abs(whole.astype(int) - tiled).max() <= 1
+
+
+REFS = [smooth(40, 52, seed=5), smooth(27, 61, seed=8), smooth(12, 12, seed=9)]
+
+
+def by_hand(model, low, refs):
+    """The model with the best of several references, by the oracle of both operations."""
+    pictures = [ref[: ref.shape[0] // 4 * 4, : ref.shape[1] // 4 * 4] for ref in refs]
+    with torch.no_grad():
+        lr, lrsr = (to_tensor(x).double() for x in (low, upscale_bicubic(low)))
+        query = model.LTE((lrsr + 1) / 2)[2]
+        found, values = [], []
+        for ref in pictures:
+            sharp, blurred = (
+                (to_tensor(x).double() + 1) / 2 for x in (ref, upscale_bicubic(downscale(ref)))
+            )
+            found.append(reference.search(query, model.LTE(blurred)[2]))
+            values.append(model.LTE(sharp))
+        scores, indices = (torch.stack([match[i] for match in found]) for i in (0, 1))
+        score, number = scores.max(0)
+        index = indices.gather(0, number[None])[0]
+        textures = [
+            sum(
+                reference.gather_fold(
+                    value[level],
+                    index.where(number == n, 0),
+                    (number == n).double(),
+                    stride=stride,
+                )
+                for n, value in enumerate(values)
+            )
+            for level, stride in ((2, 1), (1, 2), (0, 4))
+        ]
+        sr = model.MainNet(lr, score.unsqueeze(1), *textures)
+    pixels = ((sr[0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
+    return pixels, score[0], index[0], number[0]
+
+
+@each("tile", [None, 4])
+def test_the_best_of_several_references(model, tile):
+    result = upscale(LOW, REFS, model=model, tile=tile)
+    pixels, score, index, number = by_hand(model, LOW, REFS)
+    np.testing.assert_array_equal(result.image.pixels, pixels)
+    torch.testing.assert_close(result.score.double(), score, rtol=0, atol=1e-12)
+    assert torch.equal(result.reference, number)
+    assert len(number.unique()) == 3
+    for n, ref in enumerate(REFS):
+        here, columns = number == n, ref.shape[1] // 4
+        expected = 4 * (index // columns) * ref.shape[1] + 4 * (index % columns)
+        assert torch.equal(result.index[here], expected[here])
+
+
+def test_a_list_of_one_is_that_one(model):
+    for options in ({"model": model}, {}):
+        one, several = upscale(LOW, REF, **options), upscale(LOW, [REF], **options)
+        np.testing.assert_array_equal(one.image.pixels, several.image.pixels)
+        assert (several.reference == 0).all()
+
+
+def test_detail_takes_the_best_reference():
+    truth = smooth(80, 96)
+    halves = [np.vstack((truth[:44], noise(20, 96, 3))), truth[36:]]
+    result = upscale(downscale(truth), halves)
+    assert (result.reference[2:8] == 0).all() and (result.reference[12:18] == 1).all()
+    alone = [upscale(downscale(truth), half).image.pixels for half in halves]
+
+    def error(pixels):
+        return np.mean((pixels.astype(float) - truth) ** 2)
+
+    assert error(result.image.pixels) < 0.5 * min(map(error, alone))
+
+
+def test_progress_ends_every_stage(model):
+    told = []
+    upscale(LOW, REFS, model=model, tile=4, progress=lambda *what: told.append(what))
+    last = {stage: (done, total) for stage, done, total in told}
+    assert list(last) == ["references", "features", "search", "MainNet"]
+    assert all(done == total > 0 for done, total in last.values())
+    upscale(LOW, REF, phases=2, progress=lambda *what: told.append(what))
+    assert told[-4:] == [("search", n, 4) for n in (1, 2, 3, 4)]
+
+
+# --- a reference bank ---
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The references whose features are made, as long as the test runs."""
+    calls = []
+    make = inference.reference_features
+    monkeypatch.setattr(
+        "ttsr_fast.bank.reference_features",
+        lambda model, ref, *rest: calls.append(list(ref.shape[2:])) or make(model, ref, *rest),
+    )
+    return calls
+
+
+def test_features_are_made_once(model, made):
+    bank = ReferenceBank(REFS)
+    first, second = (upscale(low, bank, model=model) for low in (LOW, LOW[2:, 1:]))
+    assert made == [[40, 52], [24, 60], [12, 12]]
+    expected = upscale(LOW[2:, 1:], REFS, model=model)
+    np.testing.assert_array_equal(second.image.pixels, expected.image.pixels)
+    upscale(LOW[..., 0], bank, model=model)  # with the references made grey
+    assert made[6:] == made[:3]
+    assert first.image.pixels.shape == (36, 48, 3)
+
+
+def test_a_cache_serves_the_next_bank(model, made, tmp_path):
+    results = [
+        upscale(LOW, ReferenceBank(REFS, cache=tmp_path / "new" / "cache"), model=model)
+        for _ in range(2)
+    ]
+    assert len(made) == 3 == len(list(tmp_path.rglob("*"))) - 2
+    np.testing.assert_array_equal(*(result.image.pixels for result in results))
+    assert torch.equal(*(result.score for result in results))
+    torch.manual_seed(3)
+    upscale(LOW, ReferenceBank(REFS, cache=tmp_path / "new" / "cache"), model=TTSR((1, 1, 1, 1), 8))
+    assert len(made) == 6, "another model has features of its own"
+
+
+@each("harm", ["torn", "empty", "foreign"])
+def test_files_that_cannot_be_used_are_made_anew(model, made, tmp_path, caplog, harm):
+    expected = upscale(LOW, ReferenceBank(REFS[:2], cache=tmp_path), model=model).image.pixels
+    one, other = tmp_path.iterdir()
+    if harm == "foreign":
+        one.write_bytes(other.read_bytes())
+    else:
+        one.write_bytes(one.read_bytes()[: 1000 if harm == "torn" else 0])
+    result = upscale(LOW, ReferenceBank(REFS[:2], cache=tmp_path), model=model).image.pixels
+    np.testing.assert_array_equal(result, expected)
+    assert len(made) == 3
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"the cache file {one} is made anew: ")
+    upscale(LOW, ReferenceBank(REFS[:2], cache=tmp_path), model=model)
+    assert len(made) == 3, "it is whole again"
+
+
+def test_a_cache_that_cannot_be_written_costs_no_picture(model, tmp_path, caplog, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    result = upscale(LOW, ReferenceBank(REF, cache=tmp_path), model=model)
+    expected = upscale(LOW, REF, model=model)
+    np.testing.assert_array_equal(result.image.pixels, expected.image.pixels)
+    assert "could not be written: No space left on device" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bands_of_keys_are_searched_as_a_whole():
+    query, keys = torch.randn(1, 4, 9, 8), [torch.randn(1, 4, 11, 7)]
+    whole, bands = (search_references(query, keys, band=n) for n in (None, 2))
+    assert all(torch.equal(x, y) for x, y in zip(whole, bands, strict=True))
+
+
+@each(
+    ("refs", "message"),
+    [
+        ([], "ref must be at least one reference, got none"),
+        ([REF, noise(11, 40, 3)], r"ref\[1\] must have at least one patch of 12x12 .* got 40x11"),
+        ([REF, None], r"ref\[1\] must be a path, .* got NoneType"),
+    ],
+)
+def test_bad_references_are_named(refs, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        upscale(LOW, refs)
+
+
+@each(
+    ("options", "message"),
+    [
+        ({"tile": 0}, "tile must be at least 1 pixel, got 0"),
+        ({"max_memory": 0}, "max_memory must be a positive number of bytes, got 0"),
+        ({"max_memory": 2**20}, "max_memory 0.00 GiB is below the smallest plan, which needs"),
+    ],
+)
+def test_bad_limits_are_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        upscale(LOW, REF, model=model, **options)
+    if "max_memory" in options:
+        with pytest.raises(ValueError, match="max_memory"):
+            upscale(LOW, REF, **options)
+    else:
+        with pytest.raises(ValueError, match="tile is for method 'ttsr'"):
+            upscale(LOW, REF, tile=8)

@@ -1,0 +1,115 @@
+"""Plans: sizes in words, what fits, what does not, and that the peak is that of the stages."""
+
+import pytest
+import torch
+
+from ttsr_fast import plan
+from ttsr_fast.model import TTSR
+from ttsr_fast.plan import describe, free_bytes, parse_bytes, plan_ttsr, resident_bytes
+
+CPU = torch.device("cpu")
+GIB = 2**30
+LR, REF = (270, 480), (1080, 1920)
+each = pytest.mark.parametrize
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.device("meta"):
+        model = TTSR()
+    return model.to_empty(device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_taken(monkeypatch):
+    monkeypatch.setattr(plan, "resident_bytes", lambda: 0)  # the tests' own name is the real one
+
+
+@each(
+    ("text", "expected"),
+    [
+        ("1", 1),
+        ("512M", 512 * 2**20),
+        ("4GiB", 4 * GIB),
+        ("4 gb", 4 * GIB),
+        ("1.5g", 3 * GIB // 2),
+        ("100KB", 102400),
+        ("2T", 2 * 2**40),
+    ],
+)
+def test_sizes_are_read(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@each("text", ["", "G", "-1G", "4 apples", "1e9", "0", "0G", "4GG"])
+def test_other_words_are_no_sizes(text):
+    with pytest.raises(ValueError, match="a size in bytes is expected, such as 4GiB or 512M, got"):
+        parse_bytes(text)
+
+
+def test_much_memory_is_used_for_whole_maps(model):
+    made = plan_ttsr(model, LR, [REF], max_memory=40 * GIB)
+    assert made.whole and made.band is None and made.store == CPU
+    assert made.tiles["LTE"] >= 480
+    assert [name for name, _ in made.stages] == ["LTE", "search", "MainNet"]
+
+
+@each("gibibytes", [6, 3, 2])
+def test_less_memory_is_kept_to_with_smaller_windows(model, gibibytes):
+    made = plan_ttsr(model, LR, [REF], max_memory=gibibytes * GIB)
+    assert made.peak <= made.limit == gibibytes * GIB
+    assert not made.whole
+    larger = plan_ttsr(model, LR, [REF], max_memory=2 * gibibytes * GIB)
+    for name, side in made.tiles.items():
+        assert plan.LEAST_TILE <= side <= larger.tiles[name]
+
+
+def test_features_of_all_references_are_kept_unless_they_are_there(model):
+    one, two = (plan_ttsr(model, LR, [REF] * n, max_memory=3 * GIB) for n in (1, 2))
+    search = [dict(made.stages)["search"] for made in (one, two)]
+    assert search[1] - search[0] == 4 * 2048 * 270 * 480
+    there = plan_ttsr(model, LR, [REF] * 2, max_memory=3 * GIB, made=True)
+    assert search[0] - dict(there.stages)["search"] == 4 * 2048 * 270 * 480
+
+
+def test_a_tile_is_taken_for_every_stage(model):
+    made = plan_ttsr(model, LR, [REF], max_memory=8 * GIB, tile=40)
+    assert set(made.tiles.values()) == {40} and not made.whole
+
+
+@each("options", [{}, {"tile": 100}])
+def test_too_little_memory_is_refused_with_what_is_needed(model, options):
+    with pytest.raises(ValueError, match=r"max_memory 1.00 GiB is below .* needs \d\.\d\d GiB"):
+        plan_ttsr(model, LR, [REF], max_memory=GIB, **options)
+
+
+def test_detail_says_what_it_needs(model):
+    ((name, needed),) = describe(LR, [REF])
+    assert name == "detail" and needed.endswith(" GiB")
+    with pytest.raises(ValueError, match="max_memory 0.10 GiB is not enough for method 'detail'"):
+        describe(LR, [REF], max_memory=GIB // 10)
+
+
+def test_a_plan_in_words(model):
+    lines = dict(describe(LR, [REF], model=model, max_memory=3 * GIB, method="ttsr"))
+    assert lines["limit"] == "3.00 GiB more than is taken now"
+    assert lines["features are kept on"] == "cpu"
+    side = plan_ttsr(model, LR, [REF], max_memory=3 * GIB).tiles["merge"]
+    assert lines["merge"].endswith(f" GiB, windows of {side} x {side}")
+
+
+def test_memory_that_is_free_and_taken():
+    before = resident_bytes()
+    held = torch.ones(200 * 2**20, dtype=torch.uint8)
+    assert 180 * 2**20 < resident_bytes() - before < 260 * 2**20
+    assert 0 < free_bytes(CPU) < 2**50 and held.all()
+
+
+def test_a_container_has_less(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "_CONTAINER", tmp_path)
+    whole = free_bytes(CPU)
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(CPU) > whole // 2
+    (tmp_path / "memory.max").write_text("51000\n")
+    assert free_bytes(CPU) == 50000

@@ -1,0 +1,61 @@
+"""Versions, devices, and which backends run here and why others do not: what `env` shows."""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+
+import torch
+
+import ttsr_fast
+from ttsr_fast import backends
+
+# What the extras of pyproject.toml bring.
+EXTRAS = {
+    "cli": ("imagecodecs", "pillow", "rich", "safetensors", "tifffile", "typer"),
+    "bench": ("matplotlib", "pytest-benchmark", "rich", "scikit-image"),
+    "peers": ("faiss-cpu", "pykeops"),
+}
+
+
+def describe() -> Iterator[tuple[str, str]]:
+    """Names and values, a line each."""
+    yield "ttsr-fast", ttsr_fast.__version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
+    yield "devices", ", ".join(devices())
+    yield "cpu capability", torch.backends.cpu.get_cpu_capability()
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            yield f"cuda:{number}", torch.cuda.get_device_name(number)
+    for backend in backends.BACKENDS:
+        for kind in dict.fromkeys(device.partition(":")[0] for device in devices()):
+            reason = backends.why_not(backend, torch.device(kind))
+            if reason is not None:
+                verdict = f"no: {reason}"
+            elif (backend, kind) == ("cpp", "cpu"):
+                verdict = f"runs, {backends.instruction_set()}"
+            else:
+                verdict = "runs"
+            yield f"{backend} on {kind}", verdict
+    reason = backends.load_cuda_library()
+    if reason is None:
+        yield "cuda library", f"loaded, CUDA {backends.cuda_library_version()}"
+    else:
+        yield "cuda library", f"no: {reason}"
+    for extra, names in EXTRAS.items():
+        yield f"extra {extra}", ", ".join(f"{name} {_version(name)}" for name in names)
+
+
+def devices() -> list[str]:
+    """Where tensors can be: the CPU, and every GPU that torch has support for."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    if gpu is None:
+        return ["cpu"]
+    return ["cpu", *(f"{gpu.type}:{n}" for n in range(torch.accelerator.device_count()))]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"

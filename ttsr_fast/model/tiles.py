@@ -1,0 +1,247 @@
+"""Convolutional networks window by window: the same result as at once, in the memory of a window.
+
+Windows lie on the grid of the smallest map that takes part, and larger maps have `scale` pixels per
+position along each axis. A window is computed with as many positions around it as a network reads,
+which are computed again for its neighbours, so that every result is that of the whole map. At the
+sides of a map a window ends where the map does, and is padded as the map is.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ttsr_fast.model.lte import LTE
+from ttsr_fast.model.main_net import MainNet
+
+SCALE = 4
+
+
+class Window(NamedTuple):
+    """Rows and columns of a grid, ends exclusive."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+    def grown(self, halo: int, grid: tuple[int, int]) -> "Window":
+        """With `halo` positions around it, as far as the grid goes."""
+        return Window(
+            max(0, self.top - halo),
+            min(grid[0], self.bottom + halo),
+            max(0, self.left - halo),
+            min(grid[1], self.right + halo),
+        )
+
+    def within(self, other: "Window") -> "Window":
+        """This window as `other`, which holds it, counts."""
+        return Window(
+            self.top - other.top,
+            self.bottom - other.top,
+            self.left - other.left,
+            self.right - other.left,
+        )
+
+    def of(self, x: Tensor, scale: int) -> Tensor:
+        """The part of a map with `scale` pixels per position."""
+        rows = slice(scale * self.top, scale * self.bottom)
+        return x[..., rows, scale * self.left : scale * self.right]
+
+
+Source = Callable[[Window], Tensor]
+
+
+def windows(grid: tuple[int, int], tile: int) -> Iterator[Window]:
+    """Windows of at most `tile` positions along each axis, of nearly equal sizes."""
+    rows, columns = (_ends(size, tile) for size in grid)
+    for top, bottom in itertools.pairwise(rows):
+        for left, right in itertools.pairwise(columns):
+            yield Window(top, bottom, left, right)
+
+
+def _ends(size: int, tile: int) -> list[int]:
+    count = -(-size // tile)
+    return [part * size // count for part in range(count + 1)]
+
+
+def part_of(x: Tensor, scale: int) -> Source:
+    """A map as a source of windows."""
+    return lambda window: window.of(x, scale)
+
+
+def run_in_tiles(
+    network: Callable[..., Sequence[Tensor]],
+    sources: Sequence[Source],
+    outs: Sequence[tuple[Tensor, int]],
+    grid: tuple[int, int],
+    *,
+    tile: int,
+    halo: int,
+    device: torch.device,
+    step: Callable[[], None] | None = None,
+) -> None:
+    """Fill maps with what a network makes of others.
+
+    Args:
+        network: takes a window of every source and returns as many maps as `outs` has, or more.
+        sources: give the inputs of a window.
+        outs: maps to fill, anywhere, with their scales.
+        grid: positions.
+        tile: positions along each axis of a window, without its halo.
+        halo: positions that the network reads around one, at most.
+        device: where the network is.
+        step: called after every window.
+    """
+    for window in windows(grid, tile):
+        outer = window.grown(halo, grid)
+        results = network(*(source(outer).to(device) for source in sources))
+        for (out, scale), result in zip(outs, results, strict=False):
+            window.of(out, scale).copy_(window.within(outer).of(result, scale))
+        if step is not None:
+            step()
+
+
+# --- TTSR's networks ---
+
+
+class Stage(NamedTuple):
+    """A part of the model between maps that are small enough to be kept whole.
+
+    Attributes:
+        name: for plans and tables.
+        halo: positions around a window that reach its results, at most.
+        floats: numbers that a position of a window takes, with its halo's own on top.
+    """
+
+    name: str
+    halo: int
+    floats: int
+
+
+LTE_STAGE = Stage("LTE", 3, 7 * 16 * 64)
+
+
+def lte_in_tiles(
+    lte: LTE,
+    image: Tensor,  # [N, 3, H, W] in [0, 1], H and W multiples of 4
+    levels: Sequence[int],
+    *,
+    tile: int,
+    store: torch.device,
+    step: Callable[[], None] | None = None,
+) -> list[Tensor]:
+    """Levels 1, 2 or 3 of `lte(image)`, computed where it is and kept on `store`."""
+    weight = lte.slice1[0].weight
+    grid = (image.shape[2] // SCALE, image.shape[3] // SCALE)
+    shapes = [(len(image), 64 << (lv - 1), *(n << (3 - lv) for n in grid)) for lv in levels]
+    outs = [empty_like(weight, shape, store) for shape in shapes]
+
+    def network(part: Tensor) -> list[Tensor]:
+        maps = lte(part)
+        return [maps[level - 1] for level in levels]
+
+    run_in_tiles(
+        network,
+        [part_of(image, SCALE)],
+        [(out, 1 << (3 - level)) for out, level in zip(outs, levels, strict=True)],
+        grid,
+        tile=tile,
+        halo=LTE_STAGE.halo,
+        device=weight.device,
+        step=step,
+    )
+    return outs
+
+
+def main_net_stages(net: MainNet) -> list[Stage]:
+    """The stages of `main_net_in_tiles`, in their order.
+
+    How far each reads: a 3x3 convolution one pixel, of which there are `scale` in a position, a
+    bicubic enlargement two of its input.
+    """
+    n0, n1, n2, n3 = (len(blocks) for blocks in (net.SFE.RBs, net.RB11, net.RB21, net.RB31))
+    n = net.SFE.conv_head.out_channels
+    return [
+        Stage("SFE", 2 * n0 + 2, 7 * n),
+        Stage("attend1", 2 * n1 + 2, 6 * n + 3 * 256),
+        Stage("attend2", 2 * n2 + 5, 4 * (8 * n + 3 * 128)),
+        Stage("integrate", 4, 16 * (7 * n + 3 * 64)),
+        Stage("refine", 2 * n3 + 1, 4 * 7 * n),
+        Stage("merge", 3 + (n3 + 1) // 2, 16 * (11 * n + 64)),
+    ]
+
+
+def main_net_in_tiles(
+    net: MainNet,
+    lr: Tensor,  # [N, 3, H, W]
+    S: Tensor,  # [N, 1, H, W]
+    textures: Callable[[int, Window], Tensor],
+    *,
+    tiles: Mapping[str, int],
+    store: torch.device,
+    step: Callable[[], None] | None = None,
+) -> Tensor:  # [N, 3, 4*H, 4*W]
+    """`net(lr, S, T_lv3, T_lv2, T_lv1)`, computed where the network is and kept on `store`.
+
+    Maps at 1x and 2x are kept whole. Those at 4x exist in windows only, and what leads to them is
+    computed twice: once for what the other scales see of it, and once for the picture.
+
+    Args:
+        textures: gives a window of T_lv3 (level 3), T_lv2 or T_lv1.
+        tiles: for every stage of `main_net_stages` positions along each axis of a window.
+    """
+    weight = net.SFE.conv_head.weight
+    batch, n, grid = len(lr), len(weight), (lr.shape[2], lr.shape[3])
+    stages = {stage.name: stage for stage in main_net_stages(net)}
+
+    def empty(channels: int, scale: int) -> Tensor:
+        return empty_like(weight, (batch, channels, *(scale * size for size in grid)), store)
+
+    def run(name: str, network: Callable[..., Any], sources: Sequence[Source], *scales: int):
+        channels = 3 if name == "merge" else n
+        outs = [(empty(channels, scale), scale) for scale in scales]
+        run_in_tiles(
+            network,
+            sources,
+            outs,
+            grid,
+            tile=tiles[name],
+            halo=stages[name].halo,
+            device=weight.device,
+            step=step,
+        )
+        return [out for out, _ in outs]
+
+    def integrate(x1: Tensor, x2: Tensor, score: Tensor, t_lv1: Tensor) -> tuple[Tensor, Tensor]:
+        return net.ex123.integrate_lower(x1, x2, net.attend4(x2, score, t_lv1))
+
+    def merge(x1, x2, score, t_lv1, refined1, refined2) -> tuple[Tensor]:
+        x4 = net.attend4(x2, score, t_lv1)
+        return (net.merge(refined1, refined2, x4, net.ex123.integrate4(x1, x2, x4)),)
+
+    score = part_of(S, 1)
+    t_lv1, t_lv2, t_lv3 = (partial(textures, level) for level in (1, 2, 3))
+    (x,) = run("SFE", lambda x: (net.SFE(x),), [part_of(lr, 1)], 1)
+    (x1,) = run("attend1", lambda *x: (net.attend1(*x),), [part_of(x, 1), score, t_lv3], 1)
+    x1, x2 = run("attend2", net.attend2, [part_of(x1, 1), score, t_lv2], 1, 2)
+    before = [part_of(x1, 1), part_of(x2, 2)]
+    out1, out2 = run("integrate", integrate, [*before, score, t_lv1], 1, 2)
+    lower = [*before, part_of(out1, 1), part_of(out2, 2)]
+    x1, x2 = run("refine", net.refine, lower, 1, 2)
+    after = [part_of(x1, 1), part_of(x2, 2)]
+    return run("merge", merge, [*before, score, t_lv1, *after], 4)[0]
+
+
+def empty_like(weight: Tensor, shape: tuple[int, ...], store: torch.device) -> Tensor:
+    """A map in the type and memory format of a network's weights."""
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=weight.dtype, device=store, memory_format=layout)

@@ -1,0 +1,171 @@
+"""Search and transfer among several references, each of its own size, without stitching them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ttsr_fast.bands import is_better, rows_needed, search_band
+from ttsr_fast.functional import gather_fold, search
+
+_BAND = 2**16  # key positions that are brought over to another device at a time
+
+
+class ReferenceMatch(NamedTuple):
+    """The best key patch of every query patch among those of several references.
+
+    Attributes:
+        score: `[N, H, W]`, as in `Match`.
+        index: `[N, H, W]`, int64: row-major position in the key grid of the reference it is in.
+        reference: `[N, H, W]`, int64: the number of that reference in the list.
+    """
+
+    score: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's method of that name, not missed here
+    reference: Tensor
+
+
+def search_references(
+    query: Tensor,  # [N, C, H, W]
+    keys: Sequence[Tensor],  # [N or 1, C, HK, WK] each
+    *,
+    key_masks: Sequence[Tensor | None] | None = None,  # [N or 1, HK, WK] bool each
+    band: int | None = None,
+    **options: Any,
+) -> ReferenceMatch:
+    """`search` for the best patch of all `keys`: one maximum over all of them.
+
+    Nothing is padded to a common size, and no patch reaches from one reference into another.
+
+    Args:
+        query: `[N, C, H, W]`, as for `search`.
+        keys: the references, `[N, C, HK, WK]` or `[1, C, HK, WK]` each, of any sizes. They may be
+            on another device than `query`: they go there band by band, and are searched there.
+        key_masks: for each of `keys` a mask as `search` takes it, or None. One that bars a whole
+            reference is no error, so long as another reference is left.
+        band: rows of a key grid that are searched at a time; None takes references that are on the
+            device of `query` whole, and others in bands of 2**16 positions. Bands change neither
+            scores nor choices in float32 on the CPU; where features are rounded by their largest,
+            as float16 is on a GPU, they may move near-ties.
+        options: as for `search`.
+
+    Returns:
+        `ReferenceMatch(score, index, reference)` on the query grid. Equal scores go to the first
+        reference, and there to the lowest index. NaN as in `search`: one in a reference spoils all.
+
+    Differentiable as `search` is, in query and keys. Cost: that of `search` in each of `keys`.
+
+    Raises:
+        ValueError: no keys, as many masks as no keys, a mask that leaves none; and all that
+            `search` raises, with the number of the reference.
+    """
+    if not keys:
+        raise ValueError("keys must hold at least one reference, got none")
+    if band is not None and band < 1:
+        raise ValueError(f"band must be at least 1 row, got {band}")
+    masks = [None] * len(keys) if key_masks is None else list(key_masks)
+    if len(masks) != len(keys):
+        raise ValueError(f"key_masks must hold one for each of {len(keys)} keys, got {len(masks)}")
+    best: ReferenceMatch | None = None
+    for number, (key, mask) in enumerate(zip(keys, masks, strict=True)):
+        try:
+            best = _search_one(query, key, mask, band, options, number, best)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"keys[{number}]: {error}") from error
+    assert best is not None
+    if best.score.device.type == "cpu" and bool((best.score == -torch.inf).any()):
+        raise ValueError("key_masks must leave at least one key position True in every image")
+    return best
+
+
+def _search_one(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    band: int | None,
+    options: dict[str, Any],
+    number: int,
+    best: ReferenceMatch | None,
+) -> ReferenceMatch:
+    """The better of `best` and the matches in one reference."""
+    kernel_size, padding = options.get("kernel_size", 3), options.get("padding")
+    pad = kernel_size // 2 if padding is None else padding
+    if not isinstance(key, Tensor) or key.dim() != 4 or min(key.shape[2:]) + 2 * pad < kernel_size:
+        search(query, key, **options)  # says what is wrong with it
+    height, width = key.shape[2:]
+    rows, columns = (n + 2 * pad - kernel_size + 1 for n in (height, width))
+    if mask is not None and list(mask.shape[1:]) != [rows, columns]:
+        raise ValueError(
+            f"its mask must be [1 or {key.shape[0]}, {rows}, {columns}], got {list(mask.shape)}"
+        )
+    step = band or (rows if key.device == query.device else max(1, _BAND // columns))
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        top, bottom = rows_needed(first, last, height, kernel_size, padding)
+        part = key[:, :, top:bottom].to(query.device, non_blocking=True)
+        here = None if mask is None else mask.to(query.device, non_blocking=True)
+        found = search_band(query, part, first, last, height, key_mask=here, **options)
+        if best is None:
+            best = ReferenceMatch(*found, torch.full_like(found.index, number))
+            continue
+        better = is_better(found.score, best.score)
+        best = ReferenceMatch(
+            torch.where(better, found.score, best.score),
+            torch.where(better, found.index, best.index),
+            best.reference.masked_fill(better, number),
+        )
+    assert best is not None
+    return best
+
+
+def gather_fold_references(
+    values: Sequence[Tensor],  # [N or 1, C, HV, WV] each
+    index: Tensor,  # [N, H, W] int64
+    reference: Tensor,  # [N, H, W] int64
+    *,
+    weight: Tensor | None = None,  # [N, H, W]
+    **options: Any,
+) -> Tensor:  # [N, C, stride*H, stride*W]
+    """`gather_fold` of patches that come from several references.
+
+    Args:
+        values: one for each reference, `[N, C, HV, WV]` or `[1, C, HV, WV]`, of any sizes, without
+            NaN and infinities: a patch that was not chosen is multiplied by 0.
+        index, reference: as `search_references` returns them.
+        weight: `[N, H, W]`, a factor for every patch, as for `gather_fold`.
+        options: as for `gather_fold`.
+
+    Returns:
+        As `gather_fold`. Differentiable in values and weight. Cost: a `gather_fold` for each
+        reference that was chosen, of which on the CPU only those are computed.
+
+    Raises:
+        ValueError: no values, or a number in `reference` that none of them has; and all that
+            `gather_fold` raises.
+    """
+    if not values:
+        raise ValueError("values must hold at least one reference, got none")
+    if not isinstance(reference, Tensor) or reference.shape != index.shape:
+        got = list(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
+        raise ValueError(f"reference must have the shape {list(index.shape)} of index, got {got}")
+    if len(values) == 1:
+        return gather_fold(values[0], index, weight=weight, **options)
+    on_cpu = reference.device.type == "cpu"
+    used = range(len(values))
+    if on_cpu and reference.numel():
+        numbers = reference.unique().tolist()
+        if numbers[0] < 0 or numbers[-1] >= len(values):
+            raise ValueError(
+                f"reference must lie in [0, {len(values)}), got {numbers[0]} to {numbers[-1]}"
+            )
+        used = numbers
+    total = None
+    for number in used:
+        here = reference == number
+        factor = here.to(values[number].dtype) if weight is None else torch.where(here, weight, 0)
+        chosen = torch.where(here, index, 0)
+        part = gather_fold(values[number], chosen, weight=factor, **options)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
