@@ -222,3 +222,31 @@ def test_bad_limits_are_refused(model, options, message):
     else:
         with pytest.raises(ValueError, match="tile is for method 'ttsr'"):
             upscale(LOW, REF, tile=8)
+
+
+@each("tile", [None, 5])
+def test_convolutions_in_bfloat16_leave_the_search_alone(tile):
+    torch.manual_seed(2)
+    model = TTSR((2, 2, 2, 2), 16)
+    low, refs = smooth(30, 41, seed=6), [smooth(96, 80, seed=7), smooth(60, 90, seed=8)]
+    exact = upscale(low, refs, model=model)
+    mixed = upscale(low, refs, model=model, tile=tile, amp="bf16")
+    assert torch.equal(mixed.index, exact.index)
+    torch.testing.assert_close(mixed.score, exact.score, rtol=0, atol=1e-6)  # windows may round
+    off = np.abs(mixed.image.pixels.astype(int) - exact.image.pixels)
+    assert 0 < off.max() <= 4 and off.mean() < 0.5
+
+
+def test_a_cache_keeps_types_apart(made, tmp_path):
+    model = TTSR((1, 1, 1, 1), 8)
+    results = [
+        upscale(LOW, ReferenceBank(REF, cache=tmp_path), model=model, amp=amp)
+        for amp in (None, "bf16", None, "bf16")
+    ]
+    assert len(made) == 2
+    for first, second in (results[::2], results[1::2]):
+        np.testing.assert_array_equal(first.image.pixels, second.image.pixels)
+    with pytest.raises(ValueError, match=r"amp must be None or one of \('bf16', 'fp16'\), got 'x'"):
+        upscale(LOW, REF, model=model, amp="x")
+    with pytest.raises(ValueError, match="amp is for method 'ttsr'"):
+        upscale(LOW, REF, amp="bf16")

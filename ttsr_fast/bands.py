@@ -56,18 +56,16 @@ def search_band(
     pad = kernel_size // 2 if padding is None else padding
     top, _ = rows_needed(first, last, height, kernel_size, padding)
     rows, columns = (n + 2 * pad - kernel_size + 1 for n in band.shape[2:])
-    mask = None
-    if last - first < rows or key_mask is not None:
-        mask = torch.zeros(1, rows, columns, dtype=torch.bool, device=band.device)
-        mask[:, first - top : last - top] = True
-    if key_mask is not None:
-        mask = mask & key_mask[:, top : top + rows]
-        barred = ~mask.flatten(1).any(1)
-        mask = mask | barred[:, None, None]
-    score, index = search(query, band, key_mask=mask, **options)
-    if key_mask is not None:
-        score = torch.where(barred[:, None, None], -torch.inf, score)
-    return Match(score, index + top * columns)
+    mask = torch.zeros(1, rows, columns, dtype=torch.bool, device=band.device)
+    mask[:, first - top : last - top] = True
+    if key_mask is None:
+        whole = last - first == rows
+        score, index = search(query, band, key_mask=None if whole else mask, **options)
+        return Match(score, index + top * columns)
+    mask = mask & key_mask[:, top : top + rows]
+    barred = ~mask.flatten(1).any(1)[:, None, None]
+    score, index = search(query, band, key_mask=mask | barred, **options)
+    return Match(torch.where(barred, -torch.inf, score), index + top * columns)
 
 
 def is_better(score: Tensor, best: Tensor) -> Tensor:

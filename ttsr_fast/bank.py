@@ -56,7 +56,7 @@ class ReferenceBank:
             for ref, name in zip(given, names, strict=True)
         ]
         self._grey: list[Image] | None = None
-        self._features: dict[tuple[bool, str], list[ReferenceFeatures]] = {}
+        self._features: dict[tuple[Any, ...], list[ReferenceFeatures]] = {}
         self._cache = None if cache is None else Path(cache)
         if self._cache is not None:
             _safetensors()
@@ -81,42 +81,48 @@ class ReferenceBank:
         plan: Plan,
         *,
         grey: bool,
+        amp: torch.dtype | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> list[ReferenceFeatures]:
-        """What `model` searches and transfers, on `plan.store`."""
-        digest = _digest_of_weights(model)
-        if (grey, digest) not in self._features:
-            self._features[grey, digest] = [
-                self._features_of(image, model, digest, plan, progress)
+        """What `model` searches and transfers, on `plan.store`; see `reference_features`."""
+        made_from = (grey, amp, _digest_of_weights(model))
+        if made_from not in self._features:
+            self._features[made_from] = [
+                self._features_of(image, model, plan, amp, progress)
                 for image in self.pictures(grey=grey)
             ]
-        found = self._features[grey, digest]
+        found = self._features[made_from]
         if found[0].key.device != plan.store:
             moved = [
                 ReferenceFeatures(key.to(plan.store), tuple(v.to(plan.store) for v in values))
                 for key, values in found
             ]
-            self._features[grey, digest] = found = moved
+            self._features[made_from] = found = moved
         return found
 
     def _features_of(
         self,
         image: Image,
         model: TTSR,
-        digest: str,
         plan: Plan,
+        amp: torch.dtype | None,
         progress: Callable[[str, int, int], None] | None,
     ) -> ReferenceFeatures:
         if self._cache is None:
-            return _make(image, model, plan, progress)
-        told = {"format": _FORMAT, "picture": _digest_of_picture(image), "weights": digest}
+            return _make(image, model, plan, amp, progress)
+        told = {
+            "format": _FORMAT,
+            "picture": _digest_of_picture(image),
+            "weights": _digest_of_weights(model),
+            "textures": str(amp),
+        }
         name = hashlib.sha256("".join(told.values()).encode()).hexdigest()[:32]
         path = self._cache / f"{name}.safetensors"
         if path.is_file():
             features = _read(path, told, image, plan)
             if features is not None:
                 return features
-        features = _make(image, model, plan, progress)
+        features = _make(image, model, plan, amp, progress)
         _write(path, told, features)
         return features
 
@@ -131,11 +137,15 @@ def _checked(image: Image, name: str) -> Image:
 
 
 def _make(
-    image: Image, model: TTSR, plan: Plan, progress: Callable[[str, int, int], None] | None
+    image: Image,
+    model: TTSR,
+    plan: Plan,
+    amp: torch.dtype | None,
+    progress: Callable[[str, int, int], None] | None,
 ) -> ReferenceFeatures:
     weight = model.MainNet.SFE.conv_head.weight
     ref, refsr = (x.to(weight.dtype) for x in reference_pair(image, (0, 0), torch.device("cpu")))
-    return reference_features(model, ref, refsr, plan, progress)
+    return reference_features(model, ref, refsr, plan, amp, progress)
 
 
 def _digest_of_picture(image: Image) -> str:

@@ -17,7 +17,7 @@ from ttsr_fast.functional import PRECISIONS
 from ttsr_fast.images import SUFFIXES, Image
 from ttsr_fast.model import load_model
 from ttsr_fast.pictures import draw_match
-from ttsr_fast.upscale import METHODS, PHASES, upscale
+from ttsr_fast.upscale import AMP, METHODS, PHASES, upscale
 
 try:
     import typer
@@ -81,6 +81,10 @@ Backend = Annotated[
     str | None, _one_of(backends.BACKENDS, "What runs the search.", "the fastest that can")
 ]
 Precision = Annotated[str | None, _one_of(PRECISIONS, "What speed may cost in accuracy.", "fp32")]
+Amp = Annotated[
+    str | None,
+    _one_of(tuple(AMP), "For ttsr: convolutions in this type, not the search.", "the model's"),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 
 
@@ -114,6 +118,7 @@ def upscale_command(
     method: Method = None,
     phases: Phases = None,
     device: Device = None,
+    amp: Amp = None,
     max_memory: MaxMemory = None,
     tile: Annotated[
         int | None,
@@ -157,7 +162,7 @@ def upscale_command(
         options = _options(weights, method, phases, device, backend, precision)
         if cache is not None and weights is None:
             raise ValueError("--cache is for --method ttsr, with --weights")
-        options |= {"max_memory": _bytes(max_memory), "tile": tile}
+        options |= {"amp": amp, "max_memory": _bytes(max_memory), "tile": tile}
         references = _References(ref, pairs, cache)
         if show_plan:
             return _show_plans(sources, references, options)

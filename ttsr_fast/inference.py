@@ -35,14 +35,17 @@ def reference_features(
     ref: Tensor,  # [1, 3, HR, WR]
     refsr: Tensor,  # [1, 3, HR, WR]
     plan: Plan,
+    amp: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> ReferenceFeatures:
-    """Features of a reference in [-1, 1], whose sides are multiples of 4, kept on `plan.store`."""
-    key, *values = (
-        level
-        for image, levels in ((refsr, [3]), (ref, [1, 2, 3]))
-        for level in _features(model, image, levels, plan, plan.store, "references", progress)
-    )
+    """Features of a reference in [-1, 1], whose sides are multiples of 4, kept on `plan.store`.
+
+    Textures are made and kept in the type `amp`, where it is given, and what is searched is not.
+    """
+    stage = "references"
+    (key,) = _features(model, refsr, [3], plan, plan.store, stage, progress)
+    with _mixed(model, amp):
+        values = _features(model, ref, [1, 2, 3], plan, plan.store, stage, progress, amp)
     return ReferenceFeatures(key, tuple(values))
 
 
@@ -56,6 +59,7 @@ def super_resolve(
     *,
     precision: str | None = None,
     backend: str | None = None,
+    amp: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, ReferenceMatch]:  # [1, 3, 4*H, 4*W]
     """The picture in [-1, 1], kept on `plan.store`, and where each of its details comes from.
@@ -78,22 +82,31 @@ def super_resolve(
     score = match.score.unsqueeze(1).to(lr.dtype)
     kept = ReferenceMatch(*(x.to(plan.store) for x in match))
     textures = partial(_textures, references, kept, backend)
-    if plan.whole:
-        whole = Window(0, lr.shape[2], 0, lr.shape[3])
-        maps = (textures(level, whole).to(device) for level in (3, 2, 1))
-        sr = model.MainNet(lr.to(device), score, *maps)
-    else:
-        grid = (lr.shape[2], lr.shape[3])
-        sr = main_net_in_tiles(
-            model.MainNet,
-            lr,
-            score,
-            textures,
-            tiles=plan.tiles,
-            store=plan.store,
-            step=_counter("MainNet", _count(plan, grid), progress),
-        )
+    grid = (lr.shape[2], lr.shape[3])
+    step = _counter("MainNet", 1 if plan.whole else _count(plan, grid), progress)
+    with _mixed(model, amp):
+        if plan.whole:
+            whole = Window(0, grid[0], 0, grid[1])
+            maps = (textures(level, whole).to(device) for level in (3, 2, 1))
+            sr = model.MainNet(lr.to(device), score, *maps)
+            step()
+        else:
+            sr = main_net_in_tiles(
+                model.MainNet,
+                lr,
+                score,
+                textures,
+                tiles=plan.tiles,
+                store=plan.store,
+                step=step,
+            )
     return sr, match
+
+
+def _mixed(model: TTSR, amp: torch.dtype | None) -> torch.autocast:
+    """Convolutions in the type `amp`, if there is one."""
+    device = model.MainNet.SFE.conv_head.weight.device.type
+    return torch.autocast(device, amp, enabled=amp is not None)
 
 
 def _features(
@@ -104,11 +117,13 @@ def _features(
     store: torch.device,
     stage: str,
     progress: Progress | None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     grid = (image.shape[2] // 4, image.shape[3] // 4)
     tile = plan.tiles["LTE"]
     step = _counter(stage, sum(1 for _ in windows(grid, tile)), progress)
-    return lte_in_tiles(model.LTE, (image + 1) / 2, levels, tile=tile, store=store, step=step)
+    pixels = (image + 1) / 2
+    return lte_in_tiles(model.LTE, pixels, levels, tile=tile, store=store, dtype=dtype, step=step)
 
 
 def _textures(
@@ -132,14 +147,13 @@ def _count(plan: Plan, grid: tuple[int, int]) -> int:
     return sum(1 for name in names for _ in windows(grid, plan.tiles[name]))
 
 
-def _counter(stage: str, total: int, progress: Progress | None) -> Callable[[], None] | None:
-    if progress is None:
-        return None
+def _counter(stage: str, total: int, progress: Progress | None) -> Callable[[], None]:
     done = 0
 
     def step() -> None:
         nonlocal done
         done += 1
-        progress(stage, done, total)
+        if progress is not None:
+            progress(stage, done, total)
 
     return step

@@ -16,6 +16,7 @@ from ttsr_fast.references import ReferenceMatch
 
 METHODS = ("detail", "ttsr")
 PHASES = (1, 2, 4)
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Result(NamedTuple):
@@ -47,6 +48,7 @@ def upscale(
     device: str | torch.device | None = None,
     precision: str | None = None,
     backend: str | None = None,
+    amp: str | None = None,
     max_memory: int | None = None,
     tile: int | None = None,
     progress: Progress | None = None,
@@ -79,6 +81,9 @@ def upscale(
         device: where "detail" computes, by default the CPU.
         precision: as for `ttsr_fast.search`; None takes the model's.
         backend: as for `ttsr_fast.search`; None takes the model's.
+        amp: for "ttsr": "bf16" or "fp16" for convolutions in that type, faster where the processor
+            multiplies it, and off by a few thousandths of the range; what is searched stays in the
+            type of the model.
         max_memory: bytes that the process may take, on the device that computes; None for four
             fifths of what is free. `plan_ttsr` says beforehand what is done with them.
         tile: for "ttsr": pixels of `lr` along each axis of a window; None for as many as fit.
@@ -95,7 +100,7 @@ def upscale(
     """
     if model is not None and not isinstance(model, TTSR):
         raise TypeError(f"model must be a TTSR, got {type(model).__name__}")
-    method = _resolve_method(method, model, phases, device, tile)
+    method = _resolve_method(method, model, phases, device, tile, amp)
     if max_memory is not None and max_memory < 1:
         raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory}")
     if tile is not None and tile < 1:
@@ -124,7 +129,8 @@ def upscale(
             tile=tile,
             made=bank.made,
         )
-        sr, match = _ttsr(source, bank, model, plan, precision, backend, progress)
+        kind = None if amp is None else AMP[amp]
+        sr, match = _ttsr(source, bank, model, plan, precision, backend, kind, progress)
     image = Image(
         images.from_tensor(sr, source.pixels),
         None if source.alpha is None else images.upscale_bicubic(source.alpha),
@@ -143,6 +149,7 @@ def _resolve_method(
     phases: int | None,
     device: str | torch.device | None,
     tile: int | None,
+    amp: str | None,
 ) -> str:
     if method is None:
         method = "detail" if model is None else "ttsr"
@@ -154,6 +161,10 @@ def _resolve_method(
         raise ValueError("method 'detail' takes no model")
     if method == "detail" and tile is not None:
         raise ValueError("tile is for method 'ttsr', not for 'detail'")
+    if amp is not None and amp not in AMP:
+        raise ValueError(f"amp must be None or one of {tuple(AMP)}, got {amp!r}")
+    if method == "detail" and amp is not None:
+        raise ValueError("amp is for method 'ttsr', not for 'detail'")
     if method == "ttsr" and phases is not None:
         raise ValueError("phases is for method 'detail', not for 'ttsr'")
     if method == "ttsr" and device is not None:
@@ -170,13 +181,14 @@ def _ttsr(
     plan: Plan,
     precision: str | None,
     backend: str | None,
+    amp: torch.dtype | None,
     progress: Progress | None,
 ) -> tuple[Tensor, ReferenceMatch]:  # [1, 3, 4*h, 4*w]
     """The model; the index of the match is that of a pixel of its reference."""
     weight = model.MainNet.SFE.conv_head.weight
     lr = source.to_tensor().to(weight.dtype)
     lrsr = images.to_tensor(images.upscale_bicubic(source.pixels)).to(weight.dtype)
-    features = bank.features(model, plan, grey=_is_grey(source), progress=progress)
+    features = bank.features(model, plan, grey=_is_grey(source), amp=amp, progress=progress)
     sr, match = super_resolve(
         model,
         lr,
@@ -185,6 +197,7 @@ def _ttsr(
         plan,
         precision=precision or model.SearchTransfer.precision,
         backend=backend or model.SearchTransfer.backend,
+        amp=amp,
         progress=progress,
     )
     index = torch.zeros_like(match.index)

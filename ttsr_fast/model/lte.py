@@ -52,7 +52,7 @@ class LTE(nn.Module):
             lv1 `[N, 64, H, W]`, lv2 `[N, 128, H // 2, W // 2]` and lv3 `[N, 256, H // 4, W // 4]`,
             each after its ReLU.
         """
-        lv1 = self.slice1(self.sub_mean(image))
+        lv1 = self.slice1(self.sub_mean(side_by_side(image)))
         lv2 = self.slice2(lv1)
         return lv1, lv2, self.slice3(lv2)
 
@@ -88,6 +88,14 @@ def _say_random() -> None:
         "LTE starts from random weights (He initialisation). The published results need either "
         "VGG19's ImageNet weights (vgg19=) or a trained checkpoint (load_model)."
     )
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """On the CPU, `x` with the channels of a pixel side by side, and so all that comes after it.
+
+    Convolutions take two thirds of the time then, and the transfer half; results do not change.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 def _slice(first: int, *layers: nn.Module) -> nn.Sequential:

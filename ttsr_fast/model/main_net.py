@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttsr_fast.model.lte import side_by_side
+
 
 class MainNet(nn.Module):
     """From the low-resolution image and the transferred textures to the picture (section 3.2).
@@ -119,7 +121,7 @@ class SFE(nn.Module):
         self.conv_tail = _conv3(n_feats, n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_head(x).relu()
+        x = self.conv_head(side_by_side(x)).relu()
         return x + self.conv_tail(self.RBs(x))
 
 

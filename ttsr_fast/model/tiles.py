@@ -136,13 +136,14 @@ def lte_in_tiles(
     *,
     tile: int,
     store: torch.device,
+    dtype: torch.dtype | None = None,
     step: Callable[[], None] | None = None,
 ) -> list[Tensor]:
-    """Levels 1, 2 or 3 of `lte(image)`, computed where it is and kept on `store`."""
-    weight = lte.slice1[0].weight
+    """Levels 1, 2 or 3 of `lte(image)`, computed where it is and kept on `store`, as `dtype`."""
+    weight = next(lte.parameters())
     grid = (image.shape[2] // SCALE, image.shape[3] // SCALE)
     shapes = [(len(image), 64 << (lv - 1), *(n << (3 - lv) for n in grid)) for lv in levels]
-    outs = [empty_like(weight, shape, store) for shape in shapes]
+    outs = [empty_map(shape, dtype or weight.dtype, store) for shape in shapes]
 
     def network(part: Tensor) -> list[Tensor]:
         maps = lte(part)
@@ -203,7 +204,8 @@ def main_net_in_tiles(
     stages = {stage.name: stage for stage in main_net_stages(net)}
 
     def empty(channels: int, scale: int) -> Tensor:
-        return empty_like(weight, (batch, channels, *(scale * size for size in grid)), store)
+        shape = (batch, channels, *(scale * size for size in grid))
+        return empty_map(shape, weight.dtype, store)
 
     def run(name: str, network: Callable[..., Any], sources: Sequence[Source], *scales: int):
         channels = 3 if name == "merge" else n
@@ -240,8 +242,7 @@ def main_net_in_tiles(
     return run("merge", merge, [*before, score, t_lv1, *after], 4)[0]
 
 
-def empty_like(weight: Tensor, shape: tuple[int, ...], store: torch.device) -> Tensor:
-    """A map in the type and memory format of a network's weights."""
-    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=weight.dtype, device=store, memory_format=layout)
+def empty_map(shape: tuple[int, ...], dtype: torch.dtype, store: torch.device) -> Tensor:
+    """A map to be filled, laid out as those of LTE."""
+    layout = torch.channels_last if store.type == "cpu" else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=store, memory_format=layout)
