@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,9 @@ from sizes import Size
 from torch import Tensor, nn
 from transfer import LEVELS, make_index
 
-from ttsr_fast import TTSR, SearchTransfer, backends, functional, reference
+from ttsr_fast import TTSR, SearchTransfer, backends, functional, inference, reference
+from ttsr_fast.model import lte, main_net
+from ttsr_fast.plan import plan_ttsr
 
 STAGES = ("LTE", "search", "transfer", "MainNet", "backward", "Adam")
 SHIFT = (12, 20)  # pixels by which the image lies elsewhere than in its reference
@@ -34,6 +36,7 @@ class Variant:
         backend: as in `SearchTransfer`, None for what the package chooses.
         precision: as in `SearchTransfer`.
         graph: whether it is replayed from a CUDA graph.
+        amp: type of the convolutions, None for the model's; for the forward pass of the model.
     """
 
     label: str
@@ -41,6 +44,7 @@ class Variant:
     backend: str | None = None
     precision: str | None = None
     graph: bool = False
+    amp: torch.dtype | None = None
 
     def why_not(self, device: torch.device) -> str | None:
         """Why it cannot run on a device, None if it can."""
@@ -52,6 +56,7 @@ class Variant:
 ORIGINAL = "reference"
 VARIANTS = {
     "cpp": Variant("cpp", ("cpu",), "cpp"),
+    "cpp-bf16": Variant("cpp, bf16", ("cpu",), "cpp", amp=torch.bfloat16),
     "default": Variant("default", ("cuda",)),
     "fp16x3": Variant("default, fp16x3", ("cuda",), precision="fp16x3"),
     "default-graph": Variant("default, graph", ("cuda",), graph=True),
@@ -125,6 +130,17 @@ def make_model(name: str) -> TTSR:
     if name == ORIGINAL:
         model.SearchTransfer = Original()
     return model
+
+
+@contextmanager
+def _planes() -> Iterator[None]:
+    """Maps as planes of a channel each, as the original form has them."""
+    ours = lte.side_by_side
+    lte.side_by_side = main_net.side_by_side = lambda x: x
+    try:
+        yield
+    finally:
+        lte.side_by_side = main_net.side_by_side = ours
 
 
 @contextmanager
@@ -202,11 +218,26 @@ class Subject:
 
     @torch.no_grad()
     def _forward(self) -> tuple[Tensor, ...]:
-        return self._model_run()
+        variant = VARIANTS[self.name]
+        if self.name == ORIGINAL:
+            with _planes():
+                return self._model_run()
+        return self._model_run() if variant.amp is None else self._mixed(variant)
+
+    def _mixed(self, variant: Variant) -> tuple[Tensor, ...]:
+        """Picture and scores, as `upscale` makes them."""
+        plan = plan_ttsr(self.model, self.size.query, [self.size.key])
+        lr, lrsr, ref, refsr = (self.images[name] for name in ("lr", "lrsr", "ref", "refsr"))
+        features = inference.reference_features(self.model, ref, refsr, plan, variant.amp)
+        sr, match = inference.super_resolve(
+            self.model, lr, lrsr, [features], plan, backend=variant.backend, amp=variant.amp
+        )
+        return sr, match.score.unsqueeze(1)
 
     def _train(self) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad()
-        loss = F.l1_loss(self._model_run()[0], self.images["hr"])
+        with _planes() if self.name == ORIGINAL else nullcontext():
+            loss = F.l1_loss(self._model_run()[0], self.images["hr"])
         with self._stage("backward"):
             loss.backward()
         with self._stage("Adam"):

@@ -2,6 +2,9 @@
 
 Modules carry the names of the official checkpoint. `x1`, `x2` and `x4` are feature maps at one, two
 and four times the size of the low-resolution image.
+
+A 1x1 convolution and an enlargement can change places, as the weights of the latter sum to 1: here
+it comes first, on a quarter or a sixteenth of the pixels.
 """
 
 from collections.abc import Sequence
@@ -88,7 +91,7 @@ class MainNet(nn.Module):
 
     def attend2(self, x1: Tensor, S: Tensor, T_lv2: Tensor) -> tuple[Tensor, Tensor]:
         """Soft attention at 2x, integration and residual blocks of both scales."""
-        x2 = F.pixel_shuffle(self.conv12(x1), 2).relu()
+        x2 = F.pixel_shuffle(self.conv12(x1), 2).relu_()
         x2 = x2 + _up(S, 2) * self.conv22_head(torch.cat((x2, T_lv2), 1))
         out1, out2 = self.ex12(x1, x2)
         x1 = x1 + self.conv21_tail(self.RB21(out1))
@@ -96,7 +99,7 @@ class MainNet(nn.Module):
 
     def attend4(self, x2: Tensor, S: Tensor, T_lv1: Tensor) -> Tensor:
         """Soft attention at 4x."""
-        x4 = F.pixel_shuffle(self.conv23(x2), 2).relu()
+        x4 = F.pixel_shuffle(self.conv23(x2), 2).relu_()
         return x4 + _up(S, 4) * self.conv33_head(torch.cat((x4, T_lv1), 1))
 
     def refine(self, x1: Tensor, x2: Tensor, out1: Tensor, out2: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +124,7 @@ class SFE(nn.Module):
         self.conv_tail = _conv3(n_feats, n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_head(side_by_side(x)).relu()
+        x = self.conv_head(side_by_side(x)).relu_()
         return x + self.conv_tail(self.RBs(x))
 
 
@@ -135,7 +138,8 @@ class ResBlock(nn.Module):
         self.conv2 = _conv3(n_feats, n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(x, self.conv2(self.conv1(x).relu()), alpha=self.res_scale)
+        update = self.conv2(self.conv1(x).relu_())
+        return (update if self.res_scale == 1 else update * self.res_scale).add_(x)
 
 
 class CSFI2(nn.Module):
@@ -149,11 +153,11 @@ class CSFI2(nn.Module):
         self.conv_merge2 = _conv3(2 * n_feats, n_feats)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        from1 = self.conv12(_up(x1, 2)).relu()
-        from2 = self.conv21(x2).relu()
+        from1 = _up(self.conv12(x1), 2).relu_()
+        from2 = self.conv21(x2).relu_()
         return (
-            self.conv_merge1(torch.cat((x1, from2), 1)).relu(),
-            self.conv_merge2(torch.cat((x2, from1), 1)).relu(),
+            self.conv_merge1(torch.cat((x1, from2), 1)).relu_(),
+            self.conv_merge2(torch.cat((x2, from1), 1)).relu_(),
         )
 
 
@@ -178,20 +182,20 @@ class CSFI3(nn.Module):
 
     def integrate_lower(self, x1: Tensor, x2: Tensor, x4: Tensor) -> tuple[Tensor, Tensor]:
         """What 1x and 2x see."""
-        x21 = self.conv21(x2).relu()
-        x41 = self.conv31_2(self.conv31_1(x4).relu()).relu()
-        x12 = self.conv12(_up(x1, 2)).relu()
-        x42 = self.conv32(x4).relu()
+        x21 = self.conv21(x2).relu_()
+        x41 = self.conv31_2(self.conv31_1(x4).relu_()).relu_()
+        x12 = _up(self.conv12(x1), 2).relu_()
+        x42 = self.conv32(x4).relu_()
         return (
-            self.conv_merge1(torch.cat((x1, x21, x41), 1)).relu(),
-            self.conv_merge2(torch.cat((x2, x12, x42), 1)).relu(),
+            self.conv_merge1(torch.cat((x1, x21, x41), 1)).relu_(),
+            self.conv_merge2(torch.cat((x2, x12, x42), 1)).relu_(),
         )
 
     def integrate4(self, x1: Tensor, x2: Tensor, x4: Tensor) -> Tensor:
         """What 4x sees."""
-        x14 = self.conv13(_up(x1, 4)).relu()
-        x24 = self.conv23(_up(x2, 2)).relu()
-        return self.conv_merge3(torch.cat((x4, x14, x24), 1)).relu()
+        x14 = _up(self.conv13(x1), 4).relu_()
+        x24 = _up(self.conv23(x2), 2).relu_()
+        return self.conv_merge3(torch.cat((x4, x14, x24), 1)).relu_()
 
 
 class MergeTail(nn.Module):
@@ -206,9 +210,9 @@ class MergeTail(nn.Module):
         self.conv_tail2 = _conv1(n_feats // 2, 3)
 
     def forward(self, x1: Tensor, x2: Tensor, x4: Tensor) -> Tensor:
-        x14 = self.conv13(_up(x1, 4)).relu()
-        x24 = self.conv23(_up(x2, 2)).relu()
-        x = self.conv_merge(torch.cat((x4, x14, x24), 1)).relu()
+        x14 = _up(self.conv13(x1), 4).relu_()
+        x24 = _up(self.conv23(x2), 2).relu_()
+        x = self.conv_merge(torch.cat((x4, x14, x24), 1)).relu_()
         return self.conv_tail2(self.conv_tail1(x)).clamp(-1, 1)
 
 
