@@ -254,7 +254,7 @@ def highres_rows(data: Data) -> tuple[list[str], int, list[list[str]]]:
     header = ["method", "limit", "time", "peak memory of the process", "equal", "within 1/255"]
     rows = []
     for row in data["rows"]:
-        cells = [row["reason"], "", "", ""]
+        cells = [row.get("reason", ""), "", "", ""]
         if row["status"] == "ok":
             shares = [f"{row[name]:.4%}" if name in row else "" for name in ("equal", "close")]
             cells = [seconds_text(row["seconds"]), bytes_text(row["peak_bytes"]), *shares]

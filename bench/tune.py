@@ -285,8 +285,8 @@ def group_table(group: Data) -> Table:
     for row in rows:
         shape = [str(n) for n in row["tile"]]
         if row["status"] != "ok":
-            text = ("WRONG: " if row.get("wrong") else "") + row["reason"]
-            left_out.setdefault(text, []).append("(" + ", ".join(shape) + ")")
+            why = ("WRONG: " if row.get("wrong") else "") + row["reason"]
+            left_out.setdefault(why, []).append("(" + ", ".join(shape) + ")")
             continue
         ring = "" if row["ring_bytes"] is None else f"{row['ring_bytes'] >> 20} MiB"
         times = [text.seconds_text(row["times_s"][name]) for name in names]
@@ -295,7 +295,7 @@ def group_table(group: Data) -> Table:
             group.get("ring_bytes"),
         )
         table.add_row(*shape, ring, *times, style="bold" if won else "")
-    table.caption = "\n".join(f"{text}: {', '.join(which)}" for text, which in left_out.items())
+    table.caption = "\n".join(f"{why}: {', '.join(which)}" for why, which in left_out.items())
     return table
 
 

@@ -107,6 +107,19 @@ def test_weights_make_it_ttsr(folder):
     np.testing.assert_array_equal(read_image("low_x4.png").pixels, expected)
 
 
+def test_a_compiled_network_gives_the_same(folder, monkeypatch):
+    torch.manual_seed(1)
+    model = TTSR((1, 0, 0, 1), 4)
+    save_model(model, "tiny.pth")
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
+    options = ("--ref", "ref.png", "--weights", "tiny.pth", "--compile")
+    assert run("upscale", "low.png", *options).exit_code == 0
+    assert [kind.__name__ for kind in compiled] == ["MainNet"]
+    expected = upscale(LOW, REF, model=model).image.pixels
+    np.testing.assert_array_equal(read_image("low_x4.png").pixels, expected)
+
+
 def test_quiet_says_nothing(folder):
     result = run("upscale", "low.png", "--ref", "ref.png", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
@@ -149,6 +162,9 @@ PAIR = ("low.png", "--ref", "ref.png")
         ((*PAIR, "--max-memory", "some"), "--max-memory: a size in bytes is expected, .*'some'"),
         ((*PAIR, "--max-memory", "1M"), "max_memory 0.00 GiB is not enough for method 'detail'.*"),
         ((*PAIR, "--tile", "8"), "tile is for method 'ttsr', not for 'detail'"),
+        ((*PAIR, "--amp", "bf16"), "amp is for method 'ttsr', not for 'detail'"),
+        ((*PAIR, "--amp", "int8"), "--amp must be one of bf16, fp16, got int8"),
+        ((*PAIR, "--compile"), "--compile is for --method ttsr, with --weights"),
         ((*PAIR, "--cache", "sub"), "--cache is for --method ttsr, with --weights"),
         ((*PAIR, "-o", "none/a.png"), "cannot write none/a.png: there is no folder none"),
         ((*PAIR, "-o", "low.png/a.png"), "cannot write low.png/a.png: there is no folder low.png"),

@@ -47,11 +47,16 @@ def test_other_words_are_no_sizes(text):
         parse_bytes(text)
 
 
-def test_much_memory_is_used_for_whole_maps(model):
-    made = plan_ttsr(model, LR, [REF], max_memory=40 * GIB)
+def test_a_small_picture_is_taken_whole(model):
+    made = plan_ttsr(model, (88, 125), [(368, 500)], max_memory=3 * GIB)
     assert made.whole and made.band is None and made.store == CPU
-    assert made.tiles["LTE"] >= 480
+    assert made.tiles["LTE"] >= 125
     assert [name for name, _ in made.stages] == ["LTE", "search", "MainNet"]
+
+
+def test_much_memory_is_not_used_for_its_own_sake(model):
+    made = plan_ttsr(model, LR, [REF], max_memory=100 * GIB)
+    assert not made.whole and made.peak < 6 * GIB
 
 
 @each("gibibytes", [6, 3, 2])

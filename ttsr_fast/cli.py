@@ -119,6 +119,12 @@ def upscale_command(
     phases: Phases = None,
     device: Device = None,
     amp: Amp = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="For ttsr: fuse operations, a minute once for many small pictures."
+        ),
+    ] = False,
     max_memory: MaxMemory = None,
     tile: Annotated[
         int | None,
@@ -162,6 +168,10 @@ def upscale_command(
         options = _options(weights, method, phases, device, backend, precision)
         if cache is not None and weights is None:
             raise ValueError("--cache is for --method ttsr, with --weights")
+        if compiled and weights is None:
+            raise ValueError("--compile is for --method ttsr, with --weights")
+        if compiled:
+            options["model"].MainNet.compile()  # at the first picture; windows go without
         options |= {"amp": amp, "max_memory": _bytes(max_memory), "tile": tile}
         references = _References(ref, pairs, cache)
         if show_plan:

@@ -12,6 +12,7 @@ from ttsr_fast.model import TTSR
 from ttsr_fast.model.tiles import LTE_STAGE, SCALE, Stage, main_net_stages
 
 SHARE = 0.8  # of the memory that is free, where no limit is given
+LARGEST = 2**30  # bytes of a window: larger ones are no faster, as their memory is fresh each time
 LEAST_TILE = 8  # positions along each axis of a window
 BAND = 2**14  # key positions that are searched at a time where memory is short
 
@@ -135,7 +136,7 @@ def _plan_on(
     tiles: dict[str, int] = {}
 
     def fit(stage: Stage, grid: Size, taken: int) -> None:
-        side, size = _window(stage, grid, item, limit - taken, tile)
+        side, size = _window(stage, grid, item, min(limit - taken, LARGEST), tile)
         tiles[stage.name] = side
         stages.append((stage.name, taken + size))
 
@@ -145,7 +146,7 @@ def _plan_on(
     stages.append(("search", before + query + search + workspace))
     main = main_net_stages(model.MainNet)
     at_once = item * queries * (values + max(stage.floats for stage in main))
-    whole = tile is None and before + at_once <= limit
+    whole = tile is None and at_once <= min(limit - before, LARGEST)
     if whole:
         stages.append(("MainNet", before + at_once))
     for stage in main:
