@@ -103,7 +103,8 @@ def run_case(case: Case, algorithm: str, precision: str, device: torch.device) -
     score = torch.full((len(query), *grid), float("nan"), device=device)
     index = torch.full_like(score, -(2**40), dtype=torch.int64)
     kernel_search.search(
-        *(query, key, mask, score, index, *patch, "both", 1e-12, precision), algorithm=algorithm
+        *(query, key, mask, score, index, *patch, "both", 1e-12, False, precision),
+        algorithm=algorithm,
     )
     devices.synchronize(device)
     tolerance = peers.choice_tolerance(precision)

@@ -132,7 +132,7 @@ def algorithm_search(
     score = query.new_empty(n, h, w, dtype=torch.float32)
     index = torch.empty_like(score, dtype=torch.int64)
     kernel_search.search(
-        *(query, key, None, score, index, 3, 1, "both", 1e-12, precision),
+        *(query, key, None, score, index, 3, 1, "both", 1e-12, False, precision),
         algorithm=algorithm,
         tile=tile,
     )

@@ -8,9 +8,9 @@ namespace {
 
 void cpp_search(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask, Tensor score,
                 Tensor index, int64_t kernel_size, int64_t padding, bool normalize_query, bool normalize_key,
-                double eps, bool bfloat16) {
+                double eps, bool add_eps, bool bfloat16) {
   search(query, key, key_mask, score, index,
-         {int(kernel_size), padding, normalize_query, normalize_key, eps, bfloat16});
+         {int(kernel_size), padding, normalize_query, normalize_key, eps, add_eps, bfloat16});
 }
 
 void cpp_gather_fold(const Tensor& value, const Tensor& index, const std::optional<Tensor>& weight,

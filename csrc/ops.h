@@ -1,6 +1,7 @@
 // The operators that the library implements; see ttsr_fast/ops.py for their contracts.
 #pragma once
 
+#include <algorithm>
 #include <string>
 
 #include "common.h"
@@ -12,7 +13,11 @@ struct SearchOptions {
   int64_t padding;
   bool normalize_query, normalize_key;
   double eps;
+  bool add_eps;
   bool bfloat16;  // round features to bfloat16 where the processor multiplies those
+
+  // What a patch of that norm is divided by.
+  double denominator(double norm) const { return add_eps ? norm + eps : std::max(norm, eps); }
 };
 
 // Fills score and index, both contiguous.

@@ -28,6 +28,7 @@ def direct_search(
     kernel_size: int,
     normalize: bool,
     eps: float,
+    add_eps: bool,
     operands: Operands,
     tile: Tile,
 ) -> None:
@@ -70,6 +71,7 @@ def direct_search(
         INPUT_PRECISION=operands.input_precision,
         KERNEL=kernel_size,
         NORMALIZE=normalize,
+        ADD_EPS=add_eps,
         MASKED=key_mask is not None,
         AMAX_BLOCKS=AMAX_BLOCKS,
         LAZY=tiles.lazy(),
@@ -130,6 +132,7 @@ def direct_search_kernel(
     INPUT_PRECISION: tl.constexpr,
     KERNEL: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ADD_EPS: tl.constexpr,
     MASKED: tl.constexpr,
     AMAX_BLOCKS: tl.constexpr,
     LAZY: tl.constexpr,  # as in `best.merge`
@@ -189,6 +192,7 @@ def direct_search_kernel(
             eps,
             KERNEL,
             NORMALIZE,
+            ADD_EPS,
             MASKED,
         )
         b_s = b_t * b_scale[None, :]

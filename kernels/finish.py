@@ -7,7 +7,13 @@ from torch import Tensor
 from ttsr_fast.kernels.best import NO_KEY, decode
 from ttsr_fast.kernels.operands import Operands
 from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed, power_of_two_scale
-from ttsr_fast.kernels.patch_norm import box_sum, image_stride, mask_stride, scaled_eps
+from ttsr_fast.kernels.patch_norm import (
+    box_sum,
+    denominator,
+    image_stride,
+    mask_stride,
+    scaled_eps,
+)
 
 BLOCK_Q, BLOCK_C = 16, 32
 
@@ -23,6 +29,7 @@ def finish(
     kernel_size: int,
     normalize: str,
     eps: float,
+    add_eps: bool,
     operands: Operands,
 ) -> None:
     """Decode, score the pair again from all that is stored of it, and divide by the query's norm.
@@ -60,6 +67,7 @@ def finish(
         RESCORE=not operands.exact,
         NORMALIZE_QUERY=normalize == "both",
         NORMALIZE_KEY=normalize != "none",
+        ADD_EPS=add_eps,
         KERNEL=kernel_size,
         MASKED=key_mask is not None,
         AMAX_BLOCKS=AMAX_BLOCKS,
@@ -126,6 +134,7 @@ def finish_kernel(
     RESCORE: tl.constexpr,
     NORMALIZE_QUERY: tl.constexpr,
     NORMALIZE_KEY: tl.constexpr,
+    ADD_EPS: tl.constexpr,
     KERNEL: tl.constexpr,
     MASKED: tl.constexpr,
     AMAX_BLOCKS: tl.constexpr,
@@ -168,13 +177,14 @@ def finish_kernel(
         p_amax_k = p_key_amax + i_k * AMAX_BLOCKS
         if NORMALIZE_KEY:
             least = scaled_eps(eps, p_amax_k, SCALED, AMAX_BLOCKS)
-            b_score = b_score / tl.maximum(tl.sqrt(tl.sum(square_k, axis=1)), least)
+            norm_k = tl.sqrt(tl.sum(square_k, axis=1))
+            b_score = b_score / denominator(norm_k, least, ADD_EPS)
         elif SCALED:
             b_score = b_score / power_of_two_scale(p_amax_k, AMAX_BLOCKS)
     p_amax_q = p_query_amax + i_n * AMAX_BLOCKS
     if NORMALIZE_QUERY:
         least = scaled_eps(eps, p_amax_q, SCALED, AMAX_BLOCKS)
-        b_score = b_score / tl.maximum(tl.sqrt(squared), least)
+        b_score = b_score / denominator(tl.sqrt(squared), least, ADD_EPS)
     elif SCALED:
         b_score = b_score / power_of_two_scale(p_amax_q, AMAX_BLOCKS)
 

@@ -22,6 +22,7 @@ def patch_norm(
     kernel_size: int,
     normalize: bool,
     eps: float,
+    add_eps: bool,
     scaled: bool,
 ) -> Tensor:  # [N or 1, HKo, WKo]
     """The scale of every key patch, for the algorithms that read it more than once."""
@@ -44,6 +45,7 @@ def patch_norm(
         eps,
         KERNEL=kernel_size,
         NORMALIZE=normalize,
+        ADD_EPS=add_eps,
         MASKED=key_mask is not None,
         SCALED=scaled,
         AMAX_BLOCKS=AMAX_BLOCKS,
@@ -80,10 +82,16 @@ def box_sum(
 
 @triton.jit
 def scaled_eps(eps, p_amax, SCALED: tl.constexpr, AMAX_BLOCKS: tl.constexpr):
-    """The lower bound of a norm, in units of the packed map; never 0."""
+    """What bounds or is added to a norm, in units of the packed map; never 0."""
     if SCALED:
         eps = tl.maximum(eps * power_of_two_scale(p_amax, AMAX_BLOCKS), 1e-30)
     return eps
+
+
+@triton.jit
+def denominator(norm, eps, ADD_EPS: tl.constexpr):
+    """What a patch of that norm is divided by."""
+    return norm + eps if ADD_EPS else tl.maximum(norm, eps)
 
 
 @triton.jit
@@ -97,6 +105,7 @@ def key_scale(
     eps,
     KERNEL: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ADD_EPS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # [BLOCK]
     squared = box_sum(p_first, m_k, WP, KERNEL)
@@ -106,7 +115,7 @@ def key_scale(
     tl.atomic_min(p_lost + o_i * 0, o_i, mask=m_k & ~finite, sem="relaxed")
     scale = tl.full(squared.shape, 1.0, tl.float32)
     if NORMALIZE:
-        scale = 1.0 / tl.maximum(tl.sqrt(tl.where(finite, squared, 1.0)), eps)
+        scale = 1.0 / denominator(tl.sqrt(tl.where(finite, squared, 1.0)), eps, ADD_EPS)
     return tl.where(m_k & finite, scale, float("nan"))
 
 
@@ -137,6 +146,7 @@ def patch_norm_kernel(
     eps: tl.float32,
     KERNEL: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ADD_EPS: tl.constexpr,
     MASKED: tl.constexpr,
     SCALED: tl.constexpr,
     AMAX_BLOCKS: tl.constexpr,
@@ -151,7 +161,7 @@ def patch_norm_kernel(
     if MASKED:
         p_allowed = p_mask + i_n * stride_mask + o_i
     scale = key_scale(
-        p_first, p_allowed, p_lost + i_n, o_i, m_k, WP, eps, KERNEL, NORMALIZE, MASKED
+        p_first, p_allowed, p_lost + i_n, o_i, m_k, WP, eps, KERNEL, NORMALIZE, ADD_EPS, MASKED
     )
     tl.store(p_scale + i_n * (HKO * WKO) + o_i, scale, mask=m_k)
 

@@ -33,6 +33,7 @@ def search(
     padding: int,
     normalize: str,
     eps: float,
+    add_eps: bool,
     precision: str,
     *,
     algorithm: str | None = None,
@@ -51,7 +52,7 @@ def search(
         raise RuntimeError(f"algorithm {algorithm!r} cannot do this search: {reason}")
     if tile is None:
         tile = tiles.tile(algorithm, how.name)
-    normalize_key = normalize != "none"
+    key_options = (kernel_size, normalize != "none", eps, add_eps)
     key_mask = None if key_mask is None else key_mask.contiguous()
     with device_of(query):
         best = torch.empty_like(index)
@@ -59,14 +60,14 @@ def search(
         lost = best.new_empty(max(len(key), masks), dtype=torch.int32)
         q, k = pack(query, key, best, lost, padding, how)
         if algorithm == "direct":
-            direct_search(q, k, key_mask, best, lost, kernel_size, normalize_key, eps, how, tile)
+            direct_search(q, k, key_mask, best, lost, *key_options, how, tile)
         else:
-            scale = patch_norm(k, key_mask, lost, kernel_size, normalize_key, eps, how.scaled)
+            scale = patch_norm(k, key_mask, lost, *key_options, how.scaled)
             if algorithm == "rolled":
                 rolled_search(q, k, scale, best, padding, how, tile)
             else:
                 slab_search(q, k, scale, best, how, tile)
-        finish(q, k, key_mask, best, lost, score, index, kernel_size, normalize, eps, how)
+        finish(q, k, key_mask, best, lost, score, index, kernel_size, normalize, eps, add_eps, how)
 
 
 def choose(query: Tensor, key: Tensor, kernel_size: int, precision: str) -> str:

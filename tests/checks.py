@@ -34,14 +34,15 @@ def scores_at(
     padding: int = 1,
     normalize: str = "both",
     eps: float = 1e-12,
+    add_eps: bool = False,
 ) -> Tensor:  # [N, Ho, Wo]
     """The score of every query patch with the key patch at its index: a search that has chosen."""
     q = F.unfold(query, kernel_size, padding=padding)
     k = F.unfold(key, kernel_size, padding=padding)
     if normalize == "both":
-        q = F.normalize(q, dim=1, eps=eps)
+        q = q / _denominator(q, eps, add_eps)
     if normalize != "none":
-        k = F.normalize(k, dim=1, eps=eps)
+        k = k / _denominator(k, eps, add_eps)
     return (q * _at(k, index)).sum(1).view(index.shape)
 
 
@@ -55,6 +56,7 @@ def assert_same_choice(
     padding: int | None = None,
     normalize: str = "both",
     eps: float = 1e-12,
+    add_eps: bool = False,
     precision: str | None = None,
 ) -> None:
     """`match` holds a best key of every query, judged in float64, and that key's score.
@@ -66,7 +68,7 @@ def assert_same_choice(
     padding = kernel_size // 2 if padding is None else padding
     patch = {"kernel_size": kernel_size, "padding": padding}
     q, k = query.detach().double(), key.detach().double()
-    options = {**patch, "normalize": normalize, "eps": eps}
+    options = {**patch, "normalize": normalize, "eps": eps, "add_eps": add_eps}
     best, _ = reference.search(q, k, key_mask, **options)
     index = match.index.to(q.device)
 
@@ -101,6 +103,11 @@ def assert_no_worse(
     allowed = 2 * (baseline.double() - expected).abs().max()
     allowed = allowed + SPARE[baseline.dtype] * expected.abs().max()
     assert error.le(allowed).all(), f"error {error.max():.3g} where {allowed:.3g} is allowed"
+
+
+def _denominator(patches: Tensor, eps: float, add_eps: bool) -> Tensor:  # [N or 1, 1, L]
+    norm = patches.norm(dim=1, keepdim=True)
+    return norm + eps if add_eps else norm.clamp(min=eps)
 
 
 def _at(patches: Tensor, index: Tensor) -> Tensor:  # [N or 1, D, Nk], [N, Ho, Wo] -> [N, D, Nq]

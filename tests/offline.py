@@ -61,6 +61,7 @@ class Case:
     masked: bool = False
     kernel_size: int = 3
     normalize: str = "both"
+    add_eps: bool = False
     sweep: bool = False  # through all sizes
 
 
@@ -121,7 +122,7 @@ def cases(algorithm: str, options: bool) -> Iterator[Case]:
             for masked in (False, True):
                 yield replace(case, kernel_size=kernel_size, masked=masked)
         yield replace(case, normalize="none")
-        yield replace(case, channels=3, masked=True, tile="safe")
+        yield replace(case, channels=3, masked=True, tile="safe", add_eps=True)
 
 
 def features(case: Case, n: int, size: tuple[int, int]) -> Tensor:  # [n, case.channels, *size]
@@ -151,6 +152,7 @@ def search(algorithm: str, case: Case) -> None:
             padding,
             case.normalize,
             1e-12,
+            case.add_eps,
             OPERANDS[case.operands][1],
             algorithm=algorithm,
             tile=tile,

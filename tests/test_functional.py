@@ -66,6 +66,7 @@ BAD_SEARCHES = {
         ValueError,
         "eps must be finite and at least 1.2e-38, got nan",
     ),
+    "add_eps": ({"add_eps": 1e-5}, TypeError, "add_eps must be True or False, got 1e-05"),
     "mask_dtype": ({"key_mask": mask(2, 5, 8).float()}, TypeError, "key_mask .*bool.*float32"),
     "mask_list": ({"key_mask": [True]}, TypeError, "key_mask .*got list"),
     "mask_rank": ({"key_mask": mask(5, 8)}, ValueError, r"key_mask .*\[2 or 1, 5, 8\].*\[5, 8\]"),

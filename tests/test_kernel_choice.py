@@ -16,7 +16,7 @@ each = pytest.mark.parametrize
 def run(algorithm, query, key):
     score = torch.empty(1, *query.shape[2:])
     index = torch.empty_like(score, dtype=torch.int64)
-    options = (7, 3, "both", 1e-12, "fp32")
+    options = (7, 3, "both", 1e-12, False, "fp32")
     kernels.search(query, key, None, score, index, *options, algorithm=algorithm)
 
 

@@ -45,6 +45,7 @@ def run(
     padding=1,
     normalize="both",
     eps=1e-12,
+    add_eps=False,
     precision="fp32",
     tile=None,
 ):
@@ -52,7 +53,7 @@ def run(
     n, _, h, w = query.shape
     score = query.new_empty(n, h - shrink, w - shrink, dtype=torch.float32)
     index = torch.empty_like(score, dtype=torch.int64)
-    options = (kernel_size, padding, normalize, eps, precision)
+    options = (kernel_size, padding, normalize, eps, add_eps, precision)
     kernels.search(query, key, mask, score, index, *options, algorithm=algorithm, tile=tile)
     return Match(score, index)
 
@@ -210,14 +211,16 @@ def _encode(p_score, p_index, p_best, BLOCK: tl.constexpr):
 
 @every_algorithm
 @each("precision", ["fp32", "fp16x3", "fp16"])
-def test_eps_and_zeros(algorithm, precision):
+@each("add_eps", [False, True])
+def test_eps_and_zeros(algorithm, add_eps, precision):
     query, key = torch.randn(1, 3, 5, 6), torch.randn(1, 3, 6, 7) * torch.rand(1, 1, 6, 7)
     query[..., :4, :4] = 0
-    match = run(algorithm, query, key, eps=2.0, precision=precision)
-    assert_same_choice(match, query, key, eps=2.0, precision=precision)
+    options = {"eps": 2.0, "add_eps": add_eps, "precision": precision}
+    match = run(algorithm, query, key, **options)
+    assert_same_choice(match, query, key, **options)
     assert match.score[0, :3, :3].eq(0).all() and match.index[0, :3, :3].eq(0).all()
     zeros = torch.zeros_like(key)
-    match = run(algorithm, query, zeros, precision=precision)
+    match = run(algorithm, query, zeros, add_eps=add_eps, precision=precision)
     assert match.score.eq(0).all() and match.index.eq(0).all()
 
 

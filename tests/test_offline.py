@@ -66,6 +66,7 @@ def label(case: Case, *names: str) -> str:
     words += ["channels_last"] * case["channels_last"] + ["masked"] * case["masked"]
     words += [f"{case['kernel_size']}x{case['kernel_size']}"] * (case["kernel_size"] != 3)
     words += [f"normalize={case['normalize']}"] * (case["normalize"] != "both")
+    words += ["add_eps"] * case["add_eps"]
     return ", ".join((*names, *words))
 
 

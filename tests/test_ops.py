@@ -11,6 +11,7 @@ from ttsr_fast import gather_fold, ops, portable, search
 SAMPLES = {
     "plain": {},
     "one_key": {"key_batch": 1, "normalize": "key", "divisor": "none", "needed": [True, False]},
+    "added_eps": {"eps": 0.1, "add_eps": True},
     "one_pixel": {
         "kernel_size": 1,
         "padding": 0,
@@ -30,6 +31,8 @@ DEFAULTS = {
     "dtype": torch.float32,
     "layout": "contiguous",
     "normalize": "both",
+    "eps": 1e-12,
+    "add_eps": False,
     "divisor": "area",
     "needed": [True, True],  # gradients of search
 }
@@ -52,15 +55,16 @@ def sample(request):
     weight = torch.rand(index.shape)
     precision = "fp64" if s["dtype"] == torch.float64 else "fp32"
     transfer = (stride, *patch, s["divisor"])
+    score_options = (s["normalize"], s["eps"], s["add_eps"])
     score, grad_score = torch.rand(2, *index.shape, dtype=portable.work_dtype(s["dtype"]))
     return {
-        "search": (query, key, mask, *patch, s["normalize"], 1e-12, precision),
+        "search": (query, key, mask, *patch, *score_options, precision),
         "gather_fold": (value, index, weight, *transfer),
         "gather_fold_adjoint": (grad, index, weight, list(value_size), *transfer),
         "gather_dot": (value, grad, index, *transfer),
         "search_backward": (
             *(grad_score, query, key, score, index % (key.shape[2] - shrink), *patch),
-            *(s["normalize"], 1e-12),
+            *score_options,
         ),
         "needed": s["needed"],
     }

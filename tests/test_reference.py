@@ -194,10 +194,12 @@ def test_zero_patch_scores_zero():
     assert not score.any()
 
 
-def test_norm_below_eps_divides_by_eps():
+def test_norm_below_eps_and_eps_added():
     query = torch.full((1, 1, 1, 1), 0.2, dtype=torch.float64)
     score, _ = reference.search(query, query * 3, eps=0.5)
     assert score.item() == pytest.approx(0.2 / 0.5 * 1.0)
+    score, _ = reference.search(query, query * 3, eps=0.5, add_eps=True)
+    assert score.item() == pytest.approx(0.2 / (0.2 + 0.5) * 0.6 / (0.6 + 0.5))
 
 
 def test_ties_go_to_the_lowest_index():

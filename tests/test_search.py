@@ -192,11 +192,48 @@ def test_zero_patches(backend):
     assert match.score[0, 5, 5].item() == 0 and match.index[0, 5, 5].item() == 4 * 11 + 6
 
 
-def test_norm_below_eps(backend):
+@pytest.mark.parametrize("add_eps", [False, True])
+def test_norm_below_eps(backend, add_eps):
     query, key = 0.1 * torch.randn(1, 3, 6, 7), torch.randn(1, 3, 5, 9) * torch.rand(1, 1, 5, 9)
     for normalize in cases.NORMALIZATIONS:
-        match = search(query, key, eps=2.0, normalize=normalize, backend=backend)
-        assert_same_choice(match, query, key, eps=2.0, normalize=normalize)
+        options = {"eps": 2.0, "add_eps": add_eps, "normalize": normalize}
+        match = search(query, key, backend=backend, **options)
+        assert_same_choice(match, query, key, **options)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all_keys", "masked"])
+@pytest.mark.parametrize("normalize", cases.NORMALIZATIONS)
+@pytest.mark.parametrize(("kernel_size", "padding"), cases.PATCHES)
+def test_options_with_eps_added(backend, kernel_size, padding, normalize, masked):
+    query, key = features(((2, 3, 9, 11), (1, 3, 10, 17)))
+    key *= torch.rand(1, 1, 10, 17) ** 4
+    options = {"kernel_size": kernel_size, "padding": padding, "normalize": normalize}
+    options |= {"eps": 0.3, "add_eps": True}
+    grid = [n + 2 * padding - kernel_size + 1 for n in key.shape[2:]]
+    mask = torch.rand(1, *grid) < 0.3 if masked else None
+    match = search(query, key, key_mask=mask, backend=backend, **options)
+    assert_same_choice(match, query, key, mask, **options)
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_precision_with_eps_added(backend, dtype, precision):
+    if dtype == torch.float64 and precision is not None:
+        return
+    query, key = features(((2, 16, 9, 11), (2, 16, 10, 17)), dtype=dtype)
+    options = {"precision": precision, "eps": 3.0, "add_eps": True}
+    assert_same_choice(search(query, key, backend=backend, **options), query, key, **options)
+
+
+def test_added_eps_changes_the_choice(backend):
+    """From a patch as long as eps with a cosine of 1 to a longer one with a cosine of 0.96."""
+    query, key = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 6)
+    key[..., :3], key[..., 5] = 1e-5 / 3, 0.5
+    options = {"padding": 0, "eps": 1e-5, "backend": backend}
+    assert search(query, key, **options).index.item() == 0
+    match = search(query, key, add_eps=True, **options)
+    assert match.index.item() == 3
+    assert match.score.item() == pytest.approx(7.5 / (3 + 1e-5) / (6.75**0.5 + 1e-5), abs=5e-7)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)

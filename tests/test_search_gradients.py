@@ -42,8 +42,9 @@ def test_gradcheck(backend, shapes, normalize):
 
 
 @pytest.mark.double
+@pytest.mark.parametrize("add_eps", [False, True])
 @pytest.mark.parametrize("normalize", cases.NORMALIZATIONS)
-def test_gradcheck_across_eps(backend, normalize):
+def test_gradcheck_across_eps(backend, normalize, add_eps):
     """Norms on both sides of eps."""
     query, key = features(((1, 2, 5, 6), (1, 2, 4, 7)), dtype=torch.float64)
     for x in (query, key):
@@ -53,24 +54,27 @@ def test_gradcheck_across_eps(backend, normalize):
     assert (norm < 2).any() and (norm > 2).any()
 
     def score(q, k):
-        return search(q, k, normalize=normalize, eps=2.0, backend=backend).score
+        options = {"normalize": normalize, "eps": 2.0, "add_eps": add_eps}
+        return search(q, k, backend=backend, **options).score
 
     assert torch.autograd.gradcheck(score, (query, key))
 
 
 @pytest.mark.double
 @pytest.mark.parametrize("normalize", cases.NORMALIZATIONS)
+@pytest.mark.parametrize("add_eps", [False, True])
 @pytest.mark.parametrize(("kernel_size", "padding"), cases.PATCHES)
-def test_gradients_of_options(backend, kernel_size, padding, normalize):
+def test_gradients_of_options(backend, kernel_size, padding, normalize, add_eps):
     options = {"kernel_size": kernel_size, "padding": padding, "normalize": normalize}
+    options |= {"eps": 1e-3, "add_eps": add_eps}
     query, key = features(((2, 3, 8, 9), (1, 3, 9, 11)), dtype=torch.float64)
     query[0, :, :5, :4] = 0
     query.requires_grad_(), key.requires_grad_()
     mask = torch.rand(1, *(n + 2 * padding - kernel_size + 1 for n in key.shape[2:])) < 0.5
-    score = search(query, key, key_mask=mask, eps=1e-3, backend=backend, **options).score
+    score = search(query, key, key_mask=mask, backend=backend, **options).score
     grad_score = torch.randn_like(score)
     actual = torch.autograd.grad(score, (query, key), grad_score)
-    score, _ = reference.search(query, key, mask, eps=1e-3, **options)
+    score, _ = reference.search(query, key, mask, **options)
     expected = torch.autograd.grad(score, (query, key), grad_score)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)

@@ -182,12 +182,11 @@ def _triton_search(*arguments):
     importlib.import_module("ttsr_fast.kernels.search").search(*arguments)
 
 
-def _reference_search(query, key, key_mask, score, index, kernel_size, padding, normalize, eps, _):
+def _reference_search(query, key, key_mask, score, index, *options):
     # In higher precision; an infinity counts as NaN, with any normalisation.
     q, k = (torch.where(x.isfinite(), x.double(), torch.nan) for x in (query, key))
-    result = reference.search(
-        q, k, key_mask, kernel_size=kernel_size, padding=padding, normalize=normalize, eps=eps
-    )
+    names = ("kernel_size", "padding", "normalize", "eps", "add_eps")
+    result = reference.search(q, k, key_mask, **dict(zip(names, options[:-1], strict=True)))
     score.copy_(result[0])
     index.copy_(result[1])
 

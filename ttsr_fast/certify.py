@@ -39,7 +39,7 @@ def certified(
         query: `[N, C, H, W]`, as given to `search`.
         key: `[N, C, HK, WK]` or `[1, C, HK, WK]`, as given to `search`.
         match: what `search` returned for them, under `normalize="both"` or `"key"` and with the
-            default `eps`.
+            default `eps` and `add_eps`.
         precision: `"fp16"` or `"bf16"`: what the features were rounded to.
         kernel_size: as given to `search`.
         padding: as given to `search`.
@@ -93,6 +93,7 @@ def _certain(
         padding,
         "both",
         _EPS,
+        False,
         "fp32",
         barred=index,
     )

@@ -16,7 +16,9 @@ from ttsr_fast.choosers import Choosers
 CHECK_INDEX_VARIABLE = "TTSR_FAST_CHECK_INDEX"
 
 
-def search(query, key, key_mask, score, index, kernel_size, padding, normalize, eps, precision):
+def search(
+    query, key, key_mask, score, index, kernel_size, padding, normalize, eps, add_eps, precision
+):
     torch.ops.ttsr_fast.cpp_search(
         query,
         key,
@@ -28,23 +30,25 @@ def search(query, key, key_mask, score, index, kernel_size, padding, normalize, 
         normalize == "both",
         normalize != "none",
         eps,
+        add_eps,
         precision == "bf16",
     )
     if precision == "bf16" and query.dtype != torch.bfloat16:
-        _rescore(query, key, score, index, kernel_size, padding, normalize, eps)
+        _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add_eps)
 
 
-def _rescore(query, key, score, index, kernel_size, padding, normalize, eps):
+def _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add_eps):
     """The score of the chosen pairs from the features as given, not as rounded for the choice."""
     patch = (kernel_size, padding)
     exact = torch.empty_like(score)
     gather_dot(key, query, index, exact, 1, *patch, "none")
     if normalize in ("both", "key"):
-        norm, chosen = portable.patch_norm(key, *patch), torch.empty_like(score.unsqueeze(1))
-        gather_fold([norm.clamp_(min=eps)], index, None, [chosen], [1], 1, 0, "none")
+        chosen = torch.empty_like(score.unsqueeze(1))
+        norm = portable.denominator(portable.patch_norm(key, *patch), eps, add_eps)
+        gather_fold([norm], index, None, [chosen], [1], 1, 0, "none")
         exact /= chosen[:, 0]
     if normalize == "both":
-        exact /= portable.patch_norm(query, *patch)[:, 0].clamp(min=eps)
+        exact /= portable.denominator(portable.patch_norm(query, *patch)[:, 0], eps, add_eps)
     score.copy_(torch.where(score.isnan(), score, exact))
 
 

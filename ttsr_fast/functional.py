@@ -42,6 +42,7 @@ def search(
     padding: int | None = None,
     normalize: str = "both",
     eps: float = 1e-12,
+    add_eps: bool = False,
     key_mask: Tensor | None = None,  # [N or 1, HK, WK] bool
     precision: str | None = None,
     backend: str | None = None,
@@ -69,6 +70,7 @@ def search(
             `"key"` (the same choice, scores scaled by the query's norm), `"none"` (inner product).
         eps: lower bound of a norm, so that an all-zero patch scores 0. A normal positive number;
             in float32 a norm below 1e-19 counts as 0.
+        add_eps: divide by `norm + eps` instead, as C2-Matching (arXiv 2106.01863) does.
         key_mask: bool, `[N or 1, *key grid]`; a key position that is False is never matched. Every
             mask needs at least one True, which is checked on the CPU.
         precision: what the choice is allowed to cost, as a contract on values:
@@ -113,6 +115,8 @@ def search(
     query, key, precision = _check_pair(query, key, precision)
     padding = _check_patch(kernel_size, padding, (1, 3, 5, 7))
     _check_choice("normalize", normalize, NORMALIZATIONS)
+    if not isinstance(add_eps, bool):
+        raise TypeError(f"add_eps must be True or False, got {add_eps!r}")
     least = torch.finfo(torch.promote_types(query.dtype, torch.float32)).tiny
     if not least <= eps < float("inf"):
         raise ValueError(f"eps must be finite and at least {least:.2g}, got {eps}")
@@ -134,6 +138,7 @@ def search(
             padding,
             normalize,
             float(eps),
+            add_eps,
             precision,
             backend,
         )

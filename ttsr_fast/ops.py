@@ -31,8 +31,8 @@ search_backward = torch.ops.ttsr_fast.search_backward.default
 search_transfer = torch.ops.ttsr_fast.search_transfer.default
 search_transfer_backward = torch.ops.ttsr_fast.search_transfer_backward.default
 
-# What TTSR fixes for its whole model: kernel_size, padding; normalize, eps; divisor.
-TTSR_PATCH, TTSR_SCORE, TTSR_DIVISOR = (3, 1), ("both", 1e-12), "area"
+# What TTSR fixes for its whole model: kernel_size, padding; normalize, eps, add_eps; divisor.
+TTSR_PATCH, TTSR_SCORE, TTSR_DIVISOR = (3, 1), ("both", 1e-12, False), "area"
 
 
 def _search(
@@ -43,6 +43,7 @@ def _search(
     padding: int,
     normalize: str,
     eps: float,
+    add_eps: bool,
     precision: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,8 @@ def _search(
     run = backends.choose("search", query, backend)
     score, index = _search_outputs(query, kernel_size, padding)
     if score.numel():
-        run(query, key, key_mask, score, index, kernel_size, padding, normalize, eps, precision)
+        options = (kernel_size, padding, normalize, eps, add_eps, precision)
+        run(query, key, key_mask, score, index, *options)
     return score, index
 
 
@@ -134,12 +136,13 @@ def _search_backward(
     padding: int,
     normalize: str,
     eps: float,
+    add_eps: bool,
     backend: str | None,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor]:  # shapes of query and key; empty where not needed
     patch, choosers = (kernel_size, padding), Choosers(index)
     return transfer.search_gradient(
-        grad_score, query, key, score, choosers, patch, normalize, eps, backend, needed
+        grad_score, query, key, score, choosers, patch, normalize, eps, add_eps, backend, needed
     )
 
 
@@ -151,7 +154,8 @@ def _search_transfer(
     precision: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # [N, H, W] twice, [N, C, stride*H, stride*W] each
-    score, index = _search(query, key, None, *TTSR_PATCH, *TTSR_SCORE, precision, backend)
+    options = (*TTSR_PATCH, *TTSR_SCORE, precision, backend)
+    score, index = _search(query, key, None, *options)
     outs = transfer.gather_fold(values, index, None, strides, TTSR_PATCH, TTSR_DIVISOR, backend)
     return score, index, outs
 
@@ -231,7 +235,7 @@ for _name, _function in (
 
 
 @torch.library.register_fake("ttsr_fast::search", lib=LIBRARY)
-def _(query, key, key_mask, kernel_size, padding, normalize, eps, precision, backend):
+def _(query, key, key_mask, kernel_size, padding, normalize, eps, add_eps, precision, backend):
     return _search_outputs(query, kernel_size, padding)
 
 
@@ -251,8 +255,8 @@ def _(value, grad, index, stride, kernel_size, padding, divisor, backend):
 
 
 @torch.library.register_fake("ttsr_fast::search_backward", lib=LIBRARY)
-def _(grad_score, query, key, score, index, kernel_size, padding, normalize, eps, backend, needed):
-    return transfer.search_gradient_outputs(query, key, needed)
+def _(grad_score, query, key, *rest):
+    return transfer.search_gradient_outputs(query, key, rest[-1])
 
 
 @torch.library.register_fake("ttsr_fast::search_transfer", lib=LIBRARY)
@@ -267,11 +271,11 @@ def _(grad_score, grads, query, key, score, index, value_sizes, strides, backend
 
 
 def _search_setup(ctx, inputs, output):
-    query, key, _, kernel_size, padding, normalize, eps, _, backend = inputs
+    query, key, _, kernel_size, padding, normalize, eps, add_eps, _, backend = inputs
     score, index = output
     ctx.mark_non_differentiable(index)
     ctx.save_for_backward(query, key, score, index)
-    ctx.options = (kernel_size, padding, normalize, eps, backend)
+    ctx.options = (kernel_size, padding, normalize, eps, add_eps, backend)
 
 
 def _search_gradient(ctx, grad_score, _):
@@ -279,7 +283,7 @@ def _search_gradient(ctx, grad_score, _):
         grad_score, *ctx.saved_tensors, *ctx.options, list(ctx.needs_input_grad[:2])
     )
     wanted = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True))
-    return *wanted, *[None] * 7
+    return *wanted, *[None] * 8
 
 
 def _gather_fold_setup(ctx, inputs, output):

@@ -32,6 +32,11 @@ def patch_norm(x: Tensor, kernel_size: int, padding: int) -> Tensor:  # [N, 1, H
     return F.avg_pool2d(squared, kernel_size, stride=1, divisor_override=1).sqrt()
 
 
+def denominator(norm: Tensor, eps: float, add_eps: bool) -> Tensor:
+    """What patches of these norms are divided by."""
+    return norm + eps if add_eps else norm.clamp(min=eps)
+
+
 def search(
     query: Tensor,  # [N, C, H, W]
     key: Tensor,  # [N or 1, C, HK, WK]
@@ -42,6 +47,7 @@ def search(
     padding: int,
     normalize: str,
     eps: float,
+    add_eps: bool,
     precision: str,
     barred: Tensor | None = None,  # [N, Ho, Wo]
 ) -> None:
@@ -51,7 +57,9 @@ def search(
     `barred` holds a key position for every query that is not to be matched by it.
     """
     norm_q, norm_k = (patch_norm(x, kernel_size, padding)[:, 0] for x in (query, key))
-    scale = norm_k.clamp(min=eps).reciprocal() if normalize != "none" else torch.ones_like(norm_k)
+    scale = torch.ones_like(norm_k)
+    if normalize != "none":
+        scale = denominator(norm_k, eps, add_eps).reciprocal()
     scale = scale.masked_fill(~norm_k.isfinite(), float("nan"))
     first = torch.zeros_like(index[:, :1, :1])
     if key_mask is not None:
@@ -74,7 +82,7 @@ def search(
                 padding,
             )
     if normalize == "both":
-        score /= norm_q.clamp(min=eps)
+        score /= denominator(norm_q, eps, add_eps)
     lost = ~norm_q.isfinite()
     score.masked_fill_(lost, float("nan"))
     index.copy_(torch.where(lost, first, index))

@@ -21,20 +21,27 @@ def search(
     padding: int = 1,
     normalize: str = "both",
     eps: float = 1e-12,
+    add_eps: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [N, Ho, Wo], [N, Ho, Wo]
     """Score and row-major position of the best key patch for every query patch."""
     query_grid = [size + 2 * padding - kernel_size + 1 for size in query.shape[-2:]]
     q = F.unfold(query, kernel_size, padding=padding)  # [N, C*k*k, Nq]
     k = F.unfold(key, kernel_size, padding=padding)  # [N or 1, C*k*k, Nk]
     if normalize == "both":
-        q = F.normalize(q, dim=1, eps=eps)
+        q = _divided_by_norm(q, eps, add_eps)
     if normalize in ("both", "key"):
-        k = F.normalize(k, dim=1, eps=eps)
+        k = _divided_by_norm(k, eps, add_eps)
     relevance = k.transpose(1, 2) @ q  # [N, Nk, Nq]
     if key_mask is not None:
         relevance = relevance.masked_fill(~key_mask.flatten(1)[:, :, None], float("-inf"))
     score, index = relevance.max(dim=1)
     return score.unflatten(1, query_grid), index.unflatten(1, query_grid)
+
+
+def _divided_by_norm(x: Tensor, eps: float, add_eps: bool) -> Tensor:  # [N, C*k*k, L]
+    if add_eps:
+        return x / (x.norm(dim=1, keepdim=True) + eps)
+    return F.normalize(x, dim=1, eps=eps)
 
 
 def gather_fold(

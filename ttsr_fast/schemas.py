@@ -6,10 +6,11 @@ They exist with or without the compiled libraries, which only implement them.
 import torch
 
 _PATCH = "int kernel_size, int padding"
+_SCORE = "str normalize, float eps, bool add_eps"
 LIBRARY = torch.library.Library("ttsr_fast", "DEF")
 LIBRARY.define(
     "search(Tensor query, Tensor key, Tensor? key_mask, "
-    f"{_PATCH}, str normalize, float eps, str precision, str? backend) -> (Tensor, Tensor)"
+    f"{_PATCH}, {_SCORE}, str precision, str? backend) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "gather_fold(Tensor value, Tensor index, Tensor? weight, "
@@ -25,7 +26,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "search_backward(Tensor grad_score, Tensor query, Tensor key, Tensor score, Tensor index, "
-    f"{_PATCH}, str normalize, float eps, str? backend, bool[2] needed) -> (Tensor, Tensor)"
+    f"{_PATCH}, {_SCORE}, str? backend, bool[2] needed) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "search_transfer(Tensor query, Tensor key, Tensor[] values, int[] strides, str precision, "
@@ -40,7 +41,8 @@ LIBRARY.define(
 LIBRARY.define("cpp_isa() -> str")
 LIBRARY.define(
     "cpp_search(Tensor query, Tensor key, Tensor? key_mask, Tensor(a!) score, Tensor(b!) index, "
-    f"{_PATCH}, bool normalize_query, bool normalize_key, float eps, bool bfloat16) -> ()"
+    f"{_PATCH}, bool normalize_query, bool normalize_key, float eps, bool add_eps, "
+    "bool bfloat16) -> ()"
 )
 LIBRARY.define(
     "cpp_gather_fold(Tensor value, Tensor index, Tensor? weight, Tensor(a!) out, "

@@ -67,29 +67,35 @@ def search_gradient(
     patch: Patch,
     normalize: str,
     eps: float,
+    add_eps: bool,
     backend: str | None,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor]:  # shapes of query and key; empty where not needed
     """Gradient through the two chosen patches and their norms.
 
-    With i = index[j], g the gradient of score[j] and n = max(norm, eps): the product of the patches
-    has gradient g / (n_i n_j) in each factor, and a norm above eps pulls on every pixel x of its
-    patch by -g score x / norm^2, summed over the patches that hold x.
+    With i = index[j], g the gradient of score[j] and n what a patch is divided by: the product of
+    the patches has gradient g / (n_i n_j) in each factor, and a norm that n varies with pulls on
+    every pixel x of its patch by -g score x / (n norm), summed over the patches that hold x.
     """
     grad_query, grad_key = query.new_empty(0), key.new_empty(0)
     if not any(needed):
         return grad_query, grad_key
     index, weight, query_pull, key_pull = choosers.index, grad_score, None, None
+    varies_above = 0.0 if add_eps else eps
     if normalize in ("both", "key"):
         norm = portable.patch_norm(key, *patch)
         grid = list(norm.shape)
         (chosen,) = gather_fold([norm], index, None, [1], (1, 0), "none", backend)
-        weight = weight / chosen[:, 0].clamp(min=eps)
-        key_pull = torch.where(chosen > eps, (grad_score * score).unsqueeze(1) / chosen**2, 0)
+        divisor = portable.denominator(chosen, eps, add_eps)
+        weight = weight / divisor[:, 0]
+        pull = (grad_score * score).unsqueeze(1) / (divisor * chosen)
+        key_pull = torch.where(chosen > varies_above, pull, 0)
     if normalize == "both":
         norm = portable.patch_norm(query, *patch)[:, 0]
-        weight = weight / norm.clamp(min=eps)
-        query_pull = torch.where(norm > eps, grad_score * score / norm**2, 0).unsqueeze(1)
+        divisor = portable.denominator(norm, eps, add_eps)
+        weight = weight / divisor
+        pull = grad_score * score / (divisor * norm)
+        query_pull = torch.where(norm > varies_above, pull, 0).unsqueeze(1)
 
     if needed[0]:
         (grad_query,) = gather_fold([key], index, weight, [1], patch, "none", backend)

@@ -55,9 +55,7 @@ struct KeyWeights {
           scales[x] = 0;
           if (!legal) continue;
           const double norm = key.patch_norm(y, column);
-          scales[x] = T(!std::isfinite(norm) ? std::nan("")
-                        : o.normalize_key    ? 1 / std::max(norm, o.eps)
-                                             : 1);
+          scales[x] = T(!std::isfinite(norm) ? std::nan("") : o.normalize_key ? 1 / o.denominator(norm) : 1);
           const int64_t position = y * key.grid_width + column;
           for (int64_t seen = lowest; position < seen && !lowest.compare_exchange_weak(seen, position);) {}
         }
@@ -175,7 +173,7 @@ void search_typed(const Tensor& query, const Tensor& key, const std::optional<Te
       if (!o.normalize_query) continue;
       for (int64_t j = 0; j < (q.end - q.begin) * q.grid_width; ++j) {
         const double norm = q.patch_norm(q.begin + j / q.grid_width, j % q.grid_width);
-        scores[j] = T(double(scores[j]) / std::max(norm, o.eps));
+        scores[j] = T(double(scores[j]) / o.denominator(norm));
       }
     }
   }
