@@ -53,7 +53,13 @@ def why_left_out(language: str, wanted: str) -> str | None:
 
 
 setup(
-    packages=["ttsr_fast", "ttsr_fast.model", "ttsr_fast.kernels", "ttsr_fast.csrc"],
+    packages=[
+        "ttsr_fast",
+        "ttsr_fast.compat",
+        "ttsr_fast.model",
+        "ttsr_fast.kernels",
+        "ttsr_fast.csrc",
+    ],
     package_dir={"ttsr_fast.csrc": "csrc", "ttsr_fast.kernels": "kernels"},
     package_data={
         "ttsr_fast": ["py.typed"],

@@ -26,6 +26,7 @@ LAW: dict[str, set[str]] = {
     "bands": {"functional", "torch"},
     "references": {"bands", "functional", "torch"},
     "certify": {"functional", "portable", "torch"},
+    "compat": {"functional", "torch"},
     "portable": {"torch"},
     "reference": {"torch"},
     "modules": {"functional", "torch"},

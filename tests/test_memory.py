@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests import cases
 from ttsr_fast import gather_fold, portable, search
+from ttsr_fast.compat import feature_match_index, masa
 
 MIB = 1 << 20
 
@@ -149,3 +150,27 @@ def test_search_backward(backend, shapes, tmp_path):
     maps = 12 * size(score)  # of one channel: norms, weights, index
     bound = (1 + TRANSFER_BOUNDS[backend]) * size(query, key) + maps
     assert peak_allocated(backward, tmp_path) < bound
+
+
+def test_feature_match_index(backend, tmp_path, monkeypatch):
+    """Patches would take 3.5 MiB of either map, the similarities of all pairs 20 MiB."""
+    monkeypatch.setattr(portable, "SLAB_BYTES", MIB)
+    maps = [torch.randn(40, 50, 50) for _ in range(2)]
+
+    def run():
+        return feature_match_index(*maps, norm_input=True, backend=backend)
+
+    bound = 3 * size(*maps) + 4 * MIB
+    assert peak_allocated(run, tmp_path) < {"reference": math.inf}.get(backend, bound)
+
+
+def test_masa_transfer(backend, tmp_path):
+    """Patches would take 9 times the features."""
+    fea, soft_att = torch.randn(1, 64, 82, 102), torch.rand(1, 1, 23, 25)
+    index = cases.random_index(fea.shape, (1, 23, 25), 2, padding=0)
+
+    def run():
+        return masa.transfer(fea, index, soft_att, ks=6, pd=2, stride=2, backend=backend)
+
+    bound = (TRANSFER_BOUNDS[backend] + 2) * size(fea, run())
+    assert peak_allocated(run, tmp_path) < bound
