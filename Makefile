@@ -28,7 +28,7 @@ SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -
 SANITIZER_TESTS := tests/test_search.py tests/test_gather_fold.py tests/test_ops.py
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test test-oldest-triton check format sanitize bench gpu-check wheel clean
+.PHONY: help env build demo test test-oldest-triton check format sanitize docs bench gpu-check wheel clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 28
@@ -88,6 +88,9 @@ sanitize: $(SANITIZED)  ## run the tests of the operators under AddressSanitizer
 
 $(SANITIZED): $(CPU_FILES)
 	CXX=$(SANITIZER) CXXFLAGS="$(SANITIZER_FLAGS)" $(BIN)/python ttsr_fast/build.py $@
+
+docs: env  ## build the user guide into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: build $(PEERS)  ## measure everything into bench/results; takes long
 	$(BIN)/python bench/search.py --out bench/results

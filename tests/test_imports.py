@@ -49,7 +49,15 @@ LEFT_ALONE |= {"imagecodecs", "safetensors", "tifffile", "triton", "typer"}
 PACKAGE = sorted((ROOT / "ttsr_fast").rglob("*.py"))
 TRITON = sorted((ROOT / "kernels").glob("*.py"))  # installed as ttsr_fast.kernels
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
-PYTHON = [*PACKAGE, *TRITON, *BENCH, *sorted((ROOT / "tests").rglob("*.py")), ROOT / "setup.py"]
+DOCS = sorted((ROOT / "docs").rglob("*.py"))
+PYTHON = [
+    *PACKAGE,
+    *TRITON,
+    *BENCH,
+    *DOCS,
+    *sorted((ROOT / "tests").rglob("*.py")),
+    ROOT / "setup.py",
+]
 KERNELS = sorted((ROOT / "csrc").rglob("*.[ch]*"))
 each = pytest.mark.parametrize
 

@@ -46,7 +46,9 @@ def certified(
         key_mask: as given to `search`.
 
     Returns:
-        `[N, H, W]`, bool. Cost: a search in plain PyTorch, whatever the backend of `match`.
+        `[N, H, W]`, bool.
+
+    Cost: a search in plain PyTorch, whatever the backend of `match`.
 
     Raises:
         ValueError: `precision` rounds nothing or is unknown, or `match` has another grid.
