@@ -27,6 +27,7 @@ CPU_MODULES = {
     "test_cuda_kernels",
     "test_cuda_library",
     "test_demo",
+    "test_docs",
     "test_emulator",
     "test_functional",
     "test_gate",

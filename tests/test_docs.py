@@ -1,0 +1,216 @@
+"""README and user guide: code and commands run, links lead somewhere, pictures show the truth."""
+
+import ast
+import functools
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import markdown
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image as pillow
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+from ttsr_fast.cli import app
+from ttsr_fast.images import Image
+from ttsr_fast.model import TTSR, save_model
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for scripts of these folders
+sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+
+import figure_data
+import figures
+import hooks
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXTENSIONS = ["fenced_code", "tables", "toc"]
+each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+class Page(HTMLParser):
+    """Targets of links and pictures, anchors, and code, by the language of its block."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        text = path.read_text()
+        self.targets: list[str] = []
+        self.anchors = set(re.findall(r"^::: (\S+)", text, re.MULTILINE))
+        self.code: list[tuple[str, str]] = []
+        self._language: str | None = None
+        self.feed(markdown.markdown(text, extensions=EXTENSIONS))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.targets += [value for name in ("href", "src") if (value := found.get(name))]
+        self.anchors.add(found.get("id") or "")
+        if tag == "code":
+            self._language = (found.get("class") or "").removeprefix("language-")
+            self.code.append((self._language, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "code":
+            self._language = None
+
+    def handle_data(self, data: str) -> None:
+        if self._language is not None:
+            self.code[-1] = (self._language, self.code[-1][1] + data)
+
+
+page = functools.cache(Page)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder, with the files that the pages speak of."""
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 56, 3), np.uint8)
+    Image(pixels[:8, :10]).save("small.png")
+    Image(pixels).save("sharp.png")
+    save_model(TTSR((1, 1, 1, 1), 4), "TTSR.pt")
+
+
+@each_page
+@pytest.mark.usefixtures("files")
+def test_python_blocks_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, in one namespace; the README takes its features from the reader."""
+    # The graph is what can break; compiling it takes seconds.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    document = Sybil(parsers=[PythonCodeBlockParser()]).parse(path)
+    if path.name == "README.md":
+        maps = {"query": (2, 8, 5, 6), "key": (1, 8, 4, 7), "value": (1, 3, 16, 28)}
+        document.namespace.update({name: torch.rand(size) for name, size in maps.items()})
+    examples = list(document.examples())
+    assert len(examples) == path.read_text().count("```python\n")
+    for example in examples:
+        example.evaluate()
+
+
+@each_page
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in page(path).targets:
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (path.parent / name).resolve() if name else path
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in page(linked).anchors, target
+
+
+@each_page
+def test_commands_are_understood(path: Path) -> None:
+    program = typer.main.get_command(app)
+    blocks = [code for language, code in page(path).code if language == "sh"]
+    for line in (line.strip() for block in blocks for line in block.splitlines()):
+        first, *words = shlex.split(line, comments=True) or [""]
+        if first == "python":
+            assert (ROOT / words[0]).is_file(), line
+        elif first == "ttsr-fast":
+            with program.make_context("ttsr-fast", words) as context:
+                name, command, rest = program.resolve_command(context, words)
+                command.make_context(name, rest, parent=context)
+
+
+@each_page
+def test_make_targets_exist(path: Path) -> None:
+    known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for language, code in page(path).code:
+        if language in ("", "sh"):
+            assert set(re.findall(r"^make ([a-z-]+)", code, re.MULTILINE)) <= known
+
+
+def test_quoted_messages_are_those_of_the_package() -> None:
+    """In bold code, with an ellipsis for what differs; so that both change together."""
+    quoted = re.findall(r"\*\*`(.+?)`\*\*", (ROOT / "docs" / "troubleshooting.md").read_text())
+    assert len(quoted) > 80
+    said = [
+        text
+        for file in [*(ROOT / "ttsr_fast").rglob("*.py"), ROOT / "setup.py"]
+        for text in texts(file)
+    ]
+    unknown = [
+        message for message in quoted if not any(message.strip("… ") in text for text in said)
+    ]
+    assert unknown == []
+
+
+def texts(file: Path) -> list[str]:
+    """Every string of a source file, with an ellipsis for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value.replace("%s", "…"))
+        elif isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            found.append("".join(map(str, parts)))
+    return found
+
+
+# --- what the guide is built with -----------------------------------------------------------------
+
+
+def test_tables_come_from_the_results() -> None:
+    text = hooks.on_page_markdown("before\n\n<!-- results: search -->\n\nafter")
+    assert text.startswith("before\n\n") and text.endswith("\n\nafter")
+    assert "| queries in keys | pairs | cpp fp32 |" in text
+    assert "![Plot of search.json](images/search.png)" in text
+    with pytest.raises(ValueError, match="must be of one of .*'search'.*, got 'speed'"):
+        hooks.on_page_markdown("<!-- results: speed -->")
+
+
+def test_results_of_a_gpu_come_last_and_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "RESULTS", tmp_path)
+    monkeypatch.setattr(hooks.report, "markdown", lambda data: data["text"])
+    assert hooks.results("model") == "Nothing has been measured yet.\n"
+    for name, device, kind in (("a", "cuda", "model"), ("b", "cpu", "model"), ("c", "cpu", "tune")):
+        data = {"kind": kind, "device": {"type": device}, "text": name}
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    assert hooks.results("model") == "b\na"
+    (tmp_path / "a.json").unlink()
+    assert hooks.results("model") == "b\nNo GPU has been measured yet.\n"
+
+
+def test_formulas_of_docstrings_become_mathml() -> None:
+    docstring = "With :math:`w_j` as\n\n.. math::\n    a &\n    b\n\nshown, 2**-9, `k**2` and all."
+    text = hooks.dollars(docstring)
+    assert text == "With $w_j$ as\n\n$$\n    a &\n    b\n$$\n\nshown, $2^{-9}$, `k**2` and all."
+    html = r'<p><span class="arithmatex">\(x &lt; y\)</span></p><div class="arithmatex">\[z\]</div>'
+    inline, block = hooks.on_page_content(html).split("</p>")
+    assert inline.startswith(
+        '<p><math xmlns="http://www.w3.org/1998/Math/MathML" display="inline">'
+    )
+    assert "<mo>&#x0003C;</mo>" in inline and "arithmatex" not in inline + block
+    assert block.endswith("<mi>z</mi></mrow></math>") and 'display="block"' in block
+    with pytest.raises(ValueError, match=r"commands that latex2mathml knows, got \\nonsense"):
+        hooks.mathml(r"\nonsense x", block=False)
+
+
+def test_figures_show_what_is_computed() -> None:
+    """The functions check themselves against the operators; what the page says of them is here."""
+    products = figure_data.products()
+    assert products.patches[4, 3] == products.pixels.diagonal(-1)[2:5].sum()
+    read = figure_data.blocks().read
+    assert sorted(read.count(place) for place in set(read)) == [1, 1, 7]
+    assert figure_data.overlaps()["none"].unique().tolist() == [4, 6, 9]
+    shift = figure_data.walk().patches.argmax(1)[24:] - torch.arange(24, 48)
+    assert shift.add(4).abs().le(1).double().mean() > 0.9, "a match, four columns to the left"
+
+
+@pytest.mark.parametrize("name", ["diagonals", "walk", "blocks", "overlap"])
+def test_figures_are_drawn(name: str, tmp_path: Path) -> None:
+    draw: Callable[[Path], None] = figures.FIGURES[name]
+    draw(tmp_path / "figure.png")
+    kept = ROOT / "docs" / "figures" / f"{name}.png"
+    with pillow.open(tmp_path / "figure.png") as drawn, pillow.open(kept) as shown:
+        assert drawn.size == shown.size
