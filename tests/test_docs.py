@@ -74,7 +74,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 56, 3), np.uint8)
     Image(pixels[:8, :10]).save("small.png")
-    Image(pixels).save("sharp.png")
+    for name in ("sharp.png", "first.png", "second.png", "other.png"):
+        Image(pixels).save(name)
     save_model(TTSR((1, 1, 1, 1), 4), "TTSR.pt")
 
 

@@ -235,7 +235,8 @@ def room(device: torch.device, max_memory: int | None) -> int:
     """Bytes that may be taken on top of what is."""
     if max_memory is None:
         return int(SHARE * free_bytes(device))
-    taken = resident_bytes() if device.type == "cpu" else torch.cuda.memory_allocated(device)
+    cuda = device.type == "cuda"
+    taken = torch.cuda.memory_allocated(device) if cuda else resident_bytes()
     return max_memory - taken
 
 
