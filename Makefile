@@ -97,6 +97,7 @@ bench: build $(PEERS)  ## measure everything into bench/results; takes long
 	$(BIN)/python bench/transfer.py --out bench/results
 	$(BIN)/python bench/transfer.py --size '9*40x40' --out bench/results
 	$(BIN)/python bench/model.py --out bench/results
+	$(BIN)/python bench/highres.py --out bench/results
 
 # Without an environment of its own: a machine with a GPU has a torch that fits it.
 gpu-check:  ## build, tests, sanitizers and benchmarks on a CUDA GPU, with PYTHON as it is
