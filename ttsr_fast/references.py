@@ -132,7 +132,8 @@ def gather_fold_references(
     Args:
         values: one for each reference, `[N, C, HV, WV]` or `[1, C, HV, WV]`, of any sizes, without
             NaN and infinities: a patch that was not chosen is multiplied by 0.
-        index, reference: as `search_references` returns them.
+        index: as `search_references` returns it.
+        reference: likewise.
         weight: `[N, H, W]`, a factor for every patch, as for `gather_fold`.
         options: as for `gather_fold`.
 

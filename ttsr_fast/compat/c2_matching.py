@@ -37,15 +37,18 @@ def feature_match_index(
     every stride pixels, so that the grid is `Ho = (H - patch_size) // input_stride + 1` high.
 
     Args:
-        feat_input, feat_ref: `[C, H, W]` and `[C, HK, WK]`, of one dtype: float64, float32, float16
-            or bfloat16. The callers divide every pixel by its norm first.
+        feat_input: `[C, H, W]`, float64, float32, float16 or bfloat16. The callers divide every
+            pixel by its norm first.
+        feat_ref: `[C, HK, WK]`, likewise and of the same dtype.
         patch_size: side of a patch, 1 or more.
-        input_stride, ref_stride: pixels from one patch to the next. At stride 1 with a `patch_size`
-            of 1, 3, 5 or 7 no patch is formed; otherwise the patches of both maps are, which takes
+        input_stride: pixels from one patch to the next. At stride 1 with a `patch_size` of 1, 3, 5
+            or 7 no patch is formed; otherwise the patches of both maps are, which takes
             (patch_size / stride)**2 times the memory of each map.
+        ref_stride: likewise, in the reference.
         is_norm: divide a reference patch by its norm plus 1e-5.
         norm_input: divide an input patch by its norm plus 1e-5. Changes no choice.
-        precision, backend: as for `ttsr_fast.search`.
+        precision: as for `ttsr_fast.search`.
+        backend: likewise.
 
     Returns:
         `max_idx`: the best reference patch, counted row by row in the reference's grid (which these

@@ -32,10 +32,13 @@ def search_org(
     """For every patch that lies inside `lr`, the most similar one inside `reflr`.
 
     Args:
-        lr, reflr: blocks of features and where to look for them, each with a margin of one pixel.
-        ks, stride: 3 and 1, for which alone MASA's own search works.
+        lr: blocks of features, each with a margin of one pixel.
+        reflr: where to look for them, likewise.
+        ks: 3, for which alone MASA's own search works.
         pd: of no effect, as in MASA: the margin stands in for padding.
-        precision, backend: as for `ttsr_fast.search`.
+        stride: 1, likewise.
+        precision: as for `ttsr_fast.search`.
+        backend: likewise.
 
     Returns:
         The cosine similarity (dtype of `lr`), differentiable once in both maps, and the position

@@ -20,7 +20,8 @@ class SearchTransformer(nn.Module):
     It has no parameters.
 
     Args:
-        precision, backend: as for `ttsr_fast.SearchTransfer`.
+        precision: as for `ttsr_fast.SearchTransfer`.
+        backend: likewise.
     """
 
     def __init__(self, *, precision: str | None = None, backend: str | None = None) -> None:
@@ -37,7 +38,8 @@ class SearchTransformer(nn.Module):
         """Search `img_lq` in `ref_lq` and carry the textures of `refs` over.
 
         Args:
-            img_lq, ref_lq: features of the pictures to match.
+            img_lq: features of the picture to match.
+            ref_lq: those of the picture to match it with.
             refs: tuple or list of the features to take, from the smallest level to the largest, any
                 number of them; level i may have up to 2**i - 1 more rows and columns.
 
