@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.processes import Processes
 from ttsr_fast import backends, build
 
 if not torch.cuda.is_available():
@@ -21,12 +23,14 @@ BACKENDS = os.environ.get("TTSR_FAST_TEST_BACKENDS", DEFAULT_BACKENDS).split(","
 CPU_MODULES = {
     "test_backends",
     "test_bench",
+    "test_bench_sharded",
     "test_build",
     "test_checkpoint",
     "test_cli",
     "test_cuda_kernels",
     "test_cuda_library",
     "test_demo",
+    "test_distributed",
     "test_docs",
     "test_emulator",
     "test_functional",
@@ -39,6 +43,7 @@ CPU_MODULES = {
     "test_packaging",
     "test_pictures",
     "test_resize",
+    "test_team",
     "test_upscale",
 }
 
@@ -122,6 +127,41 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def start_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Processes]]:
+    """Starts a group of that many; at the end all are ended."""
+    started = []
+
+    def start(size: int) -> Processes:
+        started.append(Processes(size, tmp_path_factory.mktemp("group")))
+        return started[-1]
+
+    yield start
+    for group in started:
+        group.end()
+
+
+@pytest.fixture(scope="session")
+def groups(start_processes: Callable[..., Processes]) -> Callable[..., Processes]:
+    """A group of that many, the same one for all tests."""
+    return cache(start_processes)
+
+
+@pytest.fixture
+def two(groups: Callable[..., Processes]) -> Processes:
+    return groups(2)
+
+
+@pytest.fixture
+def three(groups: Callable[..., Processes]) -> Processes:
+    return groups(3)
+
+
+@pytest.fixture(params=[2, 3])
+def processes(request: pytest.FixtureRequest, groups: Callable[..., Processes]) -> Processes:
+    return groups(request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,6 +25,8 @@ LAW: dict[str, set[str]] = {
     "build": {"torch"},
     "bands": {"functional", "torch"},
     "references": {"bands", "functional", "torch"},
+    "distributed": {"bands", "functional", "team", "torch"},
+    "team": {"torch"},
     "certify": {"functional", "portable", "torch"},
     "compat": {"functional", "torch"},
     "portable": {"torch"},
