@@ -72,19 +72,23 @@ def peak_bytes(job: Callable[..., tuple[Run, Callable[[], Run]]], *arguments: An
     return answer
 
 
+def peak_bytes_here(run: Run) -> int:
+    """The same of a run in this process, on Linux; libraries must have warmed up."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    result = run()
+    peak = _status("VmHWM")
+    return max(0, peak - before - _tensor_bytes(result))
+
+
 def _weigh(sender: Any, threads: int, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         torch.set_num_threads(threads)
         warm_up, prepare = job(*arguments)
         warm_up()
-        run = prepare()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        result = run()
-        peak = _status("VmHWM")
-        sender.send(("peak", max(0, peak - before - _tensor_bytes(result))))
+        sender.send(("peak", peak_bytes_here(prepare())))
     except Exception as error:
         sender.send(("error", f"{type(error).__name__}: {error}"))
 
