@@ -48,9 +48,9 @@ def search_band(
         options: as for `search`.
 
     Returns:
-        As `search`, with positions in the whole key grid. In float32 and float64 on the CPU every
-        score is bit-equal to that of a search in the whole key. A band that the mask bars wholly
-        scores -inf.
+        As `search`, with positions in the whole key grid. In float32 and float64 every score of the
+        backend "cpp" is bit-equal to that of a search in the whole key; of "torch" the last bit
+        depends on the shape of a product. A band that the mask bars wholly scores -inf.
     """
     kernel_size, padding = options.get("kernel_size", 3), options.get("padding")
     pad = kernel_size // 2 if padding is None else padding
