@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from ttsr_fast import images
 from ttsr_fast.detail import reference_pair
 from ttsr_fast.images import SCALE, Image
-from ttsr_fast.inference import ReferenceFeatures, reference_features
+from ttsr_fast.inference import Progress, ReferenceFeatures, reference_features
 from ttsr_fast.model import TTSR
 from ttsr_fast.plan import Plan
 
@@ -82,13 +81,14 @@ class ReferenceBank:
         *,
         grey: bool,
         amp: torch.dtype | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[ReferenceFeatures]:
         """What `model` searches and transfers, on `plan.store`; see `reference_features`."""
-        made_from = (grey, amp, _digest_of_weights(model))
+        digest = _digest_of_weights(model)
+        made_from = (grey, amp, digest)
         if made_from not in self._features:
             self._features[made_from] = [
-                self._features_of(image, model, plan, amp, progress)
+                self._features_of(image, model, digest, plan, amp, progress)
                 for image in self.pictures(grey=grey)
             ]
         found = self._features[made_from]
@@ -104,16 +104,17 @@ class ReferenceBank:
         self,
         image: Image,
         model: TTSR,
+        digest: str,
         plan: Plan,
         amp: torch.dtype | None,
-        progress: Callable[[str, int, int], None] | None,
+        progress: Progress | None,
     ) -> ReferenceFeatures:
         if self._cache is None:
             return _make(image, model, plan, amp, progress)
         told = {
             "format": _FORMAT,
             "picture": _digest_of_picture(image),
-            "weights": _digest_of_weights(model),
+            "weights": digest,
             "textures": str(amp),
         }
         name = hashlib.sha256("".join(told.values()).encode()).hexdigest()[:32]
@@ -141,7 +142,7 @@ def _make(
     model: TTSR,
     plan: Plan,
     amp: torch.dtype | None,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> ReferenceFeatures:
     weight = model.MainNet.SFE.conv_head.weight
     ref, refsr = (x.to(weight.dtype) for x in reference_pair(image, (0, 0), torch.device("cpu")))
