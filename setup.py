@@ -55,6 +55,7 @@ def why_left_out(language: str, wanted: str) -> str | None:
 setup(
     packages=[
         "ttsr_fast",
+        "ttsr_fast.cli",
         "ttsr_fast.compat",
         "ttsr_fast.model",
         "ttsr_fast.kernels",

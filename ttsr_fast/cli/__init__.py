@@ -1,0 +1,37 @@
+"""The command line: reads arguments, shows progress, reports every error in one line.
+
+A command is a file of its name; `common` is what they share.
+"""
+
+from typing import Annotated
+
+import ttsr_fast
+from ttsr_fast.cli.common import typer
+from ttsr_fast.cli.env import env_command
+from ttsr_fast.cli.match import match_command
+from ttsr_fast.cli.upscale import upscale_command
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("upscale")(upscale_command)
+app.command("match")(match_command)
+app.command("env")(env_command)
+
+
+def main() -> None:
+    """The program `ttsr-fast`."""
+    app(prog_name="ttsr-fast")
+
+
+@app.callback(invoke_without_command=True)
+def _program(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """x4 super-resolution with a reference picture."""
+    if version:
+        typer.echo(f"ttsr-fast {ttsr_fast.__version__}")
+        raise typer.Exit

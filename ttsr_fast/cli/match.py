@@ -1,0 +1,58 @@
+"""`ttsr-fast match`: where every patch came from."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from ttsr_fast import images
+from ttsr_fast.cli.common import (
+    Backend,
+    Device,
+    MaxMemory,
+    Method,
+    Phases,
+    Precision,
+    Quiet,
+    ReferenceOptions,
+    References,
+    Weights,
+    errors_in_one_line,
+    memory_limit,
+    progress_bar,
+    report,
+    upscale_options,
+)
+from ttsr_fast.images import Image
+from ttsr_fast.pictures import draw_match
+from ttsr_fast.upscale import upscale
+
+
+def match_command(
+    lr: Annotated[Path, typer.Argument(metavar="LR", help="Picture to enlarge.")],
+    ref: References,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the drawing.")],
+    weights: Weights = None,
+    method: Method = None,
+    phases: Phases = None,
+    device: Device = None,
+    max_memory: MaxMemory = None,
+    backend: Backend = None,
+    precision: Precision = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw where every patch of a picture came from, and how similar it is."""
+    start = time.perf_counter()
+    with errors_in_one_line():
+        images.check_output(output, Image(np.empty((1, 1, 3), np.uint8)))
+        options = upscale_options(weights, method, phases, device, backend, precision)
+        low, bank = images.read_image(lr), ReferenceOptions(ref, None, None).bank(lr)
+        with progress_bar("matching", 1, quiet) as (_, tell):
+            result = upscale(
+                low, bank, max_memory=memory_limit(max_memory), progress=tell(lr.name), **options
+            )
+            sheet = draw_match(low, bank.pictures(grey=False), *result)
+        sheet.save(output)
+    report(output, sheet, start, quiet)
