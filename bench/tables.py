@@ -258,5 +258,6 @@ def highres_rows(data: Data) -> tuple[list[str], int, list[list[str]]]:
         if row["status"] == "ok":
             shares = [f"{row[name]:.4%}" if name in row else "" for name in ("equal", "close")]
             cells = [seconds_text(row["seconds"]), bytes_text(row["peak_bytes"]), *shares]
-        rows.append([row["method"], row["limit"] or "", *cells])
+        at_once = "none, at once" if row["method"] == "ttsr" else ""
+        rows.append([row["method"], row["limit"] or at_once, *cells])
     return header, 2, rows

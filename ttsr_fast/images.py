@@ -244,7 +244,7 @@ def upscale_bicubic(pixels: np.ndarray) -> np.ndarray:
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """uint8 or uint16 `[H, W, 1 or 3]` to float32 `[1, 3, H, W]` in [-1, 1]; grey is repeated."""
     half = np.iinfo(pixels.dtype).max / 2
-    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
+    x = torch.from_numpy(pixels.astype(np.float32)[None]).permute(0, 3, 1, 2)
     return (x / half - 1).expand(1, 3, -1, -1)
 
 
@@ -266,7 +266,7 @@ def resize_tensor(
 ) -> Tensor:  # [1, C, *size]
     """`resize` of float32 channels, without rounding or clipping; on the device of `x`."""
     planes = x[0].permute(1, 2, 0).float().cpu().numpy()
-    return torch.from_numpy(resize(planes, size)).permute(2, 0, 1)[None].to(x.device)
+    return torch.from_numpy(resize(planes, size)[None]).permute(0, 3, 1, 2).to(x.device)
 
 
 def to_grey(pixels: np.ndarray) -> np.ndarray:

@@ -64,7 +64,8 @@ def upscale(
 
     Method "ttsr" is the model, whose results do not depend on the memory there is: the search goes
     over whole references, and networks that do not fit run in windows that overlap as far as they
-    read. What differs from one run at once is what a convolution's rounding depends on its size.
+    read. On the CPU a network of published width gives the same bits in windows as at once, unless
+    `tile` asks for less than 32 pixels; else a convolution may round the last bit otherwise.
 
     Args:
         lr: the picture to enlarge, of any size: a path, a Pillow image, an array of uint8 or uint16

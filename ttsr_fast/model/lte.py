@@ -52,9 +52,22 @@ class LTE(nn.Module):
             lv1 `[N, 64, H, W]`, lv2 `[N, 128, H // 2, W // 2]` and lv3 `[N, 256, H // 4, W // 4]`,
             each after its ReLU.
         """
-        lv1 = self.slice1(self.sub_mean(side_by_side(image)))
+        lv1 = self.slice1(side_by_side(self._normalised(image)))
         lv2 = self.slice2(lv1)
         return lv1, lv2, self.slice3(lv2)
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        """`sub_mean(image)`, summed channel by channel.
+
+        A convolution of three channels rounds otherwise for another size of the image, and those
+        of more do not: windows of a picture would not be bit-equal to the whole.
+        """
+        weight, bias = self.sub_mean.weight, self.sub_mean.bias
+        assert bias is not None
+        total = bias[:, None, None]
+        for channel in range(weight.shape[1]):
+            total = total + weight[:, channel] * image[:, channel : channel + 1]
+        return total
 
     def load_vgg19(self, weights: Mapping[str, Tensor]) -> None:
         """Take over VGG19's first five convolutions.
