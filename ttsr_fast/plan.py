@@ -14,7 +14,7 @@ from ttsr_fast.model.tiles import LTE_STAGE, SCALE, Stage, main_net_stages
 SHARE = 0.8  # of the memory that is free, where no limit is given
 LARGEST = 2**30  # bytes of a window: larger ones are no faster, as their memory is fresh each time
 # Positions along each axis of a window. On the CPU PyTorch takes other convolutions for less than
-# 20,480 numbers, which round otherwise; half of this, which a last window has, is more with its halo.
+# 20,480 numbers, which round otherwise; half of this, as the last window has, is more with its halo.
 LEAST_TILE = 32
 BAND = 2**14  # key positions that are searched at a time where memory is short
 
