@@ -1,5 +1,9 @@
 """Plans: sizes in words, what fits, what does not, and that the peak is that of the stages."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -118,3 +122,23 @@ def test_a_container_has_less(monkeypatch, tmp_path):
     assert free_bytes(CPU) > whole // 2
     (tmp_path / "memory.max").write_text("51000\n")
     assert free_bytes(CPU) == 50000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again():
+    """Where it is not, the system maps the pages of every block anew."""
+    code = """
+import resource, sys, torch
+from ttsr_fast.plan import keep_freed_memory
+if sys.argv[1:]:
+    keep_freed_memory()
+for _ in range(16):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    command = [sys.executable, "-c", code]
+    fresh, kept = (
+        int(subprocess.run([*command, *arguments], check=True, capture_output=True).stdout)
+        for arguments in ([], ["keep"])
+    )
+    assert fresh - kept > 12 * 2**14  # 4 KiB each

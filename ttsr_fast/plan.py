@@ -1,5 +1,6 @@
 """How much memory an upscaling will take, stage by stage, and in which windows it fits."""
 
+import ctypes
 import os
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from ttsr_fast.model.tiles import LTE_STAGE, SCALE, Stage, main_net_stages
 SHARE = 0.8  # of the memory that is free, where no limit is given
 LARGEST = 2**30  # bytes of a window: larger ones are no faster, as their memory is fresh each time
 # Positions along each axis of a window. On the CPU PyTorch takes other convolutions for less than
-# 20,480 numbers, which round otherwise; half of this, as the last window has, is more with its halo.
+# 20,480 numbers, which round otherwise; half of this, as the last window has, and its halo is more.
 LEAST_TILE = 32
 BAND = 2**14  # key positions that are searched at a time where memory is short
 
@@ -28,6 +29,7 @@ _KEPT = 64 * (4 + 3 * 4)  # numbers per position that stay between the stages of
 _COPIES = 3  # halves: a search copies its inputs once, or one and a half times on a GPU
 _WORKSPACE = 16 * 2**20  # bytes of a thread of the search
 _GPU_WORKSPACE = 64 * 2**20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc, see mallopt(3)
 
 Size = tuple[int, int]
 
@@ -57,6 +59,20 @@ class Plan:
     def peak(self) -> int:
         """Bytes of the stage that takes most."""
         return max(size for _, size in self.stages)
+
+
+def keep_freed_memory() -> None:
+    """Let this process use memory again that it has freed, in blocks of up to a gigabyte.
+
+    glibc gives blocks of more than 32 MiB back at once, and the system clears each new one: a sixth
+    of the time of a network whose maps are that large. Its peak can rise by a quarter, so this is
+    for a program that may take what is free. Where the C library is another one nothing changes.
+    """
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    mallopt = getattr(library, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def plan_ttsr(

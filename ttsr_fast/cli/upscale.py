@@ -110,6 +110,8 @@ def upscale_command(
             options["model"].MainNet.compile()  # at the first picture; windows go without
         options |= {"amp": amp, "max_memory": memory_limit(max_memory), "tile": tile}
         references = ReferenceOptions(ref, pairs, cache)
+        if max_memory is None:
+            plan.keep_freed_memory()
         if show_plan:
             return _show_plans(sources, references, options)
         if lr.is_dir():
