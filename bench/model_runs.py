@@ -117,8 +117,8 @@ def module_job(name: str, operation: str, size: Size) -> tuple[Run, Callable[[],
 class Original(nn.Module):
     """The original form in the place of `SearchTransfer`."""
 
-    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
-        return reference.search_transfer(*maps)
+    def forward(self, *maps: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        return reference.search_transfer(*maps, key_mask=key_mask)
 
 
 def make_model(name: str) -> TTSR:

@@ -44,6 +44,60 @@ def test_equals_the_oracle(backend, sizes):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
 
 
+@pytest.mark.double
+@pytest.mark.parametrize("masks", [1, 3])
+def test_masked_keys_are_never_matched(backend, masks):
+    """Results and gradients are those of a reference that ends where the mask does.
+
+    There its padding begins: a column of zeros. Behind it lies what is searched for.
+    """
+    inputs = [x.detach() for x in levels((3, 4, 5), (3, 4, 10), (0, 0))]
+    few = [x[..., : 4 * x.shape[3] // 10].clone() for x in inputs[1:]]
+    for x, kept in zip(inputs[1:], few, strict=True):
+        x[..., kept.shape[3] : 5 * x.shape[3] // 10] = 0
+    inputs[1][..., 5:] = inputs[0]
+    key_mask = torch.ones(masks, 4, 10, dtype=torch.bool)
+    key_mask[..., 4:] = False
+    few = [x.requires_grad_() for x in (inputs[0].clone(), *few)]
+    inputs = [x.requires_grad_() for x in inputs]
+    actual, expected = (
+        SearchTransfer(backend=backend)(*inputs, key_mask=key_mask),
+        reference.search_transfer(*few),
+    )
+    assert (SearchTransfer(backend=backend)(*inputs)[0] > actual[0]).any()
+    grads = [torch.randn_like(x) for x in expected]
+    pairs = zip(
+        (*actual, *torch.autograd.grad(actual, inputs, grads)),
+        (*expected, *torch.autograd.grad(expected, few, grads)),
+        strict=True,
+    )
+    for x, y in pairs:
+        torch.testing.assert_close(x[..., : y.shape[3]], y, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "error", "message"),
+    [
+        (
+            (1, 5, 7),
+            torch.bool,
+            ValueError,
+            r"key_mask must be \[1 or 1, 5, 8\] .*, got \[1, 5, 7\]",
+        ),
+        (
+            (2, 5, 8),
+            torch.bool,
+            ValueError,
+            r"key_mask must be \[1 or 1, 5, 8\] .*, got \[2, 5, 8\]",
+        ),
+        ((1, 5, 8), torch.float32, TypeError, "key_mask must be a bool tensor, got torch.float32"),
+    ],
+)
+def test_masks_that_are_refused(shape, dtype, error, message):
+    with pytest.raises(error, match=message):
+        SearchTransfer()(*levels(*SIZES["unequal"]), key_mask=torch.ones(shape, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
 def test_dtypes(backend, dtype):
     inputs = levels(*SIZES["odd_reference"], dtype=dtype)
@@ -145,9 +199,10 @@ def test_opcheck(backend):
     inputs = levels(*SIZES["odd_reference"], dtype=torch.float32)
     query, key, *values = inputs
     strides = [4, 2, 1]
-    arguments = (query, key, values, strides, "fp32", backend)
-    results = torch.library.opcheck(ops.search_transfer, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    for key_mask in (torch.rand(1, *key.shape[2:]) < 0.5, None):
+        arguments = (query, key, key_mask, values, strides, "fp32", backend)
+        results = torch.library.opcheck(ops.search_transfer, arguments)
+        assert set(results.values()) == {"SUCCESS"}
     score, index, outs = (x for x in ops.search_transfer(*arguments))
     grads = [torch.randn_like(x) for x in outs]
     sizes = [n for value in values for n in value.shape]

@@ -238,6 +238,7 @@ def search_transfer(
     strides: list[int],
     *,
     names: Sequence[str],
+    key_mask: Tensor | None = None,  # [N or 1, HK, WK] bool
     precision: str | None = None,
     backend: str | None = None,
 ) -> tuple[Match, list[Tensor]]:
@@ -247,7 +248,7 @@ def search_transfer(
     depends on the index alone.
 
     Args:
-        query, key, precision, backend: as for `search`.
+        query, key, key_mask, precision, backend: as for `search`.
         values, strides: the levels, as for `gather_fold`.
         names: of the values, for error messages.
 
@@ -267,7 +268,11 @@ def search_transfer(
                 f"{name} {_shape(value)} must be {stride} times the size of key {_shape(key)}, "
                 f"up to {stride - 1} more rows and columns"
             )
-    score, index, textures = ops.search_transfer(query, key, values, strides, precision, backend)
+    if key_mask is not None:
+        _check_mask(key_mask, key, list(key.shape[2:]))
+    score, index, textures = ops.search_transfer(
+        query, key, key_mask, values, strides, precision, backend
+    )
     return Match(score, index), textures
 
 

@@ -29,8 +29,13 @@ class SearchTransfer(nn.Module):
         ref_lv1: Tensor,  # [N or 1, C1, 4*HK, 4*WK], up to 3 more rows and columns
         ref_lv2: Tensor,  # [N or 1, C2, 2*HK, 2*WK], up to 1 more row and column
         ref_lv3: Tensor,  # [N or 1, C3, HK, WK]
+        *,
+        key_mask: Tensor | None = None,  # [N or 1, HK, WK] bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Search `lrsr_lv3` in `refsr_lv3` and carry the textures of the reference over.
+
+        Positions where `key_mask` is False are never matched, as for `ttsr_fast.search`; they still
+        lie in the patches of those beside them.
 
         Returns:
             `S` `[N, 1, H, W]` (confidence, dtype of `lrsr_lv3`), `T_lv3` `[N, C3, H, W]`,
@@ -47,6 +52,7 @@ class SearchTransfer(nn.Module):
             [ref_lv1, ref_lv2, ref_lv3],
             [4, 2, 1],
             names=["ref_lv1", "ref_lv2", "ref_lv3"],
+            key_mask=key_mask,
             precision=self.precision,
             backend=self.backend,
         )

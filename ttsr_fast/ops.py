@@ -149,13 +149,14 @@ def _search_backward(
 def _search_transfer(
     query: Tensor,  # [N, C, H, W]
     key: Tensor,  # [N or 1, C, HK, WK]
+    key_mask: Tensor | None,  # [N or 1, HK, WK]
     values: list[Tensor],  # [N or 1, C, stride*HK, stride*WK] each
     strides: list[int],
     precision: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # [N, H, W] twice, [N, C, stride*H, stride*W] each
     options = (*TTSR_PATCH, *TTSR_SCORE, precision, backend)
-    score, index = _search(query, key, None, *options)
+    score, index = _search(query, key, key_mask, *options)
     outs = transfer.gather_fold(values, index, None, strides, TTSR_PATCH, TTSR_DIVISOR, backend)
     return score, index, outs
 
@@ -260,7 +261,7 @@ def _(grad_score, query, key, *rest):
 
 
 @torch.library.register_fake("ttsr_fast::search_transfer", lib=LIBRARY)
-def _(query, key, values, strides, precision, backend):
+def _(query, key, key_mask, values, strides, precision, backend):
     score, index = _search_outputs(query, *TTSR_PATCH)
     return score, index, transfer.outputs(values, index, strides, TTSR_PATCH)
 
@@ -304,7 +305,7 @@ def _gather_fold_backward(ctx, grad):
 
 
 def _search_transfer_setup(ctx, inputs, output):
-    query, key, values, strides, _, backend = inputs
+    query, key, _, values, strides, _, backend = inputs
     score, index, _ = output
     ctx.mark_non_differentiable(index)
     ctx.save_for_backward(query, key, score, index)
@@ -315,13 +316,13 @@ def _search_transfer_setup(ctx, inputs, output):
 def _search_transfer_gradient(ctx, grad_score, _, grads):
     query, key, score, index = ctx.saved_tensors
     strides, backend = ctx.options
-    needed = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[2]]
+    needed = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3]]
     grad_query, grad_key, grad_values = search_transfer_backward(
         grad_score, grads, query, key, score, index, ctx.value_sizes, strides, backend, needed
     )
     wanted = (g if need else None for g, need in zip((grad_query, grad_key), needed, strict=False))
     values = [g if need else None for g, need in zip(grad_values, needed[2:], strict=True)]
-    return *wanted, values, None, None, None
+    return *wanted, None, values, None, None, None
 
 
 def _no_setup(ctx, inputs, output):

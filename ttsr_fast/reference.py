@@ -81,9 +81,11 @@ def search_transfer(
     ref_lv1: Tensor,  # [N, C1, ~4*HK, ~4*WK]
     ref_lv2: Tensor,  # [N, C2, ~2*HK, ~2*WK]
     ref_lv3: Tensor,  # [N, C3, HK, WK]
+    *,
+    key_mask: Tensor | None = None,  # [N or 1, HK, WK] bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """TTSR's relevance embedding and hard attention: S, T_lv3, T_lv2, T_lv1."""
-    score, index = search(lrsr_lv3, refsr_lv3)
+    score, index = search(lrsr_lv3, refsr_lv3, key_mask)
     return (
         score.unsqueeze(1),
         gather_fold(ref_lv3, index, stride=1),

@@ -29,8 +29,8 @@ LIBRARY.define(
     f"{_PATCH}, {_SCORE}, str? backend, bool[2] needed) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
-    "search_transfer(Tensor query, Tensor key, Tensor[] values, int[] strides, str precision, "
-    "str? backend) -> (Tensor, Tensor, Tensor[])"
+    "search_transfer(Tensor query, Tensor key, Tensor? key_mask, Tensor[] values, int[] strides, "
+    "str precision, str? backend) -> (Tensor, Tensor, Tensor[])"
 )
 LIBRARY.define(
     "search_transfer_backward(Tensor grad_score, Tensor[] grads, Tensor query, Tensor key, "
