@@ -146,6 +146,28 @@ def test_options_reach_the_model(model, tmp_path):
     assert (loaded.SearchTransfer.precision, loaded.SearchTransfer.backend) == ("fp16", "torch")
 
 
+@pytest.mark.parametrize("csfi", [True, False])
+@pytest.mark.parametrize("hard_attention", [True, False])
+def test_parts_that_are_left_out(tmp_path, hard_attention, csfi):
+    model = TTSR(BLOCKS, N_FEATS, hard_attention=hard_attention, csfi=csfi)
+    save_model(model, tmp_path / "model.pt")
+    state = load_model(tmp_path / "model.pt").state_dict()
+    assert list(state) == list(model.state_dict())
+    missing = 18 * (not hard_attention) + 28 * (not csfi)
+    assert len(state) == len(TTSR(BLOCKS, N_FEATS).state_dict()) - missing
+
+
+def test_soft_attention_is_as_asked_for(model, tmp_path):
+    save_model(model, tmp_path / "model.pt")
+    inputs = [torch.rand(1, 3, size, size) for size in (3, 12, 12, 12)]
+    hard = TTSR(BLOCKS, N_FEATS, soft_attention=False)
+    hard.load_state_dict(model.state_dict())
+    loaded = load_model(tmp_path / "model.pt", soft_attention=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs)[0], hard(*inputs)[0])
+        assert not torch.equal(loaded(*inputs)[0], model(*inputs)[0])
+
+
 def _without(state, *names):
     return {name: x for name, x in state.items() if name not in names}
 

@@ -1,5 +1,7 @@
 """The main network against a restatement in plain functions of its weights."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from ttsr_fast.model import MainNet
 
 
-def plain_main_net(weights, blocks, res_scale, lr, s, t3, t2, t1):
+def plain_main_net(weights, blocks, res_scale, lr, s, t3, t2, t1, hard=True, soft=True, csfi=True):
     """Texture transformer of arXiv 2006.04139 on 1x, 2x and 4x, from a dict of weights."""
 
     def conv(name, *parts, stride=1):
@@ -30,33 +32,39 @@ def plain_main_net(weights, blocks, res_scale, lr, s, t3, t2, t1):
     def shuffled(name, x):
         return F.pixel_shuffle(conv(name, x), 2).clamp(min=0)
 
+    def attended(name, x, factor, texture):
+        weight = bicubic(s, factor) if soft else 1
+        return x + weight * conv(name, x, texture) if hard else x
+
     x0 = relu("SFE.conv_head", lr)
     x = x0 + conv("SFE.conv_tail", trunk("SFE.RBs", blocks[0], x0))
-    x11 = x + s * conv("conv11_head", x, t3)
+    x11 = attended("conv11_head", x, 1, t3)
     x11 = x11 + conv("conv11_tail", trunk("RB11", blocks[1], x11))
 
-    x22 = shuffled("conv12", x11)
-    x22 = x22 + bicubic(s, 2) * conv("conv22_head", x22, t2)
-    a = relu("ex12.conv12", bicubic(x11, 2))
-    b = relu("ex12.conv21", x22, stride=2)
-    out1, out2 = relu("ex12.conv_merge1", x11, b), relu("ex12.conv_merge2", x22, a)
+    x22 = attended("conv22_head", shuffled("conv12", x11), 2, t2)
+    out1, out2 = x11, x22
+    if csfi:
+        a = relu("ex12.conv12", bicubic(x11, 2))
+        b = relu("ex12.conv21", x22, stride=2)
+        out1, out2 = relu("ex12.conv_merge1", x11, b), relu("ex12.conv_merge2", x22, a)
     x21 = x11 + conv("conv21_tail", trunk("RB21", blocks[2], out1))
     x22 = x22 + conv("conv22_tail", trunk("RB22", blocks[2], out2))
 
-    x33 = shuffled("conv23", x22)
-    x33 = x33 + bicubic(s, 4) * conv("conv33_head", x33, t1)
-    to12, to13 = (relu(f"ex123.conv1{k}", bicubic(x21, f)) for k, f in ((2, 2), (3, 4)))
-    to21, to23 = relu("ex123.conv21", x22, stride=2), relu("ex123.conv23", bicubic(x22, 2))
-    to31 = relu("ex123.conv31_2", relu("ex123.conv31_1", x33, stride=2), stride=2)
-    to32 = relu("ex123.conv32", x33, stride=2)
-    merged = (
-        relu("ex123.conv_merge1", x21, to21, to31),
-        relu("ex123.conv_merge2", x22, to12, to32),
-        relu("ex123.conv_merge3", x33, to13, to23),
-    )
+    x33 = attended("conv33_head", shuffled("conv23", x22), 4, t1)
+    outs = (x21, x22, x33)
+    if csfi:
+        to12, to13 = (relu(f"ex123.conv1{k}", bicubic(x21, f)) for k, f in ((2, 2), (3, 4)))
+        to21, to23 = relu("ex123.conv21", x22, stride=2), relu("ex123.conv23", bicubic(x22, 2))
+        to31 = relu("ex123.conv31_2", relu("ex123.conv31_1", x33, stride=2), stride=2)
+        to32 = relu("ex123.conv32", x33, stride=2)
+        outs = (
+            relu("ex123.conv_merge1", x21, to21, to31),
+            relu("ex123.conv_merge2", x22, to12, to32),
+            relu("ex123.conv_merge3", x33, to13, to23),
+        )
     x31, x32, x33 = (
         own + conv(f"conv3{k}_tail", trunk(f"RB3{k}", blocks[3], out))
-        for k, own, out in zip((1, 2, 3), (x21, x22, x33), merged, strict=True)
+        for k, own, out in zip((1, 2, 3), (x21, x22, x33), outs, strict=True)
     )
 
     y13 = relu("merge_tail.conv13", bicubic(x31, 4))
@@ -97,6 +105,39 @@ def test_picture_and_gradients(blocks, n_feats, res_scale, size):
     theirs = torch.autograd.grad(plain, leaves, into)
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+
+
+SWITCHES = ("hard_attention", "soft_attention", "csfi")
+
+
+@pytest.mark.parametrize("switches", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_parts_that_are_left_out(switches):
+    blocks = (1, 2, 1, 1)
+    net = MainNet(blocks, 6, 0.5, **dict(zip(SWITCHES, switches, strict=True))).double()
+    inputs = random_inputs(2, 4, 5)
+    weights = dict(net.named_parameters())
+    given = inputs if switches[0] else (inputs[0], None, None, None, None)
+    picture, plain = net(*given), plain_main_net(weights, blocks, 0.5, *inputs, *switches)
+    torch.testing.assert_close(picture, plain, rtol=1e-10, atol=1e-12)
+
+    into = torch.randn_like(picture)
+    ours = torch.autograd.grad(picture, list(weights.values()), into)
+    theirs = torch.autograd.grad(plain, list(weights.values()), into)
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.abs().sum() > 0, "a weight that nothing depends on"
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+
+
+def test_names_of_parts_that_are_left_out():
+    whole = set(MainNet((1, 1, 1, 1), 8).state_dict())
+
+    def missing(**switches):
+        return whole - set(MainNet((1, 1, 1, 1), 8, **switches).state_dict())
+
+    assert missing(soft_attention=False) == set()
+    heads = {f"conv{k}_head.{kind}" for k in (11, 22, 33) for kind in ("weight", "bias")}
+    assert missing(hard_attention=False) == heads
+    assert missing(csfi=False) == {name for name in whole if name.startswith("ex")}
 
 
 def test_picture_is_clamped():

@@ -142,3 +142,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         for arguments in ([], ["keep"])
     )
     assert fresh - kept > 12 * 2**14  # 4 KiB each
+
+
+def test_a_model_that_takes_no_reference():
+    with pytest.raises(ValueError, match="model must have hard attention to be helped"):
+        plan_ttsr(TTSR((1, 1, 1, 1), 4, hard_attention=False), LR, [REF])

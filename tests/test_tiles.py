@@ -105,10 +105,18 @@ def test_texture_extractor_in_tiles(model, levels, tile):
 
 
 @each("tile", [2, 5, 9, 100])
-@each("blocks", [(2, 1, 3, 2), (0, 0, 0, 0)])
-def test_main_network_in_tiles(blocks, tile):
+@each(
+    ("blocks", "left_out"),
+    [
+        ((2, 1, 3, 2), []),
+        ((0, 0, 0, 0), []),
+        ((1, 1, 1, 1), ["soft_attention"]),
+        ((1, 1, 1, 1), ["hard_attention", "csfi"]),
+    ],
+)
+def test_main_network_in_tiles(blocks, left_out, tile):
     torch.manual_seed(5)
-    net = MainNet(blocks, 6).double().requires_grad_(False)
+    net = MainNet(blocks, 6, **dict.fromkeys(left_out, False)).double().requires_grad_(False)
     grid = (13, 17)
     lr, score = torch.randn(2, 3, *grid).double(), torch.rand(2, 1, *grid).double()
     maps = {

@@ -92,6 +92,49 @@ def test_one_reference_serves_a_batch():
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
+def test_masked_positions_are_never_matched():
+    """Half of each reference is a padding, which is a copy of what is searched for."""
+    model = TTSR(*SMALL).double()
+    lr, lrsr, ref, refsr = images((4, 5), (16, 40), n=2)
+    refsr[..., 20:] = lrsr
+    key_mask = torch.ones(2, 4, 10, dtype=torch.bool)
+    key_mask[..., 5:] = False
+    with torch.no_grad():
+        results = model(lr, lrsr, ref, refsr, key_mask=key_mask)
+        query, key = model.LTE((lrsr + 1) / 2)[2], model.LTE((refsr + 1) / 2)[2]
+        values = model.LTE((ref + 1) / 2)
+        expected = reference.search_transfer(query, key, *values, key_mask=key_mask)
+        unmasked = model(lr, lrsr, ref, refsr)[1]
+    for result, wanted in zip(results[1:], expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(results[0], model.MainNet(lr, *expected), rtol=1e-9, atol=1e-11)
+    assert (unmasked > results[1]).any()
+
+
+def test_without_hard_attention_there_is_no_reference():
+    model = TTSR(*SMALL, hard_attention=False, csfi=False).double()
+    lr, lrsr, ref, refsr = images((4, 5), (16, 20), n=2)
+    (sr,) = model(lr)
+    assert torch.equal(sr, model.MainNet(lr, None, None, None, None))
+    assert torch.equal(model(lr, lrsr, ref, refsr, key_mask=torch.ones(1))[0], sr)
+    assert not [name for name in model.state_dict() if not name.startswith("MainNet.")]
+    sr.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    with pytest.raises(ValueError, match="sr must be None for a model without hard attention"):
+        model(sr=ref)
+
+
+def test_without_soft_attention_s_multiplies_nothing():
+    soft, hard = TTSR(*SMALL), TTSR(*SMALL, soft_attention=False)
+    hard.load_state_dict(soft.state_dict())
+    lr, *others = images((4, 4), (16, 16), dtype=torch.float32)
+    with torch.no_grad():
+        sr, S, *textures = hard(lr, *others)
+        assert torch.equal(sr, hard.MainNet(lr, S * torch.nan, *textures))
+        torch.testing.assert_close(sr, soft.MainNet(lr, torch.ones_like(S), *textures))
+        assert not torch.allclose(sr, soft(lr, *others)[0])
+
+
 def test_gradients_reach_the_weights_and_not_the_references():
     model = TTSR(*SMALL).double()
     inputs = [x.requires_grad_() for x in images((4, 4), (16, 16))]
@@ -208,8 +251,9 @@ def test_images_that_do_not_fit(shapes, message):
 def test_sr_stands_alone_and_nothing_may_be_missing():
     model = TTSR(*SMALL)
     image = torch.zeros(1, 3, 16, 16)
-    with pytest.raises(ValueError, match="sr must be given alone"):
-        model(sr=image, lr=image)
+    for name in ("lr", "key_mask"):
+        with pytest.raises(ValueError, match="sr must be given alone"):
+            model(sr=image, **{name: image})
     with pytest.raises(ValueError, match=r"sr must be at least 4x4 pixels, got \[1, 3, 3, 16\]"):
         model(sr=image[:, :, :3])
     with pytest.raises(TypeError, match=r"refsr must be a \[N, 3, H, W\] tensor, got NoneType"):

@@ -96,8 +96,13 @@ def plan_ttsr(
         made: whether the features of the references are in memory already.
 
     Raises:
-        ValueError: the smallest plan takes more than that.
+        ValueError: the smallest plan takes more than that, or `model` has no hard attention.
     """
+    if not model.hard_attention:
+        raise ValueError(
+            "model must have hard attention to be helped by references; "
+            "without it, model(lr) enlarges a picture"
+        )
     weight = model.MainNet.SFE.conv_head.weight
     device = weight.device
     limit = room(device, max_memory)

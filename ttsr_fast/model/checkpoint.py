@@ -74,17 +74,20 @@ def load_model(
     path: str | os.PathLike[str],
     *,
     res_scale: float = 1.0,
+    soft_attention: bool = True,
     precision: str | None = None,
     backend: str | None = None,
 ) -> TTSR:
     """A trained model in evaluation mode, on the CPU, in the default dtype.
 
     Takes the official file (with or without `module.` before its names), mmagic's, and what
-    `save_model` writes. Channels and numbers of residual blocks are read off the tensors.
+    `save_model` writes. Channels, numbers of residual blocks, and whether there are hard attention
+    and CSFI, are read off the tensors.
 
     Args:
         path: `.safetensors`, or any other suffix for a file written by `torch.save`.
         res_scale: as trained; a checkpoint does not tell. Published weights have 1.
+        soft_attention: as trained; a checkpoint does not tell. Published weights have it.
         precision: as for `ttsr_fast.search`.
         backend: as for `ttsr_fast.search`.
 
@@ -96,7 +99,16 @@ def load_model(
     state = _official(read_tensors(path))
     num_res_blocks, n_feats = _sizes(state)
     with torch.device("meta"):
-        model = TTSR(num_res_blocks, n_feats, res_scale, precision=precision, backend=backend)
+        model = TTSR(
+            num_res_blocks,
+            n_feats,
+            res_scale,
+            precision=precision,
+            backend=backend,
+            hard_attention=_has(state, r"LTE\.|MainNet\.conv(11|22|33)_head\."),
+            soft_attention=soft_attention,
+            csfi=_has(state, r"MainNet\.ex123?\."),
+        )
     faults = _faults(state, model.state_dict())
     if faults:
         raise ValueError(f"{path} is not a TTSR checkpoint: {faults}")
@@ -211,6 +223,10 @@ def _sizes(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], int]:
         found = (re.match(rf"MainNet\.{branches}\.(\d+)\.", name) for name in state)
         blocks.append(len({match[1] for match in found if match}))
     return tuple(blocks), n_feats
+
+
+def _has(state: Mapping[str, Tensor], names: str) -> bool:
+    return any(re.match(names, name) for name in state)
 
 
 def _faults(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""TTSR's main network: soft attention at three scales and cross-scale feature integration.
+"""TTSR's main network: soft attention at three scales and cross-scale feature integration (CSFI).
 
 Modules carry the names of the official checkpoint. `x1`, `x2` and `x4` are feature maps at one, two
 and four times the size of the low-resolution image.
@@ -25,6 +25,11 @@ class MainNet(nn.Module):
         num_res_blocks: residual blocks of the feature encoder and of every branch at 1x, 2x and 4x.
         n_feats: channels of the trunk, even.
         res_scale: factor of every residual block's update.
+        hard_attention: whether textures are transferred at all. Without, the network sees `x` alone
+            and lacks `conv11_head`, `conv22_head` and `conv33_head`.
+        soft_attention: whether the confidence S weights them. Without, S counts as 1.
+        csfi: whether scales exchange features before the last maps are merged. Without, each has
+            its own, and the network lacks `ex12` and `ex123`.
 
     Raises:
         ValueError: `num_res_blocks` is not four counts, or `n_feats` is odd or not positive.
@@ -35,6 +40,10 @@ class MainNet(nn.Module):
         num_res_blocks: Sequence[int] = (16, 16, 8, 4),
         n_feats: int = 64,
         res_scale: float = 1.0,
+        *,
+        hard_attention: bool = True,
+        soft_attention: bool = True,
+        csfi: bool = True,
     ) -> None:
         super().__init__()
         if len(num_res_blocks) != 4 or min(num_res_blocks) < 0:
@@ -42,24 +51,30 @@ class MainNet(nn.Module):
         if n_feats < 2 or n_feats % 2:
             raise ValueError(f"n_feats must be even and positive, got {n_feats}")
         n = n_feats
+
+        def attention(channels: int, scale: int) -> nn.Module:
+            if not hard_attention:
+                return NoAttention()
+            return Attention(n, channels, scale, soft_attention)
+
         _, count1, count2, count4 = num_res_blocks
         self.SFE = SFE(num_res_blocks[0], n, res_scale)
 
-        self.conv11_head = _conv3(n + 256, n)
+        self.conv11_head = attention(256, 1)
         self.RB11 = _res_blocks(count1, n, res_scale)
         self.conv11_tail = _conv3(n, n)
 
         self.conv12 = _conv3(n, 4 * n)
-        self.conv22_head = _conv3(n + 128, n)
-        self.ex12 = CSFI2(n)
+        self.conv22_head = attention(128, 2)
+        self.ex12 = CSFI2(n) if csfi else NoCSFI()
         self.RB21 = _res_blocks(count2, n, res_scale)
         self.RB22 = _res_blocks(count2, n, res_scale)
         self.conv21_tail = _conv3(n, n)
         self.conv22_tail = _conv3(n, n)
 
         self.conv23 = _conv3(n, 4 * n)
-        self.conv33_head = _conv3(n + 64, n)
-        self.ex123 = CSFI3(n)
+        self.conv33_head = attention(64, 4)
+        self.ex123 = CSFI3(n) if csfi else NoCSFI()
         self.RB31 = _res_blocks(count4, n, res_scale)
         self.RB32 = _res_blocks(count4, n, res_scale)
         self.RB33 = _res_blocks(count4, n, res_scale)
@@ -72,35 +87,38 @@ class MainNet(nn.Module):
     def forward(
         self,
         x: Tensor,  # [N, 3, H, W]
-        S: Tensor,  # [N, 1, H, W]
-        T_lv3: Tensor,  # [N, 256, H, W]
-        T_lv2: Tensor,  # [N, 128, 2*H, 2*W]
-        T_lv1: Tensor,  # [N, 64, 4*H, 4*W]
+        S: Tensor | None,  # [N, 1, H, W]
+        T_lv3: Tensor | None,  # [N, 256, H, W]
+        T_lv2: Tensor | None,  # [N, 128, 2*H, 2*W]
+        T_lv1: Tensor | None,  # [N, 64, 4*H, 4*W]
     ) -> Tensor:  # [N, 3, 4*H, 4*W]
-        """The picture, in [-1, 1], for `x` in [-1, 1] and what `SearchTransfer` returns."""
+        """The picture, in [-1, 1], for `x` in [-1, 1] and what `SearchTransfer` returns.
+
+        Without hard attention S and the textures are not looked at and may be None.
+        """
         x1 = self.attend1(self.SFE(x), S, T_lv3)
         x1, x2 = self.attend2(x1, S, T_lv2)
         x4 = self.attend4(x2, S, T_lv1)
         out1, out2, out4 = self.ex123(x1, x2, x4)
         return self.merge(*self.refine(x1, x2, out1, out2), x4, out4)
 
-    def attend1(self, x: Tensor, S: Tensor, T_lv3: Tensor) -> Tensor:
-        """Soft attention at 1x."""
-        x1 = x + S * self.conv11_head(torch.cat((x, T_lv3), 1))
+    def attend1(self, x: Tensor, S: Tensor | None, T_lv3: Tensor | None) -> Tensor:
+        """Attention at 1x, and the residual blocks."""
+        x1 = self.conv11_head(x, S, T_lv3)
         return x1 + self.conv11_tail(self.RB11(x1))
 
-    def attend2(self, x1: Tensor, S: Tensor, T_lv2: Tensor) -> tuple[Tensor, Tensor]:
-        """Soft attention at 2x, integration and residual blocks of both scales."""
+    def attend2(self, x1: Tensor, S: Tensor | None, T_lv2: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention at 2x, integration and residual blocks of both scales."""
         x2 = F.pixel_shuffle(self.conv12(x1), 2).relu_()
-        x2 = x2 + _up(S, 2) * self.conv22_head(torch.cat((x2, T_lv2), 1))
+        x2 = self.conv22_head(x2, S, T_lv2)
         out1, out2 = self.ex12(x1, x2)
         x1 = x1 + self.conv21_tail(self.RB21(out1))
         return x1, x2 + self.conv22_tail(self.RB22(out2))
 
-    def attend4(self, x2: Tensor, S: Tensor, T_lv1: Tensor) -> Tensor:
-        """Soft attention at 4x."""
+    def attend4(self, x2: Tensor, S: Tensor | None, T_lv1: Tensor | None) -> Tensor:
+        """Attention at 4x."""
         x4 = F.pixel_shuffle(self.conv23(x2), 2).relu_()
-        return x4 + _up(S, 4) * self.conv33_head(torch.cat((x4, T_lv1), 1))
+        return self.conv33_head(x4, S, T_lv1)
 
     def refine(self, x1: Tensor, x2: Tensor, out1: Tensor, out2: Tensor) -> tuple[Tensor, Tensor]:
         """The last residual blocks of 1x and 2x, on what `ex123` made of them."""
@@ -126,6 +144,30 @@ class SFE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_head(side_by_side(x)).relu_()
         return x + self.conv_tail(self.RBs(x))
+
+
+class Attention(nn.Conv2d):
+    """Soft attention on textures: `x + S * conv(cat(x, texture))` (equation 8)."""
+
+    def __init__(self, n_feats: int, channels: int, scale: int, soft: bool) -> None:
+        super().__init__(n_feats + channels, n_feats, 3, padding=1)
+        self.scale, self.soft = scale, soft
+
+    def forward(  # type: ignore[override]  # a convolution of three inputs
+        self,
+        x: Tensor,  # [N, n, scale*H, scale*W]
+        S: Tensor,  # [N, 1, H, W]
+        texture: Tensor,  # [N, channels, scale*H, scale*W]
+    ) -> Tensor:  # as x
+        update = super().forward(torch.cat((x, texture), 1))
+        return x + (_up(S, self.scale) * update if self.soft else update)
+
+
+class NoAttention(nn.Module):
+    """In the place of `Attention`: `x` as it is."""
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        return x
 
 
 class ResBlock(nn.Module):
@@ -198,6 +240,19 @@ class CSFI3(nn.Module):
         return self.conv_merge3(torch.cat((x4, x14, x24), 1)).relu_()
 
 
+class NoCSFI(nn.Module):
+    """In the place of `CSFI2` and `CSFI3`: every scale sees itself alone."""
+
+    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return maps
+
+    def integrate_lower(self, x1: Tensor, x2: Tensor, x4: Tensor) -> tuple[Tensor, Tensor]:
+        return x1, x2
+
+    def integrate4(self, x1: Tensor, x2: Tensor, x4: Tensor) -> Tensor:
+        return x4
+
+
 class MergeTail(nn.Module):
     """All scales to one picture, `[N, 3, 4*H, 4*W]` in [-1, 1]."""
 
@@ -229,4 +284,4 @@ def _res_blocks(count: int, n_feats: int, res_scale: float) -> nn.Sequential:
 
 
 def _up(x: Tensor, factor: int) -> Tensor:
-    return F.interpolate(x, scale_factor=factor, mode="bicubic")
+    return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="bicubic")

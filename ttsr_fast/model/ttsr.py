@@ -16,6 +16,9 @@ class TTSR(nn.Module):
     Its state dict is the official checkpoint: 316 tensors, `MainNet.*` and `LTE.*`. As published it
     has 6,729,615 parameters. Training hands `MainNet` and `LTE` different learning rates.
 
+    Parts can be left out to see what they are worth (section 4.4), each on its own. A model without
+    hard attention is a plain network: it has no `LTE` and needs no reference.
+
     Args:
         num_res_blocks: residual blocks of the feature encoder and of every branch at 1x, 2x and 4x.
         n_feats: channels of the main network, even.
@@ -24,6 +27,10 @@ class TTSR(nn.Module):
             downloaded, and without them LTE starts from random weights.
         precision: as for `ttsr_fast.search`.
         backend: as for `ttsr_fast.search`.
+        hard_attention: whether textures are searched and transferred. Without, `soft_attention`,
+            `vgg19`, `precision` and `backend` count for nothing.
+        soft_attention: as for `MainNet`.
+        csfi: as for `MainNet`.
 
     Raises:
         ValueError: sizes that make no network, or weights that are not VGG19's.
@@ -38,11 +45,23 @@ class TTSR(nn.Module):
         vgg19: Mapping[str, Tensor] | None = None,
         precision: str | None = None,
         backend: str | None = None,
+        hard_attention: bool = True,
+        soft_attention: bool = True,
+        csfi: bool = True,
     ) -> None:
         super().__init__()
-        self.MainNet = MainNet(num_res_blocks, n_feats, res_scale)
-        self.LTE = LTE(vgg19)
-        self.SearchTransfer = SearchTransfer(precision=precision, backend=backend)
+        self.hard_attention = hard_attention
+        self.MainNet = MainNet(
+            num_res_blocks,
+            n_feats,
+            res_scale,
+            hard_attention=hard_attention,
+            soft_attention=soft_attention,
+            csfi=csfi,
+        )
+        if hard_attention:
+            self.LTE = LTE(vgg19)
+            self.SearchTransfer = SearchTransfer(precision=precision, backend=backend)
 
     def forward(
         self,
@@ -51,6 +70,8 @@ class TTSR(nn.Module):
         ref: Tensor | None = None,  # [N or 1, 3, HR, WR]
         refsr: Tensor | None = None,  # [N or 1, 3, HR, WR]
         sr: Tensor | None = None,  # [N, 3, H, W]
+        *,
+        key_mask: Tensor | None = None,  # [N or 1, HR // 4, WR // 4] bool
     ) -> tuple[Tensor, ...]:
         """Super-resolve `lr`; or, given `sr` alone, its features for the transferal loss.
 
@@ -62,22 +83,34 @@ class TTSR(nn.Module):
             ref: the reference, at least 4x4 pixels, of any size; batch 1 serves the whole batch.
             refsr: `ref`, x4 down and x4 up again, so that it looks like `lrsr`.
             sr: any image of at least 4x4 pixels, instead of all others.
+            key_mask: False for every 4x4 pixels of `ref` that are never to be matched, such as
+                those of a padding.
+
+        Without hard attention only `lr` is looked at.
 
         Returns:
             `sr` `[N, 3, 4*H, 4*W]` in [-1, 1], `S` `[N, 1, H, W]`, `T_lv3` `[N, 256, H, W]`,
             `T_lv2` `[N, 128, 2*H, 2*W]` and `T_lv1` `[N, 64, 4*H, 4*W]`. No gradient reaches
-            `lrsr`, `ref` and `refsr`. Or, for `sr`, the levels lv1, lv2 and lv3 of `LTE_copy`.
+            `lrsr`, `ref` and `refsr`. Without hard attention a tuple of `sr` alone. Or, for the
+            argument `sr`, the levels lv1, lv2 and lv3 of `LTE_copy`.
 
         Raises:
             TypeError: an image is missing or no tensor.
-            ValueError: images whose shapes do not fit, or `sr` together with others.
+            ValueError: images or a mask whose shapes do not fit, a mask without a True, `sr`
+                together with others or without hard attention.
         """
         if sr is not None:
-            if not (lr is lrsr is ref is refsr is None):
-                raise ValueError("sr must be given alone, without lr, lrsr, ref and refsr")
+            if not (lr is lrsr is ref is refsr is key_mask is None):
+                raise ValueError(
+                    "sr must be given alone, without lr, lrsr, ref, refsr and key_mask"
+                )
+            if not self.hard_attention:
+                raise ValueError("sr must be None for a model without hard attention: it lacks LTE")
             return self.LTE_copy((_checked("sr", sr, 4) + 1) / 2)
         lr = _checked("lr", lr, 1)
-        textures = self._search_and_transfer(*_checked_pair(lr, lrsr, ref, refsr))
+        if not self.hard_attention:
+            return (self.MainNet(lr, None, None, None, None),)
+        textures = self._search_and_transfer(*_checked_pair(lr, lrsr, ref, refsr), key_mask)
         return self.MainNet(lr, *textures), *textures
 
     def LTE_copy(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,10 +122,13 @@ class TTSR(nn.Module):
         weights = {name: parameter.detach() for name, parameter in self.LTE.named_parameters()}
         return functional_call(self.LTE, weights, image)
 
-    def _search_and_transfer(self, lrsr: Tensor, ref: Tensor, refsr: Tensor) -> tuple[Tensor, ...]:
+    def _search_and_transfer(
+        self, lrsr: Tensor, ref: Tensor, refsr: Tensor, key_mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """S, T_lv3, T_lv2, T_lv1; LTE's maps of the images are freed on return."""
         query, key = (self.LTE((image.detach() + 1) / 2)[2] for image in (lrsr, refsr))
-        return self.SearchTransfer(query, key, *self.LTE((ref.detach() + 1) / 2))
+        values = self.LTE((ref.detach() + 1) / 2)
+        return self.SearchTransfer(query, key, *values, key_mask=key_mask)
 
 
 def _checked_pair(
