@@ -58,6 +58,7 @@ setup(
         "ttsr_fast.cli",
         "ttsr_fast.compat",
         "ttsr_fast.model",
+        "ttsr_fast.training",
         "ttsr_fast.kernels",
         "ttsr_fast.csrc",
     ],

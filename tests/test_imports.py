@@ -34,6 +34,7 @@ LAW: dict[str, set[str]] = {
     "modules": {"functional", "torch"},
     "model": {"modules", "torch", "safetensors"},
     "images": {"imagecodecs", "numpy", "PIL", "tifffile", "torch"},
+    "training": {"model", "torch"},
     "plan": {"model", "torch"},
     "inference": {"model", "plan", "references", "torch"},
     "detail": {"functional", "images", "references", "torch"},

@@ -84,15 +84,20 @@ class LTE(nn.Module):
             for name, parameter in self.named_parameters()
             if name.startswith("slice")
         }
-        bad = [n for n, p in own.items() if n not in weights or weights[n].shape != p.shape]
-        if bad:
-            raise ValueError(
-                "vgg19 must hold the weights of VGG19 in torchvision's naming; "
-                f"{len(bad)} of {len(own)} are missing or of another shape ({bad[0]}, ...)"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
+        copy_vgg19(weights, own)
+
+
+def copy_vgg19(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of VGG19 that `own` names; ValueError, and no change, if they do not fit."""
+    bad = [n for n, p in own.items() if n not in weights or weights[n].shape != p.shape]
+    if bad:
+        raise ValueError(
+            "vgg19 must hold the weights of VGG19 in torchvision's naming; "
+            f"{len(bad)} of {len(own)} are missing or of another shape ({bad[0]}, ...)"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
 
 
 @cache

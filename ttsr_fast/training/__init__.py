@@ -1,0 +1,1 @@
+"""Training of TTSR: losses, data, configuration and the loop around them."""
