@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ttsr_fast.model.vgg import VGG19
+
+Network = Callable[[Tensor], Tensor]
 
 _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 _GANS = ("wgan-gp", "gan")
@@ -65,7 +67,7 @@ def transferal_loss(
 
 
 def discriminator_loss(
-    discriminator: nn.Module,
+    discriminator: Network,
     sr: Tensor,
     hr: Tensor,
     kind: str = "wgan-gp",
@@ -97,7 +99,7 @@ def discriminator_loss(
     return fake.mean() - real.mean() + penalty * _steepness(discriminator, sr, hr, generator)
 
 
-def adversarial_loss(discriminator: nn.Module, sr: Tensor, kind: str = "wgan-gp") -> Tensor:
+def adversarial_loss(discriminator: Network, sr: Tensor, kind: str = "wgan-gp") -> Tensor:
     """What the generator is trained with: -mean D(sr), or the cross entropy of `sr` being real.
 
     Gradients flow through the discriminator, and to its weights unless they are frozen.
@@ -108,13 +110,14 @@ def adversarial_loss(discriminator: nn.Module, sr: Tensor, kind: str = "wgan-gp"
 
 
 def _steepness(
-    discriminator: nn.Module,
+    discriminator: Network,
     sr: Tensor,
     hr: Tensor,
     generator: torch.Generator | None,
 ) -> Tensor:
     """Mean of (||g|| - 1)**2."""
     sr, hr = _wide(sr), _wide(hr)
+    # Drawn where the generator is: the same numbers then serve any device.
     device = sr.device if generator is None else generator.device
     share = torch.rand(len(sr), 1, 1, 1, generator=generator, dtype=sr.dtype, device=device)
     share = share.to(sr.device)
