@@ -44,6 +44,8 @@ LAW: dict[str, set[str]] = {
 }
 LAW["environment"] = {"__init__", "backends", "torch"}
 LAW["folders"] = {"images"}
+LAW["pairs"] = {"folders", "images", "numpy"}
+LAW["training"] = {"PIL", "folders", "images", "numpy", "pairs", "torch"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
 LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setuptools", "skimage"}

@@ -1,0 +1,214 @@
+"""Pictures and their references, as the data sets of the field lay them out in folders.
+
+What training and evaluation share: where the files are, 8-bit RGB of them, TTSR's degradation.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ttsr_fast import images
+from ttsr_fast.folders import namesake, pictures_in
+from ttsr_fast.images import SCALE
+
+LAYOUTS = ("cufed", "cufed5", "sun80", "urban100", "manga109", "folders")
+
+
+class Pair(NamedTuple):
+    """A picture and what helps to enlarge it.
+
+    Attributes:
+        name: what tables call it, unlike every other of its data set.
+        hr: the picture as it is to become.
+        references: the pictures that help, best first where the data set orders them. Without any
+            the LR picture itself, at LR size, is the reference.
+    """
+
+    name: str
+    hr: Path
+    references: tuple[Path, ...]
+
+
+# The references of a picture.
+_Finder = Callable[[Path], tuple[Path, ...]]
+
+
+def find_pairs(
+    root: str | os.PathLike[str],
+    layout: str,
+    *,
+    references: int | Sequence[int] | str | os.PathLike[str] | None = None,
+) -> list[Pair]:
+    """The pairs of a data set on disk, picture 10 after picture 9; no picture is opened.
+
+    | layout | pictures | references |
+    | --- | --- | --- |
+    | `cufed` | `train/input` | of the same name in `train/ref` |
+    | `cufed5` | `test/CUFED5/NNN_0.png` | `NNN_1.png`, most similar, to `NNN_5.png` |
+    | `sun80` | `Sun_Hays_SR_groundtruth` | `Sun_Hays_SR_scenematches/NAME.jpg/`, about 20 each |
+    | `urban100` | `image_SRF_4/*_HR.png`, `HR`, or the folder itself | none, or a list |
+    | `manga109` | likewise | likewise |
+    | `folders` | the folder itself | a picture, or a folder of several, of the same name |
+
+    Names match with their suffix or without. Of `train/input` and `test/CUFED5` the first folder,
+    or both, may be left out: `root` is then the folder inside.
+
+    Args:
+        root: the folder of the data set.
+        layout: one of the above.
+        references: for `cufed5` and `sun80` the number of the reference, or several, from 1 on in
+            natural order (defaults: 1, and all of them). For `urban100` and `manga109` a text file
+            whose lines are the name of a picture and of its references in the same folder,
+            separated by blanks; the default is none, as the paper has it. For `folders` the folder
+            of references, which must be given. `cufed` takes none.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: `root`, or a folder of references.
+        TypeError, ValueError: an unknown layout, `references` it does not take, a folder without
+            pictures; pictures whose references are missing, of which the first is named and the
+            rest counted.
+    """
+    finders = {"cufed": _cufed, "cufed5": _cufed5, "sun80": _sun80, "folders": _folders}
+    finders |= dict.fromkeys(("urban100", "manga109"), _alone)
+    if layout not in finders:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    pictures, find = finders[layout](_existing(Path(root)), references)
+    stems = Counter(hr.stem for hr in pictures)
+    pairs, faults = [], []
+    for hr in pictures:
+        name = hr.stem if stems[hr.stem] == 1 else hr.name
+        try:
+            pairs.append(Pair(name.removesuffix("_0" * (layout == "cufed5")), hr, find(hr)))
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        others = f" (the first of {len(faults)} such pictures)" if len(faults) > 1 else ""
+        raise ValueError(f"{faults[0]}{others}")
+    return pairs
+
+
+def read_rgb(path: Path) -> np.ndarray:  # [H, W, 3] uint8
+    """A picture as TTSR was trained on: grey repeated, 16 bits rounded to 8, alpha dropped.
+
+    Raises: what `images.read_image` raises.
+    """
+    pixels = images.read_image(path).pixels
+    if pixels.dtype == np.uint16:
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def degrade(
+    pixels: np.ndarray,  # [H, W, 3] uint8
+) -> tuple[np.ndarray, np.ndarray]:  # [H // 4, W // 4, 3], [H, W, 3] uint8
+    """The picture reduced four times, and that enlarged to the size before: `lr` and `lrsr`."""
+    height, width = pixels.shape[:2]
+    low = images.resize(pixels, (height // SCALE, width // SCALE))
+    return low, images.resize(low, (height, width))
+
+
+def _cufed(root: Path, references: object) -> tuple[list[Path], _Finder]:
+    if references is not None:
+        raise TypeError(f"references is not for layout 'cufed', got {references!r}")
+    folder = _inside(root, "train/input", "input")
+    return pictures_in(folder), partial(_of_that_name, _existing(folder.parent / "ref"))
+
+
+def _cufed5(root: Path, references: object) -> tuple[list[Path], _Finder]:
+    numbers = _numbers(1 if references is None else references)
+    folder = _inside(root, "test/CUFED5", "CUFED5", ".")
+    pictures = [path for path in pictures_in(folder) if path.stem.endswith("_0")]
+    if not pictures:
+        raise ValueError(f"{folder} holds no pictures named NNN_0")
+    if max(numbers) > 5:
+        raise ValueError(f"references must be among 1 to 5, got {max(numbers)}")
+
+    def numbered(hr: Path, number: int) -> Path:
+        name = f"{hr.stem.removesuffix('0')}{number}"
+        try:
+            return namesake(hr.with_name(name + hr.suffix), folder)
+        except ValueError:
+            raise ValueError(f"{hr} has no reference {name}, or several of that name") from None
+
+    def find(hr: Path) -> tuple[Path, ...]:
+        return tuple(numbered(hr, number) for number in numbers)
+
+    return pictures, find
+
+
+def _sun80(root: Path, references: object) -> tuple[list[Path], _Finder]:
+    numbers = None if references is None else _numbers(references)
+    folder = _existing(root / "Sun_Hays_SR_scenematches")
+
+    def find(hr: Path) -> tuple[Path, ...]:
+        found = _of_that_name(folder, hr)
+        if numbers is not None and max(numbers) > len(found):
+            raise ValueError(f"{hr} has {len(found)} references, and no number {max(numbers)}")
+        return found if numbers is None else tuple(found[n - 1] for n in numbers)
+
+    return pictures_in(_existing(root / "Sun_Hays_SR_groundtruth")), find
+
+
+def _alone(root: Path, references: object) -> tuple[list[Path], _Finder]:
+    folder = _inside(root, "image_SRF_4", "HR", ".")
+    pictures = pictures_in(folder)
+    pictures = [path for path in pictures if path.stem.endswith("_HR")] or pictures
+    if references is None:
+        return pictures, lambda hr: ()
+    if not isinstance(references, str | os.PathLike):
+        raise TypeError(f"references must be a text file or None, got {references!r}")
+    lines = Path(references).read_text().splitlines()
+    listed = {words[0]: words[1:] for words in map(str.split, lines) if words}
+
+    def find(hr: Path) -> tuple[Path, ...]:
+        found = tuple(folder / name for name in listed.get(hr.name, ()))
+        if not found:
+            raise ValueError(f"{hr} has no reference in {references}")
+        for path in found:
+            if not path.is_file():
+                raise ValueError(f"{hr} has a reference that is not there: {path}")
+        return found
+
+    return pictures, find
+
+
+def _folders(root: Path, references: object) -> tuple[list[Path], _Finder]:
+    if not isinstance(references, str | os.PathLike):
+        raise TypeError(f"references must be the folder of references, got {references!r}")
+    return pictures_in(root), partial(_of_that_name, _existing(Path(references)))
+
+
+def _of_that_name(folder: Path, hr: Path) -> tuple[Path, ...]:
+    """The picture of that name in `folder`, or all of the folder of that name."""
+    for name in (hr.name, hr.stem):
+        if (folder / name).is_dir():
+            return tuple(pictures_in(folder / name))
+    return (namesake(hr, folder),)
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.exists():
+        raise FileNotFoundError(f"cannot read {folder}: no such folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"cannot read {folder}: it is no folder")
+    return folder
+
+
+def _inside(root: Path, *names: str) -> Path:
+    """The first of these folders that there is."""
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise FileNotFoundError(f"{root} holds no folder {' or '.join(names)}")
+
+
+def _numbers(references: object) -> tuple[int, ...]:
+    numbers = tuple(references) if isinstance(references, list | tuple | range) else (references,)
+    if not numbers or not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"references must be numbers from 1 on, got {references!r}")
+    return numbers
