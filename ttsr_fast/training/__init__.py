@@ -1,1 +1,1 @@
-"""Training of TTSR: losses, data, configuration and the loop around them."""
+"""Training of TTSR: what is learnt from, what is minimised, and the loop that does it."""

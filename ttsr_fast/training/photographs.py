@@ -1,0 +1,234 @@
+"""Pairs out of ordinary photographs: two views of one place, which no camera took."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ttsr_fast.folders import pictures_in
+from ttsr_fast.training.datasets import CACHE, DrawnItems, Pictures
+
+_STRENGTHS = (1.0, 0.5, 0.25, 0.0)  # of a warp for which a photograph has no room
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Warp:
+    """How far the view of a reference may lie from that of its picture. All is drawn evenly.
+
+    Attributes:
+        shift: of the centre, across and down, as a share of the size.
+        rotation: in degrees, either way.
+        perspective: by what share a side may be larger than the opposite one.
+        scale: how many times larger or smaller, even in its logarithm. Reductions are not
+            antialiased, so it should stay well below 2.
+        brightness: what is added or taken away, as a share of the range from black to white.
+        contrast: by what share differences from middle grey grow or shrink.
+    """
+
+    shift: float = 0.25
+    rotation: float = 15.0
+    perspective: float = 0.1
+    scale: float = 1.25
+    brightness: float = 0.1
+    contrast: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            least, value = float(field.name == "scale"), getattr(self, field.name)
+            if not least <= value < math.inf:
+                raise ValueError(f"{field.name} must be {least:g} or more, got {value}")
+        if self.perspective >= 1:
+            raise ValueError(f"perspective must be less than 1, got {self.perspective}")
+
+    def homography(self, drawn: np.ndarray, size: int) -> np.ndarray:  # [3, 3]
+        """From the pixels of the reference to those of the picture, both of this size.
+
+        Pixel centres lie at halves. With T, R, D and P for translation, rotation, scale (as a
+        diagonal) and perspective, and c for the centre: T(c + shift) R D P T(-c).
+
+        Args:
+            drawn: six numbers in [-1, 1]: shift across and down, rotation, scale, perspective
+                across and down. Zeros give the identity.
+            size: of both, in pixels.
+        """
+        across, down = self.shift * size * drawn[:2]
+        angle, scale = math.radians(self.rotation * drawn[2]), self.scale ** drawn[3]
+        cosine, sine = scale * math.cos(angle), scale * math.sin(angle)
+        turn = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+        perspective = np.eye(3)
+        perspective[2, :2] = self.perspective / size * drawn[4:6]
+        centre = size / 2
+        return (
+            _translation(centre + across, centre + down)
+            @ turn
+            @ perspective
+            @ _translation(-centre, -centre)
+        )
+
+    def tones(self, drawn: np.ndarray) -> np.ndarray:  # [256] uint8
+        """What becomes of every 8-bit value; `drawn` is two numbers in [-1, 1]."""
+        contrast, brightness = 1 + self.contrast * drawn[0], 255 * self.brightness * drawn[1]
+        values = (np.arange(256) - 127.5) * contrast + 127.5 + brightness
+        return values.round().clip(0, 255).astype(np.uint8)
+
+
+class Photographs(DrawnItems):
+    """Photographs as a `torch` data set of pairs; items as those of `PairDataset`.
+
+    The picture is a part of a photograph and the reference another view of about that part:
+    shifted, turned, scaled, in perspective, darker or brighter. It is resampled once, straight from
+    the photograph, inside which it lies wholly; where there is no room, the warp is halved, at most
+    twice, and then left out. A share of references comes from another photograph, so that the model
+    learns to do without.
+
+    Args:
+        source: a folder, or several files and folders.
+        size: side of picture and reference, a multiple of 4; smaller photographs are errors.
+        crops_per_photo: items of an epoch out of each.
+        unrelated: share of references out of another photograph.
+        warp: limits of what is drawn for a reference.
+        candidates: out of so many places the picture is the one with most detail, because skies
+            teach little; 1 takes places evenly.
+        augment: False leaves out flips and turns.
+        seed: of all random numbers. Another seed and `augment=False` give validation data.
+        longest: photographs with a longer side are reduced to it: their pixels are often softer
+            than those of a picture that was made at its size. None keeps them.
+        on_error: as for `PairDataset`.
+        cache: bytes of decoded photographs that every worker keeps, 3 for a pixel. Less than all of
+            them need means decoding anew for most items.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder or no photographs in it, a single one with
+            unrelated references, or an argument as above. Items raise an error that names the file.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        size: int = 160,
+        crops_per_photo: int = 16,
+        unrelated: float = 0.1,
+        warp: Warp | None = None,
+        candidates: int = 4,
+        augment: bool = True,
+        seed: int = 0,
+        longest: int | None = None,
+        on_error: str = "raise",
+        cache: int = CACHE,
+    ) -> None:
+        super().__init__(size, augment, seed, True, on_error, Pictures(cache, longest))
+        self._files = photographs_in(source)
+        if crops_per_photo < 1 or candidates < 1:
+            raise ValueError(
+                "crops_per_photo and candidates must be 1 or more, "
+                f"got {crops_per_photo} and {candidates}"
+            )
+        if not 0 <= unrelated <= 1:
+            raise ValueError(f"unrelated must be in [0, 1], got {unrelated}")
+        if unrelated > 0 and len(self._files) == 1:
+            raise ValueError(f"unrelated must be 0 for one photograph alone, got {unrelated}")
+        self._crops, self._unrelated = crops_per_photo, unrelated
+        self._warp, self._candidates = warp or Warp(), candidates
+
+    def __len__(self) -> int:
+        return len(self._files) * self._crops
+
+    def _draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        count = len(self._files)
+        chosen = number % count
+        hr, ref = self._views(self._files[chosen], rng)
+        if rng.random() < self._unrelated:
+            other = (chosen + rng.integers(1, count)) % count
+            ref = self._views(self._files[other], rng)[1]
+        return hr, ref
+
+    def _views(self, file: Path, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """A part of a photograph and another view of it, `[size, size, 3]` both."""
+        photo, size = self._pictures.read(file, self._size), self._size
+        sides = np.array(photo.shape[1::-1])
+        drawn = rng.uniform(-1, 1, 8)
+        for strength in _STRENGTHS:
+            matrix = self._warp.homography(strength * drawn[:6], size)
+            # The first and the last pixel of the photograph at which the picture may begin.
+            corners = mapped(matrix, np.array([(0, 0), (size, 0), (0, size), (size, size)]))
+            first = np.ceil(-np.minimum(corners.min(0), 0)).astype(int)
+            last = np.floor(sides - np.maximum(corners.max(0), size)).astype(int)
+            if (first <= last).all():
+                break
+        places = rng.integers(first, last + 1, (self._candidates, 2))
+        views = [photo[y : y + size, x : x + size] for x, y in places]
+        best = max(range(len(views)), key=lambda n: _detail(views[n])) if len(views) > 1 else 0
+        matrix = _translation(*places[best]) @ matrix
+        return views[best], self._warp.tones(drawn[6:])[resampled(photo, matrix, size)]
+
+
+def photographs_in(source: Source) -> list[Path]:
+    """The files of a folder, or of several files and folders, in natural order.
+
+    Raises: what `folders.pictures_in` raises; ValueError for an empty list.
+    """
+    paths = [source] if isinstance(source, str | os.PathLike) else source
+    found = [file for path in paths for file in pictures_in(Path(path))]
+    if not found:
+        raise ValueError("source must be at least one photograph, got none")
+    return found
+
+
+def held_out(source: Source, every: int = 8) -> tuple[list[Path], list[Path]]:
+    """Photographs to train with, and every so-many-th of them to validate with.
+
+    Raises:
+        ValueError: `every` is less than 2, or there are not so many.
+    """
+    files = photographs_in(source)
+    if not 2 <= every <= len(files):
+        raise ValueError(f"every must be in [2, {len(files)}], the photographs, got {every}")
+    validation = files[every - 1 :: every]
+    return [file for n, file in enumerate(files, 1) if n % every], validation
+
+
+def mapped(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:  # [N, 2], [N, 2]
+    """Points (x, y) under a homography `[3, 3]`."""
+    x, y, w = matrix @ np.column_stack((points, np.ones(len(points)))).T
+    return np.column_stack((x / w, y / w))
+
+
+def resampled(
+    photo: np.ndarray,  # [H, W, 3] uint8
+    matrix: np.ndarray,  # [3, 3], from the result to `photo`
+    size: int,
+) -> np.ndarray:  # [size, size, 3] uint8
+    """The view of a photograph under a homography, which must lie inside it.
+
+    Pillow's bicubic for transforms is sharper than that for sizes (a is -1 instead of -1/2), as a
+    reference should be, and rounds down.
+    """
+    corners = mapped(matrix, np.array([(0, 0), (size, 0), (0, size), (size, size)]))
+    left, top = np.floor(corners.min(0)).astype(int) - 2  # two pixels more are what bicubic reads
+    left, top = max(left, 0), max(top, 0)
+    right, bottom = np.ceil(corners.max(0)).astype(int) + 2
+    coefficients = _translation(-left, -top) @ matrix
+    window = Image.fromarray(photo[top:bottom, left:right])
+    view = window.transform(
+        (size, size),
+        Image.Transform.PERSPECTIVE,
+        (coefficients / coefficients[2, 2]).ravel()[:8].tolist(),
+        Image.Resampling.BICUBIC,
+    )
+    return np.asarray(view)
+
+
+def _translation(across: float, down: float) -> np.ndarray:  # [3, 3]
+    return np.array([[1.0, 0, across], [0, 1, down], [0, 0, 1]])
+
+
+def _detail(pixels: np.ndarray) -> float:  # of [H, W, 3]
+    """The mean difference of neighbours."""
+    green = pixels[..., 1].astype(np.int16)
+    return sum(float(np.abs(np.diff(green, axis=axis)).mean()) for axis in (0, 1))
