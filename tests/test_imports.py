@@ -40,11 +40,15 @@ LAW: dict[str, set[str]] = {
     "bank": {"detail", "images", "inference", "model", "plan", "safetensors", "torch"},
     "upscale": {"bank", "detail", "images", "inference", "model", "plan", "references", "torch"},
     "pictures": {"images", "numpy", "PIL", "torch"},
+    "metrics": {"numpy", "skimage"},
+    "table": set(),
 }
 LAW["environment"] = {"__init__", "backends", "torch"}
 LAW["folders"] = {"images"}
 LAW["pairs"] = {"folders", "images", "numpy"}
 LAW["training"] = {"PIL", "folders", "images", "model", "numpy", "pairs", "torch"}
+LAW["evaluation"] = {"bank", "detail", "images", "inference", "metrics", "model", "numpy", "pairs"}
+LAW["evaluation"] |= {"pictures", "plan", "table", "team", "torch"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
 LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setuptools", "skimage"}

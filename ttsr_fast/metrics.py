@@ -1,0 +1,124 @@
+"""PSNR and SSIM as the papers on reference-based super-resolution count them: three protocols.
+
+Results compare only where both were counted alike. The formulas are scikit-image's; a protocol says
+of what: which channels, and how much of the border is left out. It is imported when needed.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_RANGE = 255
+_SIGMA, _WINDOW = 1.5, 11  # of the Gaussian window (Wang et al., 2004)
+
+
+class Protocol(NamedTuple):
+    """What is compared.
+
+    Attributes:
+        luma: factors of R, G and B whose sum is compared, in [0, 255]; None for each of the three.
+        offset: what is added to that. PSNR does not depend on it, SSIM does.
+        border: pixels that are left out on every side.
+    """
+
+    luma: tuple[float, float, float] | None
+    offset: float
+    border: int
+
+
+PROTOCOLS = {
+    # utils.py of researchmm/TTSR: BT.601 as fractions of 256, with 16 added for SSIM.
+    "ttsr": Protocol((65.738 / 256, 129.057 / 256, 25.064 / 256), 16, 0),
+    # PSNR and SSIM of mmagic with crop_border=4, in float64 instead of float32.
+    "mmagic": Protocol(None, 0, 4),
+    # C2-Matching's validation: bgr2ycbcr of floats, which does not round, then the crop.
+    "c2": Protocol((65.481 / 255, 128.553 / 255, 24.966 / 255), 16, 4),
+}
+
+
+def psnr(
+    a: np.ndarray,  # [H, W, 3] uint8
+    b: np.ndarray,  # [H, W, 3] uint8
+    protocol: str = "ttsr",
+) -> float:
+    """Peak signal-to-noise ratio in dB, of one mean over all that is compared; inf if it is equal.
+
+    Raises:
+        TypeError, ValueError: pictures or a name that do not fit.
+        ImportError: scikit-image is not installed.
+    """
+    metrics, (x, y) = _metrics(), _compared(a, b, protocol)
+    with np.errstate(divide="ignore"):
+        return float(metrics.peak_signal_noise_ratio(x, y, data_range=_RANGE))
+
+
+def ssim(
+    a: np.ndarray,  # [H, W, 3] uint8
+    b: np.ndarray,  # [H, W, 3] uint8
+    protocol: str = "ttsr",
+) -> float:
+    """Structural similarity, the mean over all windows that lie inside, and over channels.
+
+    Windows are 11x11, Gaussian with sigma 1.5; the constants are (0.01 * 255)^2 and (0.03 * 255)^2.
+
+    Raises:
+        TypeError, ValueError: pictures or a name that do not fit, or no room for a window.
+        ImportError: scikit-image is not installed.
+    """
+    metrics, (x, y) = _metrics(), _compared(a, b, protocol)
+    return float(
+        np.mean(
+            [
+                metrics.structural_similarity(
+                    x[..., channel],
+                    y[..., channel],
+                    win_size=_WINDOW,
+                    gaussian_weights=True,
+                    sigma=_SIGMA,
+                    use_sample_covariance=False,
+                    data_range=_RANGE,
+                )
+                for channel in range(x.shape[2])
+            ]
+        )
+    )
+
+
+def check_protocol(name: str) -> Protocol:
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {tuple(PROTOCOLS)}, got {name!r}")
+    return PROTOCOLS[name]
+
+
+def _compared(a: np.ndarray, b: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """What the protocol compares of both, `[H, W, 1 or 3]` float64."""
+    protocol = check_protocol(name)
+    for x in (a, b):
+        if not isinstance(x, np.ndarray) or x.dtype != np.uint8:
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"pictures must be arrays of uint8, got {kind}")
+    if a.shape != b.shape or a.ndim != 3 or a.shape[2] != 3:
+        raise ValueError(
+            f"pictures must be two [H, W, 3] of one size, got {list(a.shape)} and {list(b.shape)}"
+        )
+    least = _WINDOW + 2 * protocol.border
+    if min(a.shape[:2]) < least:
+        raise ValueError(
+            f"pictures must be at least {least}x{least} pixels for protocol {name!r}, "
+            f"got {a.shape[1]}x{a.shape[0]}"
+        )
+    return _prepared(a, protocol), _prepared(b, protocol)
+
+
+def _prepared(pixels: np.ndarray, protocol: Protocol) -> np.ndarray:
+    rows, columns = (slice(protocol.border, n - protocol.border) for n in pixels.shape[:2])
+    x = pixels[rows, columns].astype(np.float64)
+    return x if protocol.luma is None else x @ np.array(protocol.luma)[:, None] + protocol.offset
+
+
+def _metrics() -> Any:
+    try:
+        import skimage.metrics
+    except ImportError as error:
+        raise ImportError("PSNR and SSIM need scikit-image: pip install scikit-image") from error
+    return skimage.metrics
