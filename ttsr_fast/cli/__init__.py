@@ -7,6 +7,7 @@ from typing import Annotated
 
 import ttsr_fast
 from ttsr_fast.cli.common import typer
+from ttsr_fast.cli.convert import convert_command
 from ttsr_fast.cli.env import env_command
 from ttsr_fast.cli.match import match_command
 from ttsr_fast.cli.upscale import upscale_command
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command("upscale")(upscale_command)
 app.command("match")(match_command)
+app.command("convert")(convert_command)
 app.command("env")(env_command)
 
 

@@ -1,8 +1,8 @@
 """TTSR: the texture extractor, the main network, the whole model and its checkpoints."""
 
-from ttsr_fast.model.checkpoint import load_model, save_model
+from ttsr_fast.model.checkpoint import convert_checkpoint, load_model, save_model
 from ttsr_fast.model.lte import LTE
 from ttsr_fast.model.main_net import MainNet
 from ttsr_fast.model.ttsr import TTSR
 
-__all__ = ["LTE", "TTSR", "MainNet", "load_model", "save_model"]
+__all__ = ["LTE", "TTSR", "MainNet", "convert_checkpoint", "load_model", "save_model"]

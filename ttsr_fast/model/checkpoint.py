@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,23 +130,55 @@ def save_model(model: TTSR, path: str | os.PathLike[str]) -> None:
         ValueError: another suffix, or no such folder.
         RuntimeError: safetensors is not installed.
     """
-    path = Path(path)
     if not isinstance(model, TTSR):
         raise TypeError(f"model must be a TTSR, unwrapped, got {type(model).__name__}")
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise ValueError(f"path must end in .safetensors, .pt or .pth, got {path}")
-    if not path.parent.is_dir():
-        raise ValueError(f"path must lie in an existing folder, got {path}")
+    path = _checked_path(path)
     state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".safetensors":
-            temporary.write_bytes(_safetensors().save(state))  # its save_file hides it from others
-        else:
-            torch.save(state, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _write(state, path)
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str = "official",
+    half: bool = False,
+) -> list[str]:
+    """Write the generator of a checkpoint under the names of another project, bit for bit.
+
+    Args:
+        source: a file that `load_model` takes.
+        target: `.safetensors`, or `.pt` or `.pth` for `torch.save`, the only ones for mmagic. It is
+            replaced when its successor is complete.
+        to: "official": the authors' names, in the order of their file; "mmagic": its names, under
+            `"state_dict"`.
+        half: whether to round to float16; otherwise each tensor keeps its type.
+
+    Returns:
+        Names in `source` of tensors that are left out: copies of LTE, and the rest of a training.
+        What a file holds beside `"state_dict"` is left out, too, and not listed.
+
+    Raises:
+        RuntimeError: the file cannot be read, or safetensors is not installed.
+        ValueError: it is no TTSR checkpoint, `target` is `source` or has another suffix, an unknown
+            `to`, a number beyond float16.
+        OSError: `target` cannot be written.
+    """
+    if to not in ("official", "mmagic"):
+        raise ValueError(f"to must be 'official' or 'mmagic', got {to!r}")
+    path = _checked_path(target)
+    if to == "mmagic" and path.suffix == ".safetensors":
+        raise ValueError(f"mmagic reads .pth files, got {path}")
+    if path.exists() and Path(source).is_file() and path.samefile(source):
+        raise ValueError(f"the result must be another file than {source}")
+    names = load_model(source).state_dict()  # says what is wrong with it; has the official order
+    tensors = read_tensors(source)
+    state = _official(tensors)
+    state = {name: state[name].clone(memory_format=torch.contiguous_format) for name in names}
+    if half:
+        state = {name: _halved(name, x) for name, x in state.items()}
+    _write(state if to == "official" else {"state_dict": to_mmagic(state)}, path)
+    return [name for name in _unwrapped(tensors) if name.startswith(_IGNORED)]
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -205,11 +238,46 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
-def _official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official names, whatever the file was written by."""
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): x for name, x in state.items()}
+    state = _unwrapped(state)
     return from_mmagic({n: x for n, x in state.items() if not n.startswith(_IGNORED)})
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without `module.` before the names, if it is before all."""
+    if all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): x for name, x in state.items()}
+    return state
+
+
+def _halved(name: str, x: Tensor) -> Tensor:
+    half = x.half()
+    if (half.isinf() & x.isfinite()).any():
+        raise ValueError(f"{name} holds {float(x.abs().max()):g}, which is beyond float16")
+    return half
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise ValueError(f"path must end in .safetensors, .pt or .pth, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"path must lie in an existing folder, got {path}")
+    return path
+
+
+def _write(content: Mapping[str, Any], path: Path) -> None:
+    """The file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".safetensors":  # whose save_file hides the file from others
+            temporary.write_bytes(_safetensors().save(content))
+        else:
+            torch.save(content, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sizes(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], int]:

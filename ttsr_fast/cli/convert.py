@@ -1,0 +1,38 @@
+"""`ttsr-fast convert`: a checkpoint under another project's names."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ttsr_fast.cli.common import Quiet, errors_in_one_line, one_of
+from ttsr_fast.model import convert_checkpoint
+
+
+def convert_command(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="A TTSR checkpoint of any of these kinds.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="File to write: .pt, .pth or .safetensors.")
+    ],
+    to: Annotated[
+        str | None, one_of(("official", "mmagic"), "Whose names the tensors get.", "official")
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Round to float16; otherwise no bit changes.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a checkpoint: the authors' names to mmagic's, .pt to .safetensors, and back.
+
+    Of a file of a whole training only the generator and its texture extractor are kept.
+    """
+    with errors_in_one_line():
+        left_out = convert_checkpoint(source, target, to=to or "official", half=half)
+    if quiet:
+        return
+    typer.echo(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    if left_out:
+        kinds = sorted({name.split(".")[0] for name in left_out})
+        typer.echo(f"left out {len(left_out)} tensors: {', '.join(kinds)}")
