@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ttsr_fast.images import Image
-from ttsr_fast.pictures import draw_match
+from ttsr_fast.pictures import draw_comparison, draw_match
 
 each = pytest.mark.parametrize
 PANEL, GAP, CAPTION = 480, 28, 40  # pixels
@@ -184,3 +184,66 @@ def test_offsets_count_in_the_reference_of_each_patch():
     top = GAP + CAPTION + step_y
     flow = sheet[top : top + step_y - CAPTION - GAP, GAP : GAP + PANEL]
     assert flow.min() > 180
+
+
+# --- a result beside the truth --------------------------------------------------------------------
+
+STEP = PANEL + GAP
+
+
+def compare(size=(40, 60), refs=(), served=None):
+    """A sheet of three pictures; the first is wrong in a block of 4x4, below and to the right."""
+    height, width = size
+    truth = np.zeros((height, width, 3), np.uint8)
+    truth[..., 1] = 200
+    start, result = truth.copy(), truth.copy()
+    start[height - 8 : height - 4, width - 9 : width - 5] = [0, 0, 255]
+    result[0, 0] = 255
+    panels = [("start", Image(start)), ("result", Image(result)), ("truth", Image(truth))]
+    return draw_comparison(panels, refs, served).pixels
+
+
+@each("size", [(40, 60), (60, 40), (21, 400)])
+def test_what_is_magnified_is_where_the_first_panel_is_worst(size):
+    sheet = compare(size)
+    scale = min(PANEL / size[1], 1.5 * PANEL / size[0])
+    height, width = (round(n * scale) for n in size)
+    assert sheet.shape == (2 * (height + GAP) + CAPTION + GAP, 3 * STEP + GAP, 3)
+    below = sheet[GAP + CAPTION + height + GAP :]
+    start, result, truth = (below[:height, GAP + n * STEP :][:, :width] for n in range(3))
+    blue = (start == [0, 0, 255]).all(2)
+    rows, columns = (-(-n // 4) for n in size)
+    assert blue.mean() == pytest.approx(4 / rows * 4 / columns, rel=0.05)
+    assert (start[~blue] == [0, 200, 0]).all()
+    assert (result == [0, 200, 0]).all()
+    assert (truth == [0, 200, 0]).all()
+
+
+def test_the_frame_is_around_what_is_magnified():
+    sheet = compare()[GAP + CAPTION :, GAP:][:320, :PANEL]
+    rows, columns = np.nonzero((sheet == [230, 30, 60]).all(2))
+    blue = np.argwhere((sheet == [0, 0, 255]).all(2))
+    assert rows.max() - rows.min() + 1 == 80  # a quarter of each side
+    assert columns.max() - columns.min() + 1 == 120
+    assert (blue.min(0) > [rows.min(), columns.min()]).all()
+    assert (blue.max(0) < [rows.max(), columns.max()]).all()
+
+
+def test_references_are_beside_it():
+    ref = solid(300, 300, 255, 0, 0)
+    sheet = compare(refs=[ref])
+    panel = sheet[GAP + CAPTION :, GAP + 3 * STEP :][:320, :320]
+    assert (panel == [255, 0, 0]).all()
+    served = np.array([[0, 1, 1, 1]])
+    other = solid(300, 300, 255, 255, 0)
+    two = compare(refs=[ref, other], served=served)[:, 3 * STEP :]
+    for colour in ([255, 0, 0], [255, 255, 0]):
+        assert (two == colour).all(2).sum() > 10000
+
+
+def test_a_long_caption_stays_over_its_panel():
+    picture = solid(40, 60, 0, 0, 0)
+    panels = [("a long name of a picture " * 9, picture), ("truth", picture)]
+    caption = draw_comparison(panels, []).pixels[: GAP + CAPTION]
+    assert (caption[:, GAP : GAP + PANEL] != 255).any()
+    assert (caption[:, GAP + PANEL : STEP + GAP] == 255).all()

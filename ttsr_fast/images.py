@@ -181,6 +181,11 @@ def check_output(path: str | os.PathLike[str], image: Image) -> None:
         raise ValueError(f"cannot write {path}: {reason}")
     if image.pixels.dtype == np.uint16 and image.to_array().ndim == 3:
         _codecs()
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError if no file can be written there, of whatever kind."""
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir():

@@ -1,4 +1,4 @@
-"""Drawings of a match: where every patch came from, and how similar it is."""
+"""Drawings: where every patch of a picture came from, and a result beside the truth."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from ttsr_fast.images import SCALE, Image, from_tensor
 
 _PANEL = 480  # width of a panel; its height follows the low-resolution picture
 _GAP, _CAPTION, _FRAME = 28, 40, 5
-_INK, _FAINT, _PAPER = (28, 30, 36), (120, 124, 134), (255, 255, 255)
+_INK, _FAINT, _PAPER, _MARK = (28, 30, 36), (120, 124, 134), (255, 255, 255), (230, 30, 60)
 
 
 def draw_match(
@@ -51,14 +51,9 @@ def draw_match(
     reach = max(min(2 * float(np.median(distance)), float(distance.max())), SCALE)
     lowest = min(float(np.quantile(score.numpy(), 0.02)), 0.95)
     heat = (score.numpy() - lowest) / (1 - lowest)
-    caption = f"reference, {refs[0].size[1]} x {refs[0].size[0]}"
-    shown = _shown(refs[0])
-    if len(refs) > 1:
-        caption = f"{len(refs)} references, and their shares"
-        shown = _contact_sheet(refs, np.bincount(served.ravel(), minlength=len(refs)), height)
     panels = [
         (f"low resolution, {lr.size[1]} x {lr.size[0]}", _shown(lr)),
-        (caption, shown),
+        _reference_panel(refs, served, height),
         (f"result, {image.size[1]} x {image.size[0]}", _shown(image)),
         ("where each patch came from", _flow_colours(offset / reach)),
         ("how similar it is", _heat_colours(heat)),
@@ -79,6 +74,75 @@ def draw_match(
     return Image(np.asarray(sheet))
 
 
+def draw_comparison(
+    panels: Sequence[tuple[str, Image]],
+    refs: Sequence[Image],
+    served: np.ndarray | None = None,  # [*] int
+) -> Image:
+    """Pictures of one size side by side, the references beside them, one region of each below.
+
+    The region is magnified, with its pixels as they are, and framed above: that with the largest
+    squared error of the first panel against the last.
+
+    Args:
+        panels: caption and picture of each, from the one that is to be improved to the truth.
+        refs: the references, if there are any.
+        served: for every patch the number of its reference, whose shares are then shown.
+
+    Returns:
+        RGB, uint8, about 500 pixels wide for each picture.
+    """
+    from PIL import Image as pillow
+    from PIL import ImageDraw
+
+    size = panels[0][1].size
+    scale = min(_PANEL / size[1], 1.5 * _PANEL / size[0])
+    height, width = (max(1, round(n * scale)) for n in size)
+    shown = [(caption, _shown(picture)) for caption, picture in panels]
+    region = _worst_region(shown[0][1], shown[-1][1])
+    frame = [round(scale * at) for at in (region[1].start, region[0].start)]
+    frame += [round(scale * at) - 1 for at in (region[1].stop, region[0].stop)]
+    if refs:
+        shown.append(_reference_panel(refs, served, height))
+    step = _PANEL + _GAP
+    corner = len(shown) * step + _GAP, 2 * (height + _GAP) + _CAPTION + _GAP
+    sheet = pillow.new("RGB", corner, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (caption, pixels) in enumerate(shown):
+        x, y = _GAP + number * step, _GAP + _CAPTION
+        draw.text((x, _GAP), _short(caption), _INK, _font(20))
+        sheet.paste(_fit(pixels, height), (x, y))
+        if number < len(panels):
+            place = [a + b for a, b in zip(frame, (x, y) * 2, strict=True)]
+            draw.rectangle(place, None, _PAPER, 4)  # so that it shows on any colour
+            draw.rectangle(place, None, _MARK, 2)
+            part = pillow.fromarray(np.ascontiguousarray(pixels[region]))
+            part = part.resize((width, height), pillow.Resampling.NEAREST)
+            sheet.paste(part, (x, y + height + _GAP))
+    return Image(np.asarray(sheet))
+
+
+def _worst_region(a: np.ndarray, b: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of a quarter of each side, where the squared error is largest."""
+    error = ((a.astype(np.float64) - b) ** 2).sum(2)
+    sides = [-(-n // 4) for n in error.shape]
+    total = np.pad(error, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    rows = total[sides[0] :] - total[: -sides[0]]
+    sums = rows[:, sides[1] :] - rows[:, : -sides[1]]
+    y, x = np.unravel_index(sums.argmax(), sums.shape)
+    return slice(y, y + sides[0]), slice(x, x + sides[1])
+
+
+def _reference_panel(
+    refs: Sequence[Image], served: np.ndarray | None, height: int
+) -> tuple[str, np.ndarray]:
+    """Caption and pixels of the reference, or of all with the share of patches each served."""
+    if len(refs) == 1 or served is None:
+        return f"reference, {refs[0].size[1]} x {refs[0].size[0]}", _shown(refs[0])
+    counts = np.bincount(served.ravel(), minlength=len(refs))
+    return f"{len(refs)} references, and their shares", _contact_sheet(refs, counts, height)
+
+
 def _offsets(
     index: np.ndarray, served: np.ndarray, sizes: list[tuple[int, int]]
 ) -> np.ndarray:  # [2, h, w]
@@ -96,7 +160,7 @@ def _colours(count: int) -> np.ndarray:  # [count, 3]
     return _oklch_to_srgb(lightness, np.full(count, 0.13), 2 * np.pi * number / count + 0.5)
 
 
-def _contact_sheet(refs: list[Image], counts: np.ndarray, height: int) -> np.ndarray:
+def _contact_sheet(refs: Sequence[Image], counts: np.ndarray, height: int) -> np.ndarray:
     """All references in cells of one panel, framed in their colours."""
     from PIL import Image as pillow
     from PIL import ImageDraw
@@ -202,6 +266,11 @@ def _draw_legend(
         value = f"{lowest + share * (1 - lowest):.2f}"
         draw.text((x + share * _PANEL, y + 34), value, _FAINT, _font(16), anchor=anchor)
     draw.text((x, y - 28), "similarity (cosine)", _FAINT, _font(16))
+
+
+def _short(caption: str) -> str:
+    """As much of it as a panel is wide."""
+    return caption if _font(20).getlength(caption) <= _PANEL else _short(caption[:-4] + "...")
 
 
 def _font(size: int) -> Any:

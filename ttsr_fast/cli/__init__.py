@@ -9,6 +9,7 @@ import ttsr_fast
 from ttsr_fast.cli.common import typer
 from ttsr_fast.cli.convert import convert_command
 from ttsr_fast.cli.env import env_command
+from ttsr_fast.cli.eval import eval_command
 from ttsr_fast.cli.match import match_command
 from ttsr_fast.cli.upscale import upscale_command
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command("upscale")(upscale_command)
 app.command("match")(match_command)
+app.command("eval")(eval_command)
 app.command("convert")(convert_command)
 app.command("env")(env_command)
 

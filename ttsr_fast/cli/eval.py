@@ -1,0 +1,179 @@
+"""`ttsr-fast eval`: PSNR and SSIM over a data set."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Sheet
+
+from ttsr_fast import images
+from ttsr_fast.cli.common import (
+    SOME_FAILED,
+    Backend,
+    Device,
+    MaxMemory,
+    Precision,
+    Quiet,
+    Weights,
+    device_named,
+    errors_in_one_line,
+    fail,
+    memory_limit,
+    one_of,
+    progress_bar,
+)
+from ttsr_fast.evaluation import METHODS, MODES, evaluate
+from ttsr_fast.metrics import PROTOCOLS
+from ttsr_fast.model import load_model
+from ttsr_fast.pairs import LAYOUTS, find_pairs
+from ttsr_fast.table import Table
+
+
+def eval_command(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the data set.")],
+    layout: Annotated[str | None, one_of(LAYOUTS, "How its files are laid out.", "folders")] = None,
+    references: Annotated[
+        str | None,
+        typer.Option(
+            help="For cufed5 and sun80 numbers, as 1 or 1,2,3,4,5; for folders the folder of "
+            "references; for urban100 and manga109 a list of them in a text file.",
+            show_default="1 for cufed5, otherwise all",
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        one_of(
+            MODES,
+            "Of several references only the first, each patch from the best of all, or all stacked "
+            "into one picture of 500 pixels width.",
+            "all if --references names several, otherwise first",
+        ),
+    ] = None,
+    weights: Weights = None,
+    method: Annotated[str | None, one_of(METHODS, "Instead of --weights.", "none")] = None,
+    protocol: Annotated[
+        str | None, one_of(tuple(PROTOCOLS), "Whose PSNR and SSIM.", "ttsr")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="File for the table, as CSV.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the table, as JSON.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for drawings: bicubic, result, truth, references.")
+    ] = None,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Go on without pairs that cannot be evaluated.")
+    ] = False,
+    device: Device = None,
+    max_memory: MaxMemory = None,
+    backend: Backend = None,
+    precision: Precision = None,
+    quiet: Quiet = False,
+) -> None:
+    """Reduce the pictures of a data set four times, enlarge them, and compare them with the truth.
+
+    In several processes, on as many GPUs: torchrun --nproc-per-node 2 -m ttsr_fast eval ...
+
+    Exit codes: 0 all done, 1 some pictures were skipped, 2 bad input.
+    """
+    with errors_in_one_line(), _processes() as rank:
+        if (weights is None) == (method is None):
+            raise ValueError("either --weights or --method is needed, and not both")
+        for path in (csv, json):
+            if path is not None:
+                images.check_place(path)
+        pairs = find_pairs(root, layout or "folders", references=_references(layout, references))
+        where = torch.device(device_named(device or _own_gpu()))
+        model = load_model(weights).to(where) if weights is not None else str(method)
+        with progress_bar("evaluating", len(pairs), quiet or rank > 0) as (step, tell):
+
+            def told(name: str, done: int, of: int) -> None:
+                tell(name)("done", done, of)
+                step()
+
+            table = evaluate(
+                model,
+                pairs,
+                protocol=protocol or "ttsr",
+                references=mode or ("all" if "," in (references or "") else "first"),
+                device=None if weights is not None else where,
+                max_memory=memory_limit(max_memory),
+                precision=precision,
+                backend=backend,
+                on_error="skip" if skip else "raise",
+                pictures=pictures,
+                progress=told,
+            )
+        if rank > 0:
+            return
+        if csv is not None:
+            table.to_csv(csv)
+        if json is not None:
+            table.to_json(json)
+    if not quiet:
+        _show(table)
+    for failure in table.failures:
+        typer.echo(f"error: {failure.message}", err=True)
+    if table.failures:
+        total = len(table.rows) + len(table.failures)
+        fail(f"{len(table.failures)} of {total} pictures failed", SOME_FAILED)
+
+
+def _references(layout: str | None, text: str | None) -> Any:
+    """As `find_pairs` takes them."""
+    if text is None or layout not in ("cufed5", "sun80"):
+        return text
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--references must be numbers, as 1 or 1,2,3, got {text}") from None
+
+
+@contextmanager
+def _processes() -> Iterator[int]:
+    """The rank of this process; those that torchrun has started become a group meanwhile."""
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    if not launched:
+        yield 0
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_gpu() -> str | None:
+    """For a process of torchrun, one of the GPUs of its machine in turn."""
+    number = os.environ.get("LOCAL_RANK")
+    if number is None or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(number) % torch.cuda.device_count()}"
+
+
+def _show(table: Table) -> None:
+    sheet = Sheet(box=box.SIMPLE_HEAD, show_footer=True)
+    sheet.add_column("picture", "mean", overflow="fold")
+    sheet.add_column("PSNR", f"{table.psnr:.3f}", justify="right")
+    sheet.add_column("SSIM", f"{table.ssim:.4f}", justify="right")
+    sheet.add_column("references", overflow="fold")
+    for row in table.rows:
+        numbers = f"{row.psnr:.3f}", f"{row.ssim:.4f}"
+        sheet.add_row(escape(row.name), *numbers, escape(" ".join(row.references)))
+    Console().print(sheet)
+    counted, failed = len(table.rows), len(table.failures)
+    if failed:
+        typer.echo(f"the mean leaves out {failed} of {counted + failed} pictures, which failed")
+    if table.equal:
+        typer.echo(f"that of PSNR leaves out {table.equal} results equal to the truth")
+    used = "" if table.method == "bicubic" else f", references: {table.references}"
+    typer.echo(
+        f"{table.method}, protocol {table.protocol}{used}: {counted} pictures, "
+        f"{table.seconds:.2f} s each"
+    )
