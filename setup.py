@@ -65,6 +65,7 @@ setup(
     package_dir={"ttsr_fast.csrc": "csrc", "ttsr_fast.kernels": "kernels"},
     package_data={
         "ttsr_fast": ["py.typed"],
+        "ttsr_fast.training": ["presets/*.yaml"],
         "ttsr_fast.csrc": ["*.cpp", "*.h", "*/*.cpp", "*/*.h", "*/*.cu"],
     },
     ext_modules=extensions(),

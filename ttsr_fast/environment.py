@@ -12,6 +12,7 @@ from ttsr_fast import backends
 # What the extras of pyproject.toml bring.
 EXTRAS = {
     "cli": ("imagecodecs", "pillow", "rich", "safetensors", "tifffile", "typer"),
+    "train": ("accelerate", "omegaconf", "pillow", "safetensors", "scikit-image", "tensorboard"),
     "bench": ("matplotlib", "pytest-benchmark", "rich", "scikit-image"),
     "peers": ("faiss-cpu", "pykeops"),
 }

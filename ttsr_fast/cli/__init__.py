@@ -11,6 +11,7 @@ from ttsr_fast.cli.convert import convert_command
 from ttsr_fast.cli.env import env_command
 from ttsr_fast.cli.eval import eval_command
 from ttsr_fast.cli.match import match_command
+from ttsr_fast.cli.train import train_command
 from ttsr_fast.cli.upscale import upscale_command
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command("upscale")(upscale_command)
 app.command("match")(match_command)
 app.command("eval")(eval_command)
 app.command("convert")(convert_command)
+app.command("train")(train_command)
 app.command("env")(env_command)
 
 

@@ -1,0 +1,160 @@
+"""The configuration: presets, files, overrides, official names, and what is refused."""
+
+import re
+
+import pytest
+
+from ttsr_fast.training.config import PRESETS, load_config, to_dict, to_yaml
+
+each = pytest.mark.parametrize
+
+
+def test_presets_are_the_published_recipes():
+    """SPEC: arXiv 2006.04139, section 4.1, and train.sh of the official repository."""
+    ttsr, rec = load_config("ttsr"), load_config("ttsr-rec")
+    for config in (ttsr, rec):
+        assert config.model.num_res_blocks == [16, 16, 8, 4]
+        assert (config.model.n_feats, config.model.res_scale) == (64, 1)
+        assert (config.data.size, config.data.batch_size) == (160, 9)
+        assert (config.optim.lr_rate, config.optim.lr_rate_lte) == (1e-4, 1e-5)
+        assert (config.optim.lr_rate_dis, config.optim.decay) == (1e-4, None)
+        assert (config.optim.beta1, config.optim.beta2, config.optim.eps) == (0.9, 0.999, 1e-8)
+        assert (config.optim.clip, config.optim.ema, config.run.amp) == (None, None, None)
+        assert (config.loss.rec_type, config.loss.tpl_type, config.loss.tpl_use_S) == (
+            *("l1", "l2"),
+            False,
+        )
+    loss = ttsr.loss
+    assert (loss.rec_w, loss.per_w, loss.tpl_w, loss.adv_w) == (1, 1e-2, 1e-2, 1e-3)
+    assert (loss.gan_type, loss.gan_k, loss.penalty) == ("wgan-gp", 2, 10)
+    assert (rec.loss.rec_w, rec.loss.per_w, rec.loss.tpl_w, rec.loss.adv_w) == (1, 0, 0, 0)
+    assert (ttsr.run.num_init_epochs, ttsr.run.num_epochs) == (2, 50)
+    assert (rec.run.num_init_epochs, rec.run.num_epochs) == (0, 200)
+
+
+@each(
+    ("official", "key", "value"),
+    [
+        ("num_res_blocks=16+8+4+2", "model.num_res_blocks", [16, 8, 4, 2]),
+        ("n_feats=32", "model.n_feats", 32),
+        ("res_scale=0.5", "model.res_scale", 0.5),
+        ("model_path=a.pt", "model.weights", "a.pt"),
+        ("dataset=CUFED", "data.layout", "cufed"),
+        ("dataset_dir=/data/CUFED/", "data.root", "/data/CUFED/"),
+        ("num_workers=9", "data.num_workers", 9),
+        ("batch_size=3", "data.batch_size", 3),
+        ("train_crop_size=40", "data.size", 160),
+        ("train_crop_size=24", "data.size", 96),
+        ("rec_w=2", "loss.rec_w", 2.0),
+        ("per_w=1e-2", "loss.per_w", 0.01),
+        ("tpl_w=0.1", "loss.tpl_w", 0.1),
+        ("adv_w=1e-3", "loss.adv_w", 0.001),
+        ("tpl_use_S=True", "loss.tpl_use_S", True),
+        ("tpl_type=l1", "loss.tpl_type", "l1"),
+        ("GAN_type=WGAN_GP", "loss.gan_type", "wgan-gp"),
+        ("GAN_type=GAN", "loss.gan_type", "gan"),
+        ("GAN_k=3", "loss.gan_k", 3),
+        ("lr_rate=2e-4", "optim.lr_rate", 2e-4),
+        ("lr_rate_dis=3e-4", "optim.lr_rate_dis", 3e-4),
+        ("lr_rate_lte=0", "optim.lr_rate_lte", 0.0),
+        ("beta1=0.5", "optim.beta1", 0.5),
+        ("beta2=0.9", "optim.beta2", 0.9),
+        ("eps=1e-6", "optim.eps", 1e-6),
+        ("decay=999999", "optim.decay", 999999),
+        ("gamma=0.1", "optim.gamma", 0.1),
+        ("save_dir=./train/CUFED/TTSR", "run.out", "./train/CUFED/TTSR"),
+        ("cpu=True", "run.cpu", True),
+        ("num_init_epochs=1", "run.num_init_epochs", 1),
+        ("num_epochs=7", "run.num_epochs", 7),
+        ("print_every=600", "run.print_every", 600),
+        ("save_every=10", "run.save_every", 10),
+        ("val_every=10", "run.val_every", 10),
+    ],
+)
+def test_official_options_have_their_place(official, key, value, tmp_path):
+    part, _, name = key.partition(".")
+    assert to_dict(load_config(None, [official]))[part][name] == value
+    file = tmp_path / "official.yaml"
+    file.write_text(official.replace("=", ": ", 1))
+    assert to_dict(load_config(file))[part][name] == value
+
+
+def test_the_later_is_the_stronger(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("preset: ttsr-rec\nmodel:\n  n_feats: 32\nloss: {per_w: 0.5}\nlr_rate: 1e-3\n")
+    config = load_config(file, ["model.n_feats=16", "n_feats=8", "run={seed: 4}"])
+    assert (config.model.n_feats, config.run.seed) == (8, 4)
+    assert (config.loss.per_w, config.optim.lr_rate) == (0.5, 1e-3)
+    assert (config.run.num_init_epochs, config.run.num_epochs) == (0, 200)  # the preset's
+
+
+@each("preset", PRESETS)
+def test_what_is_shown_is_what_is_read(preset, tmp_path):
+    config = load_config(preset, ["run.out=a b", "data.references=[1, 5]", "save_steps=7"])
+    (tmp_path / "shown.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "shown.yaml") == config
+
+
+@each(
+    ("override", "message"),
+    [
+        ("n_feat=3", "unknown key n_feat"),
+        ("model.q=1", "unknown key model.q"),
+        ("loss.n_feats=2", "unknown key loss.n_feats, did you mean model.n_feats\\?"),
+        ("model=3", "unknown key model"),
+        ("n_feats", "an override must be key=value, got 'n_feats'"),
+        ("n_feats=3", "model.n_feats must be even and positive, got 3"),
+        ("n_feats=x", "model.n_feats cannot be 'x': Value 'x' of type 'str' could not .*Integer"),
+        ("n_feats=null", "model.n_feats cannot be None: .*not Optional"),
+        ("num_res_blocks=1+2", "model.num_res_blocks must be four numbers.*, got \\[1, 2\\]"),
+        ("num_res_blocks=1+a+3+4", "model.num_res_blocks cannot be .*'a'.*"),
+        ("lr_rate=nan", "optim.lr_rate must be finite and at least 0, got nan"),
+        ("lr_rate=[", "lr_rate has a value that is no YAML: .*"),
+        ("lr_rate=0", "optim.lr_rate must be positive, got 0.0"),
+        ("beta1=1", "optim.beta1 must be at least 0 and below 1, got 1.0"),
+        ("ema=1.5", "optim.ema must be at least 0 and below 1, got 1.5"),
+        ("clip=0", "optim.clip must be positive, got 0.0"),
+        ("batch_size=0", "data.batch_size must be at least 1, got 0"),
+        ("size=50", "data.size must be a multiple of 4, 16 or more, got 50"),
+        ("layout=coco", "data.layout must be one of cufed, .*, photographs, got coco"),
+        ("unrelated=2", "data.unrelated must be from 0 to 1, got 2.0"),
+        ("GAN_type=LSGAN", "loss.gan_type must be one of wgan-gp, gan, got LSGAN"),
+        ("rec_w=-1", "loss.rec_w must be finite and at least 0, got -1.0"),
+        ("amp=int8", "run.amp must be one of None, fp16, bf16, got int8"),
+        ("accumulate=2", "data.batch_size must be a multiple of 2 parts, got 9"),
+        ("size=48", "data.size must be a multiple of 32 for the adversarial loss, got 48"),
+        ("hard_attention=no", "loss.tpl_w must be 0 without model.hard_attention, got 0.01"),
+        ("run={num_init_epochs: 0, num_epochs: 0}", "run.num_epochs must be positive, .*"),
+        ("reset=True", "reset is an option of the official program only: nothing is ever .*"),
+        ("num_gpu=4", "num_gpu is an option of the official program only: .*accelerate launch.*"),
+        ("out=${nothing}", ".*Interpolation key 'nothing' not found"),
+    ],
+)
+def test_the_impossible_is_refused(override, message):
+    with pytest.raises(ValueError) as caught:
+        load_config("ttsr", [override])
+    assert re.fullmatch(message, str(caught.value)), str(caught.value)
+
+
+@each(
+    ("content", "message"),
+    [
+        ("model: [1", "{file} is not a YAML file: while parsing a flow sequence"),
+        ("- 1\n- 2", "{file} must hold keys and values, got a list"),
+        ("preset: best", "preset must be one of tiny, ttsr, ttsr-rec, got best"),
+        ("widths: 3", "unknown key widths"),
+    ],
+)
+def test_bad_files_are_refused(content, message, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        load_config(file)
+    assert str(caught.value) == message.format(file=file)
+
+
+def test_a_preset_that_is_not_there_is_refused():
+    with pytest.raises(
+        ValueError, match="no preset \\(tiny, ttsr, ttsr-rec\\) and no file .* best"
+    ):
+        load_config("best")

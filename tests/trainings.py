@@ -1,0 +1,71 @@
+"""Trainings that are small enough for tests, in this process and in others."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ttsr_fast.images import Image
+from ttsr_fast.training.config import Config, load_config
+from ttsr_fast.training.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+# Narrow and on small pictures, with the code path of the preset.
+SMALL = ("num_res_blocks=1+1+1+1", "n_feats=4", "size=16", "batch_size=2", "crops_per_photo=3")
+# The adversarial loss needs 32 pixels; with an average and all losses that need no VGG19.
+FULL = ("adv_w=1e-3", "tpl_w=1e-2", "size=32", "ema=0.9", "num_init_epochs=1", "decay=1")
+
+
+def photographs(folder: Path, count: int = 2) -> Path:
+    """Pictures with detail of several sizes."""
+    folder.mkdir()
+    for number in range(count):
+        y, x = np.mgrid[:64, :72]
+        waves = [np.sin((x + number) / a) + np.cos((y - number * x / 9) / a) for a in (2, 5, 11)]
+        Image((np.stack(waves, 2) * 60 + 127).astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def configuration(data: Path, out: Path, *settings: str) -> Config:
+    """The tiny preset, smaller."""
+    return load_config("tiny", [*SMALL, f"data.root={data}", f"run.out={out}", *settings])
+
+
+def program(data: Path, out: Path, *arguments: str, settings: tuple[str, ...] = ()) -> list[str]:
+    """The command that trains with such a configuration."""
+    options = [x for setting in (*SMALL, *settings) for x in ("--set", setting)]
+    return [
+        *(sys.executable, "-m", "ttsr_fast", "train", "tiny"),
+        *("--data", str(data), "--out", str(out), *options, *arguments),
+    ]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT)
+
+
+def gradients(config: Config, steps: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Of both networks in the last of some steps, and its losses; over all processes of a group."""
+    if dist.is_initialized():
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        rank, size = str(dist.get_rank()), str(dist.get_world_size())
+        os.environ.update(zip(names, (rank, rank, size, size), strict=True))
+        os.environ["OMP_NUM_THREADS"] = "1"
+    trainer = Trainer(config)
+    for batch, _ in zip(trainer.batches(), range(steps), strict=False):
+        losses = trainer.steps.step(batch, full=True)
+    networks = {"G": trainer.networks.ttsr, "D": trainer.networks.discriminator}
+    assert trainer.accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
+    return {
+        f"{which}.{name}": x.grad.clone()
+        for which, network in networks.items()
+        if network is not None
+        for name, x in network.named_parameters()
+        if x.grad is not None
+    }, losses

@@ -1,0 +1,306 @@
+"""The training of TTSR: epochs, steps, what is logged and kept."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from ttsr_fast.model import save_model
+from ttsr_fast.training import checkpoints
+from ttsr_fast.training.checkpoints import BEST, LAST
+from ttsr_fast.training.config import SETTINGS, Config, to_yaml
+from ttsr_fast.training.datasets import Draws
+from ttsr_fast.training.interruption import Interruption, ignore_first_signals
+from ttsr_fast.training.items import training_items, validation_items
+from ttsr_fast.training.networks import Networks, make_accelerator
+from ttsr_fast.training.record import Record
+from ttsr_fast.training.steps import Batch, NotFinite, Steps
+from ttsr_fast.training.validation import Validation, enlarged, row, validate
+
+MODELS = ("model.safetensors", "model-ema.safetensors")
+_POSITION = ("epoch", "done", "step", "best")  # of the state, in checkpoints
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """How far a training is.
+
+    Attributes:
+        epoch: the current one, from 0 on; the number of epochs once all are done.
+        done: steps of it that are done.
+        step: steps since the beginning.
+        total: steps there are to be, at the end.
+        losses: of the last step; `total` is their weighted sum.
+        images_per_second: of the last steps, over all processes.
+        validation: the last one.
+        best: the highest PSNR of a validation.
+        signal: number of the signal that has stopped it, or 0.
+    """
+
+    epoch: int = 0
+    done: int = 0
+    step: int = 0
+    total: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    images_per_second: float = 0.0
+    validation: Validation | None = None
+    best: float = float("-inf")
+    signal: int = 0
+
+
+def train(
+    config: Config,
+    *,
+    resume: str | Path | bool | None = None,
+    progress: Callable[[State], None] | None = None,
+) -> State:
+    """Train TTSR as `config` says, and write the generator as `model.safetensors` at the end.
+
+    In `run.out` there are then also `training.yaml`, `last.pt` and, with held-out pictures,
+    `best.pt` (the state after the last and the best epoch), `logs` for TensorBoard, and with an
+    average of weights `model-ema.safetensors`. Nothing else in that folder is touched.
+
+    On one device, a training that is stopped and resumed ends with the very weights of one that is
+    not, also if it is killed: it then goes on from its last checkpoint.
+
+    SIGTERM and SIGINT let the step end, save, and return with `signal` set; a second one ends the
+    program. Started by `accelerate launch` or torchrun it runs in all their processes; all of them
+    call this function.
+
+    Args:
+        config: of `load_config`.
+        resume: True goes on from `last.pt` in `run.out`, or begins if there is none; a path goes on
+            from that checkpoint; None begins, in a folder without a checkpoint.
+        progress: called in the main process after every step, and at the end of every epoch, where
+            `done` is 0.
+
+    Raises:
+        ValueError: settings that are impossible or do not fit the data or the checkpoint, or a
+            folder that holds a training already.
+        OSError: pictures or weights that are missing, a checkpoint that cannot be written; the one
+            before it is whole then.
+        RuntimeError: a checkpoint that cannot be read, or a loss that is not finite: its step's
+            inputs are in `run.out` then.
+        ImportError: a package of the extra `train` is missing.
+    """
+    return Trainer(config, progress).run(resume)
+
+
+class Trainer:
+    """One training; see `train`, which is all that most need.
+
+    Args:
+        config: of the training.
+        progress: as for `train`.
+    """
+
+    def __init__(self, config: Config, progress: Callable[[State], None] | None = None) -> None:
+        if config.run.out is None:
+            raise ValueError("run.out is needed: the folder that a training writes to")
+        self.config, self.state, self.out = config, State(), Path(config.run.out)
+        self.items, self.held_out = training_items(config), validation_items(config)
+        batch = config.data.batch_size
+        if len(self.items) < batch:
+            raise ValueError(f"data.batch_size is {batch}, but there are {len(self.items)} items")
+        self.steps_per_epoch = len(self.items) // batch
+        self.epochs = config.run.num_init_epochs + config.run.num_epochs
+        self.state.total = self.epochs * self.steps_per_epoch
+        self.accelerator = make_accelerator(config)
+        self.networks = Networks(config, self.accelerator)
+        self.steps = Steps(config, self.networks, self.accelerator)
+        self._main = self.accelerator.is_main_process
+        self._progress = progress if self._main else None
+
+    def run(self, resume: str | Path | bool | None = None) -> State:
+        """From the beginning or a checkpoint to the end, or to a signal."""
+        self._start(resume)
+        record = Record(self.out / "logs" if self._main else None, self.state.step)
+        with Interruption() as self._interruption, record as self._record:
+            while self.state.epoch < self.epochs and not self.state.signal:
+                self._epoch()
+        if self._main:
+            self._export()
+        return self.state
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's share of the batches left in the epoch, on its device."""
+        data, device = self.config.data, self.accelerator.device
+        draws = Draws(len(self.items), seed=self.config.run.seed, epoch=self.state.epoch)
+        process = self.accelerator.process_index, self.accelerator.num_processes
+        loader = DataLoader(
+            self.items,
+            batch_sampler=Shares(draws, data.batch_size, self.state.done, *process),
+            num_workers=data.num_workers,
+            worker_init_fn=ignore_first_signals,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # so that it draws from no other
+        )
+        for batch in loader:
+            yield {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+
+    def save(self) -> None:
+        """Write `last.pt`."""
+        if self._main:
+            state = self.state
+            position = {name: getattr(state, name) for name in _POSITION}
+            saved = {
+                **self.networks.state(),
+                **position,
+                "items": len(self.items),
+                "penalty_rng": self.steps.penalty_rng.get_state(),
+                "rng": checkpoints.rng_state(),
+            }
+            checkpoints.save_checkpoint(saved, self.config, self.out / LAST)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint; raises what `load_checkpoint` does."""
+        saved = checkpoints.load_checkpoint(path, self.config)
+        if saved["done"] and saved["items"] != len(self.items):
+            raise ValueError(
+                f"{path} was saved within an epoch of {saved['items']} items, "
+                f"and now there are {len(self.items)}"
+            )
+        self.networks.load(saved)
+        for name in _POSITION:
+            setattr(self.state, name, saved[name])
+        self.steps.penalty_rng.set_state(saved["penalty_rng"])
+        checkpoints.set_rng_state(saved["rng"])
+
+    def _start(self, resume: str | Path | bool | None) -> None:
+        """Restore, or make sure that nothing is there that would be replaced."""
+        last = self.out / LAST
+        if resume and (resume is not True or last.exists()):
+            self.restore(last if resume is True else Path(resume))
+        elif resume:
+            _logger.warning("%s holds no checkpoint yet: starting from the beginning", self.out)
+        else:
+            for name in (LAST, BEST, *MODELS):
+                if (self.out / name).exists():
+                    raise ValueError(
+                        f"{self.out} holds a training already ({name}): resume it, or choose "
+                        "another folder"
+                    )
+        self.accelerator.wait_for_everyone()  # until all have looked
+        if self._main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / SETTINGS).write_text(to_yaml(self.config))
+
+    def _epoch(self) -> None:
+        """The steps left in the epoch, unless a signal comes, and what follows on the last."""
+        state, run = self.state, self.config.run
+        full = state.epoch >= run.num_init_epochs
+        for batch in self.batches():
+            self._step(batch, full)
+            state.signal = self._agreed_signal()
+            if state.done == self.steps_per_epoch:
+                break
+            if state.signal or (run.save_steps and state.step % run.save_steps == 0):
+                self.save()
+            if state.signal:
+                return
+        if full:
+            self.networks.end_epoch()
+        state.epoch, state.done = state.epoch + 1, 0
+        over = state.epoch == self.epochs
+        better = (over or state.epoch % run.val_every == 0) and self._validate(batch)
+        if better or over or state.signal or state.epoch % run.save_every == 0:
+            self.save()
+        if better and self._main:
+            checkpoints.keep_as(self.out / LAST, BEST)
+        self._tell()
+
+    def _step(self, batch: Batch, full: bool) -> None:
+        state = self.state
+        try:
+            state.losses = self.steps.step(batch, full)
+        except NotFinite as error:
+            raise RuntimeError(self._report(error, batch)) from None
+        state.done, state.step = state.done + 1, state.step + 1
+        state.images_per_second = self._record.speed(self.config.data.batch_size)
+        if state.step % self.config.run.print_every == 0:
+            self._record.scalars("loss", state.losses, state.step)
+            self._record.scalars("rate", self.networks.rates(), state.step)
+            self._record.scalars("speed", {"images": state.images_per_second}, state.step)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(self.state)
+
+    def _agreed_signal(self) -> int:
+        """The signal that any of the processes has received."""
+        number = self._interruption.signal
+        if self.accelerator.num_processes > 1:
+            own = torch.tensor([number], device=self.accelerator.device)
+            number = int(self.accelerator.gather(own).max())
+        return number
+
+    def _validate(self, batch: Batch) -> bool:
+        """Whether the generator is better than after any epoch before; False without pictures."""
+        state, mask = self.state, self.config.data.mask_padding
+        model = self.networks.best
+        better = False
+        if self.held_out is not None:
+            state.validation = validate(model, self.held_out, self.accelerator, mask_padding=mask)
+            self._record.scalars("psnr", state.validation._asdict(), state.step)
+            better = state.validation.psnr > state.best
+            state.best = max(state.best, state.validation.psnr)
+            first = self.held_out[0]
+            batch = {name: x[None].to(self.accelerator.device) for name, x in first.items()}
+        if self._main:
+            sample = {name: x[:1] for name, x in batch.items()}
+            images = (sample["lrsr"], enlarged(model, sample, mask), sample["hr"], sample["ref"])
+            self._record.picture("bicubic | sr | hr | ref", row([x[0] for x in images]), state.step)
+        return better
+
+    def _report(self, error: NotFinite, batch: Batch) -> str:
+        """What the error is to say; what the step was made from is saved before."""
+        step = self.state.step + 1
+        where = "another process has"
+        if error.own:
+            several = self.accelerator.num_processes > 1
+            process = f"-process-{self.accelerator.process_index}" if several else ""
+            path = self.out / f"not-finite-step-{step}{process}.pt"
+            torch.save({name: x.cpu() for name, x in batch.items()}, path)
+            where = f"{path} holds"
+        return f"{error} in step {step}, and the training stops; {where} the pictures of the step"
+
+    def _export(self) -> None:
+        """The generators by themselves."""
+        save_model(self.networks.ttsr, self.out / MODELS[0])
+        if self.networks.ema is not None:
+            save_model(self.networks.best, self.out / MODELS[1])
+
+
+class Shares(Sampler[list[int]]):
+    """What a process loads: its share of every batch of an epoch. An incomplete batch is left out.
+
+    Args:
+        draws: of the epoch, for all processes.
+        batch_size: of all processes together, a multiple of `processes`.
+        done: batches to leave out at the beginning.
+        process: the number of this one.
+        processes: how many there are.
+    """
+
+    def __init__(
+        self, draws: Draws, batch_size: int, done: int, process: int, processes: int
+    ) -> None:
+        self._draws, self._batch_size, self._done = draws, batch_size, done
+        self._share = batch_size // processes
+        self._first = process * self._share
+
+    def __len__(self) -> int:
+        return len(self._draws) // self._batch_size - self._done
+
+    def __iter__(self) -> Iterator[list[int]]:
+        draws = list(self._draws)
+        for batch in range(self._done, len(draws) // self._batch_size):
+            start = batch * self._batch_size + self._first
+            yield draws[start : start + self._share]
