@@ -28,6 +28,7 @@ CPU_MODULES = {
     "test_checkpoint",
     "test_cli",
     "test_convert",
+    "test_config",
     "test_cuda_kernels",
     "test_cuda_library",
     "test_datasets",
@@ -51,7 +52,9 @@ CPU_MODULES = {
     "test_pictures",
     "test_resize",
     "test_table",
+    "test_resume",
     "test_team",
+    "test_training",
     "test_upscale",
 }
 

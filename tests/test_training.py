@@ -1,18 +1,15 @@
 """The trainer: what its steps compute, by whatever search and in however many processes."""
 
-import math
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image as PILImage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainings import FULL, configuration, gradients, photographs
-from ttsr_fast.model import TTSR, load_model
-from ttsr_fast.training import steps as steps_module
-from ttsr_fast.training.steps import NotFinite
-from ttsr_fast.training.trainer import Trainer, train
+from ttsr_fast.model import TTSR, save_model
+from ttsr_fast.training.datasets import Draws
+from ttsr_fast.training.trainer import Shares, Trainer, train
+from ttsr_fast.training.validation import psnr
 
 each = pytest.mark.parametrize
 
@@ -112,3 +109,141 @@ def test_the_average_follows_the_weights(config):
         expected = now if expected is None else 0.9 * expected + 0.1 * now
     found = torch.nn.utils.parameters_to_vector(trainer.networks.best.parameters())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_phases_and_rates_follow_the_recipe(config):
+    """Losses of every epoch, and the rates that StepLR makes of those of both optimisers."""
+    losses, rates = {}, {}
+    settings = config("adv_w=1e-3", "size=32", "num_init_epochs=1", "num_epochs=3", "decay=2")
+    settings.data.crops_per_photo = 1
+    trainer = Trainer(settings, lambda state: follow(state) if state.done else None)
+
+    def follow(state):
+        losses[state.epoch] = sorted(state.losses)
+        rates[state.epoch] = list(trainer.networks.rates().values())
+
+    trainer.run()
+    everything = ["adv", "discriminator", "rec", "total"]
+    assert losses == {0: ["rec", "total"], 1: everything, 2: everything, 3: everything}
+    first = [1e-3, 1e-4, 1e-4]
+    assert rates == {0: first, 1: first, 2: first, 3: pytest.approx([x / 2 for x in first])}
+
+
+def test_a_frozen_extractor_stays_as_it_is(config):
+    trainer = Trainer(config("lr_rate_lte=0"))
+    before = {name: x.clone() for name, x in trainer.networks.ttsr.named_parameters()}
+    trainer.steps.step(next(trainer.batches()), full=True)
+    changed = {
+        name.partition(".")[0]
+        for name, x in trainer.networks.ttsr.named_parameters()
+        if not torch.equal(x, before[name])
+    }
+    assert changed == {"MainNet"}
+
+
+@each("switch", ["hard_attention", "soft_attention", "csfi"])
+def test_ablations_train(config, switch):
+    trainer = Trainer(config(f"{switch}=no"))
+    batch = next(trainer.batches())
+    first = trainer.steps.step(batch, full=True)["rec"]
+    for _ in range(5):
+        last = trainer.steps.step(batch, full=True)["rec"]
+    assert last < first
+
+
+def test_gradients_are_clipped_on_request(config):
+    """To a norm of all together. Adam divides it out of the step: the gradients are looked at."""
+    norms = []
+    for clip in ("clip=null", "clip=1e-3"):
+        found, _ = gradients(config(clip))
+        norms.append(torch.stack([x.norm() for x in found.values()]).norm().item())
+    assert norms[0] > 1e-2
+    assert norms[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_sixteen_bits_change_no_match(config):
+    """Features and search are those of float32, and the picture is nearly so."""
+    outputs = []
+    for amp in ("null", "bf16"):
+        AcceleratorState._reset_state(True)  # which keeps the precision of the process
+        trainer = Trainer(config(f"amp={amp}", "tpl_w=1e-2"))
+        batch = next(trainer.batches())
+        images = {name: batch[name] for name in ("lr", "lrsr", "ref", "refsr")}
+        outputs.append(trainer.networks.generator(**images))
+        outputs[-1] += (torch.tensor(trainer.steps.step(batch, full=True)["total"]),)
+    AcceleratorState._reset_state(True)
+    (sr, *textures, loss), (sr16, *textures16, loss16) = outputs
+    assert all(torch.equal(x, y) for x, y in zip(textures, textures16, strict=True))
+    torch.testing.assert_close(sr16, sr, rtol=0, atol=0.02)
+    torch.testing.assert_close(loss16, loss, rtol=0.02, atol=0)
+    assert sr16.dtype == torch.float32 and not torch.equal(sr16, sr)
+
+
+def test_float16_is_refused_on_the_cpu(config):
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match="run.amp fp16 is not possible on cpu"):
+        Trainer(config("amp=fp16"))
+    AcceleratorState._reset_state(True)
+
+
+def test_padding_is_masked_on_request(config):
+    """Keys of which the batch says that they are padding are not matched then."""
+    losses = []
+    for mask in ("mask_padding=no", "mask_padding=yes"):
+        trainer = Trainer(config(mask))
+        batch = next(trainer.batches())
+        batch["key_mask"][..., 1:] = False
+        losses.append(trainer.steps.step(batch, full=True)["rec"])
+    assert losses[0] != losses[1]
+
+
+def test_training_starts_from_given_weights(config, tmp_path):
+    torch.manual_seed(5)
+    model = TTSR((1, 1, 1, 1), 4)
+    save_model(model, tmp_path / "given.safetensors")
+    given = f"weights={tmp_path / 'given.safetensors'}"
+    found = Trainer(config(given)).networks.ttsr.state_dict()
+    assert all(torch.equal(x, found[name]) for name, x in model.state_dict().items())
+    with pytest.raises(ValueError, match="are of another model than .* model.n_feats 8"):
+        Trainer(config(given, "n_feats=8"))
+
+
+def test_what_is_recorded(config, data, tmp_path):
+    """Scalars are those the steps have, PSNR that of bytes; a picture of one row."""
+    state = train(
+        config("print_every=1", "num_epochs=1", f"validation={data}", "crops_per_photo=2")
+    )
+    record = EventAccumulator(str(tmp_path / "out" / "logs"))
+    record.Reload()
+    for name, value in state.losses.items():
+        scalars = record.Scalars(f"loss/{name}")
+        assert [scalar.step for scalar in scalars] == [1, 2]
+        assert scalars[-1].value == pytest.approx(value)
+    assert record.Scalars("rate/MainNet")[-1].value == pytest.approx(1e-3)
+    assert record.Scalars("rate/LTE")[-1].value == pytest.approx(1e-4)
+    assert record.Scalars("psnr/psnr")[-1].value == pytest.approx(state.validation.psnr)
+    assert record.Scalars("psnr/bicubic")[-1].value == pytest.approx(state.validation.bicubic)
+    assert "speed/images" in record.Tags()["scalars"]
+    (picture,) = record.Images(record.Tags()["images"][0])
+    assert (picture.height, picture.width) == (16, 4 * (16 + 4))
+
+
+def test_validation_is_the_psnr_of_bytes(config, data):
+    trainer = Trainer(config(f"validation={data}"))
+    items = [trainer.held_out[number] for number in range(len(trainer.held_out))]
+    expected = []
+    for item in items:
+        x, y = (((item[name] + 1) * 127.5).round().double() for name in ("lrsr", "hr"))
+        expected.append(10 * torch.log10(255**2 / (x - y).square().mean()).item())
+    trainer.run()
+    assert trainer.state.validation.bicubic == pytest.approx(sum(expected) / len(items), rel=1e-5)
+    assert psnr(items[0]["hr"], items[0]["hr"]) == float("inf")
+
+
+def test_processes_share_every_batch():
+    """Together they have the draws of one process, the same number in each."""
+    whole = list(Shares(Draws(11, seed=3, epoch=2), 4, 0, 0, 1))
+    parts = [list(Shares(Draws(11, seed=3, epoch=2), 4, 0, number, 2)) for number in range(2)]
+    assert [first + second for first, second in zip(*parts, strict=True)] == whole
+    assert [len(batch) for batch in whole] == [4, 4]
+    assert list(Shares(Draws(11, seed=3, epoch=2), 4, 1, 0, 1)) == whole[1:]

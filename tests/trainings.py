@@ -15,7 +15,10 @@ from ttsr_fast.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 # Narrow and on small pictures, with the code path of the preset.
-SMALL = ("num_res_blocks=1+1+1+1", "n_feats=4", "size=16", "batch_size=2", "crops_per_photo=3")
+SMALL = (
+    *("num_res_blocks=1+1+1+1", "n_feats=4", "size=16", "batch_size=2", "crops_per_photo=3"),
+    "num_epochs=1",
+)
 # The adversarial loss needs 32 pixels; with an average and all losses that need no VGG19.
 FULL = ("adv_w=1e-3", "tpl_w=1e-2", "size=32", "ema=0.9", "num_init_epochs=1", "decay=1")
 
@@ -47,16 +50,39 @@ def program(data: Path, out: Path, *arguments: str, settings: tuple[str, ...] = 
 def start(command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT)
+    return subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,  # so that a signal can reach all its processes, and no other
+    )
 
 
-def gradients(config: Config, steps: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Of both networks in the last of some steps, and its losses; over all processes of a group."""
+def join_group() -> None:
+    """What a launcher tells its processes, for one that is in a group already."""
     if dist.is_initialized():
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         rank, size = str(dist.get_rank()), str(dist.get_world_size())
         os.environ.update(zip(names, (rank, rank, size, size), strict=True))
         os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def not_finite_in_the_last(config: Config) -> None:
+    """A training whose last process has pictures that are no numbers."""
+    join_group()
+    trainer = Trainer(config)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        batches = trainer.batches
+        trainer.batches = lambda: ({**x, "hr": x["hr"] * float("nan")} for x in batches())
+    trainer.run()
+
+
+def gradients(config: Config, steps: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Of both networks in the last of some steps, and its losses; over all processes of a group."""
+    join_group()
     trainer = Trainer(config)
     for batch, _ in zip(trainer.batches(), range(steps), strict=False):
         losses = trainer.steps.step(batch, full=True)

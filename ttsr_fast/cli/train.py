@@ -17,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from torch import distributed
 
 from ttsr_fast.cli.common import Quiet, errors_in_one_line, fail
 from ttsr_fast.training.config import PRESETS, SETTINGS, Config, load_config, to_yaml
@@ -52,7 +53,7 @@ def train_command(
 ) -> None:
     """Train a generator, as published (ttsr, ttsr-rec) or in minutes on a CPU (tiny).
 
-    With several processes: accelerate launch -m ttsr_fast train ...
+    With several GPUs or nodes: accelerate launch -m ttsr_fast train ...
 
     SIGTERM and Ctrl-C let the step end and save; --resume goes on from there.
 
@@ -68,6 +69,8 @@ def train_command(
 
         with _progress(quiet) as tell:
             state = train(config, resume=resume, progress=tell)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
     if state.signal:
         name = signal.Signals(state.signal).name
         fail(f"{name} after step {state.step}: --resume goes on from there", 128 + state.signal)

@@ -8,8 +8,10 @@ import errno
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from ttsr_fast.training.config import Config, to_dict
 
 LAST, BEST = "last.pt", "best.pt"
 _FORMAT = "ttsr-fast training 1"
-# What cannot change in mid-training: shapes, and what makes the data of a step.
+# What cannot change in mid-training: shapes, the data of a step, what is kept with the optimisers.
 _FIXED = (
     "model.num_res_blocks",
     "model.n_feats",
@@ -30,6 +32,14 @@ _FIXED = (
     "data.size",
     "data.batch_size",
     "loss.gan_type",
+    "optim.lr_rate",
+    "optim.lr_rate_lte",
+    "optim.lr_rate_dis",
+    "optim.beta1",
+    "optim.beta2",
+    "optim.eps",
+    "optim.decay",
+    "optim.gamma",
     "run.seed",
 )
 
@@ -46,10 +56,21 @@ def save_checkpoint(state: dict[str, Any], config: Config, path: Path) -> None:
     Raises:
         OSError: the file cannot be written, such as on a full disk; the old one is as it was.
     """
+    with replacing(path) as file:
+        torch.save({**state, "format": _FORMAT, "config": to_dict(config)}, file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` when all of it is on the disk.
+
+    Raises:
+        OSError: it cannot be written; the message says why, and that the old file is still there.
+    """
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
-            torch.save({**state, "format": _FORMAT, "config": to_dict(config)}, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -58,8 +79,8 @@ def save_checkpoint(state: dict[str, Any], config: Config, path: Path) -> None:
         reason = _cause(error)
         if reason is None:
             raise
-        kept = f"; the checkpoint before it is still in {path}" if path.is_file() else ""
-        raise OSError(f"cannot save {path}: {reason}{kept}") from error
+        kept = "; the one before it is still there" if path.is_file() else ""
+        raise OSError(f"cannot write {path}: {reason}{kept}") from error
 
 
 def keep_as(path: Path, name: str) -> None:
@@ -146,7 +167,6 @@ def _fixed(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
         values[key] = config[part].get(name)
     return values | {
         "a discriminator": config["loss"]["adv_w"] > 0,
-        "frozen LTE": config["optim"]["lr_rate_lte"] == 0,
         "an average of weights (optim.ema)": config["optim"]["ema"] is not None,
     }
 

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -44,6 +46,16 @@ class Interruption:
         self._before = {}
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Signals wait meanwhile: in this thread, and in a process that is forked in it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_first_signals(worker: int) -> None:
     """For a process that loads data: a signal to the whole group is the training's to answer.
 
@@ -58,3 +70,4 @@ def ignore_first_signals(worker: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which may have been held back until now

@@ -16,7 +16,7 @@ from ttsr_fast.training.config import Config
 
 try:
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, set_seed
 except ImportError as error:
     raise ImportError("training needs accelerate: pip install 'ttsr-fast[train]'") from error
 
@@ -38,7 +38,7 @@ class Networks:
         optim = config.optim
         self._accelerator = accelerator
         vgg19 = _vgg19(config)
-        torch.manual_seed(config.run.seed)
+        set_seed(config.run.seed)
         self.ttsr = _generator(config.model, vgg19).to(accelerator.device)
         optimizer = _optimizer(self.ttsr, optim)
         self._schedules = [StepLR(optimizer, optim.decay, optim.gamma)] if optim.decay else []
@@ -46,6 +46,8 @@ class Networks:
         if optim.ema is not None:
             average = get_ema_multi_avg_fn(optim.ema)
             self.ema = AveragedModel(self.ttsr, multi_avg_fn=average)
+        if config.run.amp is not None and self.ttsr.hard_attention:
+            _keep_matches(self.ttsr)
         self.generator, self.optimizer = accelerator.prepare(self.ttsr, optimizer)
         self.discriminator: Discriminator | None = None
         self.optimizer_d: torch.optim.Optimizer | None = None
@@ -128,6 +130,8 @@ def make_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=config.run.amp or "no", kwargs_handlers=[wrapping]
     )
+    if config.run.amp is not None and not accelerator.native_amp:  # accelerate does without it
+        raise ValueError(f"run.amp {config.run.amp} is not possible on {accelerator.device.type}")
     batch, parts = config.data.batch_size, accelerator.num_processes * config.run.accumulate
     if batch % parts:
         raise ValueError(
@@ -159,6 +163,13 @@ def _generator(model: configs.Model, vgg19: Mapping[str, Tensor] | None) -> TTSR
                 f"{model.num_res_blocks} and model.n_feats {model.n_feats}"
             ) from error
     return ttsr
+
+
+def _keep_matches(ttsr: TTSR) -> None:
+    """Let features and search stay in float32 under autocast, or 16 bits would choose for them."""
+    outside = torch.autocast(ttsr.MainNet.SFE.conv_head.weight.device.type, enabled=False)
+    ttsr.LTE.forward = outside(ttsr.LTE.forward)  # type: ignore[method-assign]
+    ttsr.SearchTransfer.precision = ttsr.SearchTransfer.precision or "fp32"
 
 
 def _vgg19(config: Config) -> dict[str, Tensor] | None:

@@ -13,7 +13,7 @@ from ttsr_fast.training import checkpoints
 from ttsr_fast.training.checkpoints import BEST, LAST
 from ttsr_fast.training.config import SETTINGS, Config, to_yaml
 from ttsr_fast.training.datasets import Draws
-from ttsr_fast.training.interruption import Interruption, ignore_first_signals
+from ttsr_fast.training.interruption import Interruption, held_back, ignore_first_signals
 from ttsr_fast.training.items import training_items, validation_items
 from ttsr_fast.training.networks import Networks, make_accelerator
 from ttsr_fast.training.record import Record
@@ -65,8 +65,9 @@ def train(
     `best.pt` (the state after the last and the best epoch), `logs` for TensorBoard, and with an
     average of weights `model-ema.safetensors`. Nothing else in that folder is touched.
 
-    On one device, a training that is stopped and resumed ends with the very weights of one that is
-    not, also if it is killed: it then goes on from its last checkpoint.
+    On one device whose operations are deterministic, as those of the CPU are, a training that is
+    stopped and resumed ends with the very weights of one that is not, also if it is killed: it then
+    goes on from its last checkpoint.
 
     SIGTERM and SIGINT let the step end, save, and return with `signal` set; a second one ends the
     program. Started by `accelerate launch` or torchrun it runs in all their processes; all of them
@@ -140,11 +141,13 @@ class Trainer:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # so that it draws from no other
         )
-        for batch in loader:
+        with held_back():  # the loader's processes are not ready for signals at once
+            batches = iter(loader)
+        for batch in batches:
             yield {name: x.to(device, non_blocking=True) for name, x in batch.items()}
 
-    def save(self) -> None:
-        """Write `last.pt`."""
+    def save(self, better: bool = False) -> None:
+        """Write `last.pt`, and the same as `best.pt` if it is better than all before."""
         if self._main:
             state = self.state
             position = {name: getattr(state, name) for name in _POSITION}
@@ -155,7 +158,11 @@ class Trainer:
                 "penalty_rng": self.steps.penalty_rng.get_state(),
                 "rng": checkpoints.rng_state(),
             }
-            checkpoints.save_checkpoint(saved, self.config, self.out / LAST)
+            # The best comes first: a run that ends in between repeats the epoch that was better.
+            path = self.out / (BEST if better else LAST)
+            checkpoints.save_checkpoint(saved, self.config, path)
+            if better:
+                checkpoints.keep_as(path, LAST)
         self.accelerator.wait_for_everyone()
 
     def restore(self, path: Path) -> None:
@@ -180,7 +187,7 @@ class Trainer:
         elif resume:
             _logger.warning("%s holds no checkpoint yet: starting from the beginning", self.out)
         else:
-            for name in (LAST, BEST, *MODELS):
+            for name in (LAST, BEST, *MODELS, SETTINGS):
                 if (self.out / name).exists():
                     raise ValueError(
                         f"{self.out} holds a training already ({name}): resume it, or choose "
@@ -189,7 +196,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # until all have looked
         if self._main:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / SETTINGS).write_text(to_yaml(self.config))
+            with checkpoints.replacing(self.out / SETTINGS) as file:
+                file.write(to_yaml(self.config).encode())
 
     def _epoch(self) -> None:
         """The steps left in the epoch, unless a signal comes, and what follows on the last."""
@@ -210,9 +218,7 @@ class Trainer:
         over = state.epoch == self.epochs
         better = (over or state.epoch % run.val_every == 0) and self._validate(batch)
         if better or over or state.signal or state.epoch % run.save_every == 0:
-            self.save()
-        if better and self._main:
-            checkpoints.keep_as(self.out / LAST, BEST)
+            self.save(better)
         self._tell()
 
     def _step(self, batch: Batch, full: bool) -> None:
@@ -267,7 +273,8 @@ class Trainer:
             several = self.accelerator.num_processes > 1
             process = f"-process-{self.accelerator.process_index}" if several else ""
             path = self.out / f"not-finite-step-{step}{process}.pt"
-            torch.save({name: x.cpu() for name, x in batch.items()}, path)
+            with checkpoints.replacing(path) as file:
+                torch.save({name: x.cpu() for name, x in batch.items()}, file)
             where = f"{path} holds"
         return f"{error} in step {step}, and the training stops; {where} the pictures of the step"
 
