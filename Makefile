@@ -28,7 +28,7 @@ SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -
 SANITIZER_TESTS := tests/test_search.py tests/test_gather_fold.py tests/test_ops.py
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test test-oldest-triton check format sanitize docs bench gpu-check wheel clean
+.PHONY: help env build demo train-demo test test-oldest-triton check format sanitize docs bench gpu-check wheel clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 28
@@ -53,6 +53,9 @@ $(CUDA_LIBRARY): $(CUDA_FILES)
 demo: build  ## super-resolve a stereo pair, draw what matched, time the search
 	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/search.py --quick
+
+train-demo: build  ## train a narrow TTSR from scratch on free photographs; a quarter of an hour
+	$(BIN)/python bench/train_demo.py
 
 test: build  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadgroup

@@ -55,6 +55,8 @@ class Data:
     mask_padding: bool = False
     crops_per_photo: int = 8
     unrelated: float = 0.1
+    candidates: int = 4  # places in a photograph of which the one with most detail is taken
+    longest: int | None = None  # photographs with a longer side are reduced to it
     on_error: str = "raise"
     num_workers: int = 4
 
@@ -64,7 +66,7 @@ class Data:
         _require_one_of("data.on_error", self.on_error, ("raise", "skip"))
         good = self.size >= 16 and self.size % 4 == 0
         _require("data.size", self.size, good, "a multiple of 4, 16 or more")
-        for name in ("batch_size", "crops_per_photo"):
+        for name in ("batch_size", "crops_per_photo", "candidates", "longest"):
             _require_at_least(f"data.{name}", getattr(self, name), 1)
         _require_at_least("data.num_workers", self.num_workers, 0)
         _require("data.unrelated", self.unrelated, 0 <= self.unrelated <= 1, "from 0 to 1")

@@ -19,19 +19,21 @@ def training_items(config: Config) -> Items:
     data = config.data
     if data.root is None:
         raise ValueError("data.root is needed: the folder of the pictures to learn from")
-    return _items(config, data.root, data.layout, data.augment, config.run.seed)
+    return _items(config, data.root, data.layout, config.run.seed, data.augment, data.unrelated)
 
 
 def validation_items(config: Config) -> Items | None:
-    """Those of `data.validation`, as they are in all epochs; None if it is not given."""
+    """Those of `data.validation`, the same in all epochs and all related; None if not given."""
     data = config.data
     if data.validation is None:
         return None
     layout = data.validation_layout or data.layout
-    return _items(config, data.validation, layout, False, config.run.seed + 1)
+    return _items(config, data.validation, layout, config.run.seed + 1, False, 0.0)
 
 
-def _items(config: Config, root: str, layout: str, augment: bool, seed: int) -> Items:
+def _items(
+    config: Config, root: str, layout: str, seed: int, augment: bool, unrelated: float
+) -> Items:
     data = config.data
     common: dict[str, Any] = {
         "size": data.size,
@@ -40,7 +42,13 @@ def _items(config: Config, root: str, layout: str, augment: bool, seed: int) -> 
         "on_error": data.on_error,
     }
     if layout == "photographs":
-        crops = data.crops_per_photo
-        return Photographs(root, crops_per_photo=crops, unrelated=data.unrelated, **common)
+        return Photographs(
+            root,
+            crops_per_photo=data.crops_per_photo,
+            unrelated=unrelated,
+            candidates=data.candidates,
+            longest=data.longest,
+            **common,
+        )
     references = data.references if layout == data.layout else None
     return PairDataset(find_pairs(root, layout, references=references), **common)
