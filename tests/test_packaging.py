@@ -123,7 +123,7 @@ def install(wheel: Path, folder: Path) -> Path:
 
 def test_wheel_holds_the_package(wheel: Path) -> None:
     kernels = files_under("csrc", suffixes=".h .cpp .cu") | files_under("kernels", suffixes=".py")
-    expected = files_under("ttsr_fast", suffixes=".py .typed") | {LIBRARY, CUDA_LIBRARY}
+    expected = files_under("ttsr_fast", suffixes=".py .typed .yaml") | {LIBRARY, CUDA_LIBRARY}
     expected |= {f"ttsr_fast/{path}" for path in kernels}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
@@ -131,7 +131,7 @@ def test_wheel_holds_the_package(wheel: Path) -> None:
 
 
 def test_source_archive_holds_the_repository(archives: tuple[Path, Path]) -> None:
-    expected = files_under("ttsr_fast", "kernels", "bench", "tests", suffixes=".py .typed")
+    expected = files_under("ttsr_fast", "kernels", "bench", "tests", suffixes=".py .typed .yaml")
     expected |= files_under("csrc", "tests", suffixes=".h .cpp .cu")
     expected |= {"Makefile", "constraints.txt", "pyproject.toml", "setup.py", "MANIFEST.in"}
     expected |= {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".clang-format"}
