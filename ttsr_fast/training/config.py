@@ -27,6 +27,7 @@ class Model:
     soft_attention: bool = True
     csfi: bool = True
     weights: str | None = None  # a checkpoint whose generator it starts from
+    start: str = "random"  # without one; enlargement: at the enlarged picture, for short trainings
     vgg19: str = "auto"  # a file with VGG19's weights; auto: if they are found; none: random
     precision: str | None = None
     backend: str | None = None
@@ -38,6 +39,7 @@ class Model:
         good = self.n_feats >= 2 and self.n_feats % 2 == 0
         _require("model.n_feats", self.n_feats, good, "even and positive")
         _require_finite("model.res_scale", self.res_scale)
+        _require_one_of("model.start", self.start, ("random", "enlargement"))
 
 
 @dataclass

@@ -13,6 +13,7 @@ from ttsr_fast.model.discriminator import Discriminator
 from ttsr_fast.model.vgg import VGG19, find_vgg19
 from ttsr_fast.training import config as configs
 from ttsr_fast.training.config import Config
+from ttsr_fast.training.start import start_at_enlargement
 
 try:
     from accelerate import Accelerator
@@ -153,6 +154,8 @@ def _generator(model: configs.Model, vgg19: Mapping[str, Tensor] | None) -> TTSR
         soft_attention=model.soft_attention,
         csfi=model.csfi,
     )
+    if model.start == "enlargement":
+        start_at_enlargement(ttsr.MainNet)
     if model.weights is not None:
         given = load_model(model.weights)
         try:
