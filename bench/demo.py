@@ -13,17 +13,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import plots
 import tables
 import torch
 from rich.console import Console
 from rich.table import Table
 from skimage.data import stereo_motorcycle
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from ttsr_fast.images import SCALE, Image, downscale, upscale_bicubic
+from ttsr_fast.metrics import psnr, ssim
 from ttsr_fast.upscale import upscale
 
 DETAILS = {"#0072B2": (384, 166), "#E69F00": (328, 292)}  # colour of the frame, left and top
@@ -38,15 +37,6 @@ def make_pair() -> tuple[Image, Image, Image]:
     height, width = (n // SCALE * SCALE for n in left.shape[:2])
     truth = left[:height, :width]
     return Image(downscale(truth)), Image(right), Image(truth)
-
-
-def quality(image: Image, truth: Image) -> tuple[float, float]:
-    """PSNR and SSIM on Y as TTSR's evaluation defines them: no border cropped, valid windows."""
-    a, b = (x.pixels @ np.array([65.738, 129.057, 25.064]) / 256 for x in (image, truth))
-    ssim = structural_similarity(
-        a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
-    )
-    return peak_signal_noise_ratio(b, a, data_range=255), float(ssim)
 
 
 def matched_box(
@@ -107,20 +97,23 @@ def main(argv: list[str] | None = None) -> int:
     result = upscale(lr, ref, method="detail")
     seconds = time.perf_counter() - start
     sr, bicubic = result.image, Image(upscale_bicubic(lr.pixels))
-    scores = {name: quality(x, truth) for name, x in (("bicubic", bicubic), ("ttsr-fast", sr))}
+    scores = {
+        name: (psnr(x.pixels, truth.pixels), ssim(x.pixels, truth.pixels))
+        for name, x in (("bicubic", bicubic), ("ttsr-fast", sr))
+    }
 
     title = f"\n{'x'.join(map(str, lr.size))} to {'x'.join(map(str, sr.size))}, measured on Y"
     table = Table(title=title, **tables.STYLE)
     for name in ("", "PSNR", "SSIM", "time"):
         table.add_column(name, justify="right" if name else "left")
-    for name, (psnr, ssim) in scores.items():
+    for name, (decibel, similarity) in scores.items():
         taken = f"{seconds:.2f} s" if name == "ttsr-fast" else ""
-        table.add_row(name, f"{psnr:.2f} dB", f"{ssim:.4f}", taken)
+        table.add_row(name, f"{decibel:.2f} dB", f"{similarity:.4f}", taken)
     Console().print(table)
 
     boxes = [(x, y, x + DETAIL_SIZE[0], y + DETAIL_SIZE[1]) for x, y in DETAILS.values()]
     matched = [matched_box(box, result.index, ref.size) for box in boxes]
-    titles = {name: f"{name}, {psnr:.1f} dB" for name, (psnr, _) in scores.items()}
+    titles = {name: f"{name}, {decibel:.1f} dB" for name, (decibel, _) in scores.items()}
     panels = [
         (titles["bicubic"], bicubic, boxes),
         (titles["ttsr-fast"], sr, boxes),

@@ -43,7 +43,7 @@ from sizes import Size
 from torch import Tensor
 from transfer import LEVELS
 
-from ttsr_fast import plan, reference
+from ttsr_fast import reference
 
 SIZES = {
     "cpu": ("9*40x40", "88x125:92x125", "160x160", "270x480"),
@@ -365,7 +365,6 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     if args.device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # of convolutions, where it is torch's default
-    plan.keep_freed_memory()  # as the program does; memory is measured in other processes
     console = Console()
     data = run(args, console)
     report.draw(data, args.out / f"{devices.stem(args.device, 'model')}.png", console)

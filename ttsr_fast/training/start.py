@@ -1,7 +1,7 @@
 """Where a training starts, if neither at random weights nor at a checkpoint."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttsr_fast.model import MainNet
 
@@ -11,12 +11,12 @@ _SHARE = 0.03
 
 @torch.no_grad()
 def start_at_enlargement(net: MainNet, share: float = _SHARE) -> None:
-    """Let a network repeat the pixels of its input, four times along each axis.
+    """Let a network enlarge its input twice by two, bilinearly.
 
     TTSR has no connection from its input to its output: at random weights it spends thousands of
     steps on learning to pass the picture on. Here three channels carry it and three its negative,
-    of which a ReLU lets one pass at every pixel; convolutions pass on what they are given, and the
-    pixel shuffles repeat it (as in Aitken et al., arXiv 1707.02937).
+    of which a ReLU lets one pass at every pixel; convolutions pass on what they are given, and
+    those before the pixel shuffles interpolate (as in Aitken et al., arXiv 1707.02937, they repeat).
 
     Args:
         net: changed in place; of `LEAST_FEATS` channels or more.
@@ -31,22 +31,30 @@ def start_at_enlargement(net: MainNet, share: float = _SHARE) -> None:
             f"a network that starts at enlargement needs {LEAST_FEATS} channels or more, "
             f"got {head.out_channels}"
         )
+    same = torch.zeros(1, 3, 3)
+    same[0, 1, 1] = 1
     for name, conv in net.named_modules():
         if isinstance(conv, nn.Conv2d):
             conv.weight.mul_(share)
             conv.bias.zero_()  # type: ignore[union-attr]
             if name.split(".")[-1] in ("conv_merge", "conv_merge1", "conv_merge2", "conv_merge3"):
-                _pass_on(conv)
-    _pass_on(net.merge_tail.conv_tail1)
+                _pass_on(conv, same)
+    _pass_on(net.merge_tail.conv_tail1, same)
+    nearer = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.75, 0.25]])  # first and second of two pixels
+    phases = (nearer[:, None, :, None] * nearer[None, :, None, :]).reshape(4, 3, 3)
     for shuffled in (net.conv12, net.conv23):
-        _pass_on(shuffled, copies=4)
+        _pass_on(shuffled, phases)
     for sign, first in ((1.0, 0), (-1.0, 3)):
         for colour in range(3):
             head.weight[first + colour, colour, 1, 1] += sign
             tail.weight[colour, first + colour, 0, 0] += sign
 
 
-def _pass_on(conv: nn.Conv2d, copies: int = 1) -> None:
-    """Add each of the first input channels to so many outputs, one after the other."""
+def _pass_on(
+    conv: nn.Conv2d,
+    filters: Tensor,  # [K, 3, 3]
+) -> None:
+    """Add the first input channels, each under every filter, to the outputs in their order."""
     for channel in range(conv.out_channels):
-        conv.weight[channel, channel // copies, 1, 1] += 1
+        weight = conv.weight[channel, channel // len(filters)]
+        weight += filters[channel % len(filters)].to(weight)
