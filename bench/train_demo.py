@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": time.perf_counter() - start,
         **history(args.out / "train" / "logs"),
     }
-    model = load_model(args.out / "train" / MODELS[0])
+    model = load_model(args.out / "train" / MODELS[1])  # the average
     draw(data, parts(model, shown), args.out / "train-demo.png")
     harness.write_json(args.out / "train-demo.json", data)
     last, bicubic = data["psnr"][-1], data["bicubic"]

@@ -16,6 +16,7 @@ import train_demo
 QUICK = (
     "num_res_blocks=0+0+0+0",
     "n_feats=2",
+    "start=random",
     "size=48",
     "batch_size=2",
     "crops_per_photo=1",

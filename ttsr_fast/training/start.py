@@ -16,7 +16,7 @@ def start_at_enlargement(net: MainNet, share: float = _SHARE) -> None:
     TTSR has no connection from its input to its output: at random weights it spends thousands of
     steps on learning to pass the picture on. Here three channels carry it and three its negative,
     of which a ReLU lets one pass at every pixel; convolutions pass on what they are given, and
-    those before the pixel shuffles interpolate (as in Aitken et al., arXiv 1707.02937, they repeat).
+    those before the pixel shuffles interpolate (in Aitken et al., arXiv 1707.02937, they repeat).
 
     Args:
         net: changed in place; of `LEAST_FEATS` channels or more.
