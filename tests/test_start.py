@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ttsr_fast.model import MainNet
+from ttsr_fast.model import TTSR
 from ttsr_fast.training.start import start_at_enlargement
 
 each = pytest.mark.parametrize
@@ -24,8 +24,9 @@ def bilinear(x: torch.Tensor) -> torch.Tensor:
 @each("switches", [{}, {"csfi": False}, {"hard_attention": False}, {"soft_attention": False}])
 def test_it_interpolates(switches: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    net = MainNet((1, 2, 1, 1), 12, **switches).double()
-    start_at_enlargement(net, share=0)
+    model = TTSR((1, 2, 1, 1), 12, **switches).double()
+    start_at_enlargement(model, share=0)
+    net = model.MainNet
     lr, *others = maps(7, 8)
     with torch.no_grad():
         inner = net(lr, *others)[:, :, 8:-8, 8:-8]  # beyond the picture there are zeros
@@ -34,18 +35,34 @@ def test_it_interpolates(switches: dict[str, bool]) -> None:
 
 def test_it_is_close_to_that_and_can_learn() -> None:
     torch.manual_seed(0)
-    net = MainNet((1, 1, 1, 1), 16).double()
-    before = [x.clone() for x in net.parameters()]
-    start_at_enlargement(net)
-    lr, *others = maps(7, 8)
-    sr = net(lr, *others)
+    model = TTSR((1, 1, 1, 1), 16).double()
+    learnt = [x for x in model.parameters() if x.requires_grad]
+    before = [x.detach().clone() for x in learnt]
+    start_at_enlargement(model)
+    lr, ref = (torch.rand(2, 3, n, n).double() * 2 - 1 for n in (7, 32))
+    lrsr = F.interpolate(lr, scale_factor=4)
+    sr = model(lr, lrsr, ref, ref)[0]
     assert 1e-4 < (sr - bilinear(lr))[:, :, 8:-8, 8:-8].abs().mean() < 0.1
+    optimizer = torch.optim.Adam(learnt, 1e-4)
     sr.square().sum().backward()
-    for old, parameter in zip(before, net.parameters(), strict=True):
+    optimizer.step()  # the textures count from now on, and LTE learns
+    optimizer.zero_grad()
+    model(lr, lrsr, ref, ref)[0].square().sum().backward()
+    for old, parameter in zip(before, learnt, strict=True):
         assert not torch.equal(old, parameter)
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0
 
 
+def test_features_are_smaller_and_found_alike() -> None:
+    torch.manual_seed(0)
+    model = TTSR((1, 1, 1, 1), 16).double()
+    image = torch.rand(1, 3, 16, 16).double()
+    before = [x.detach() for x in model.LTE(image)]
+    start_at_enlargement(model)
+    for old, new, halvings in zip(before, model.LTE(image), (1, 3, 5), strict=True):
+        torch.testing.assert_close(new, old / 2**halvings)
+
+
 def test_narrow_networks_are_refused() -> None:
     with pytest.raises(ValueError, match="needs 12 channels or more, got 10"):
-        start_at_enlargement(MainNet((1, 1, 1, 1), 10))
+        start_at_enlargement(TTSR((1, 1, 1, 1), 10))

@@ -155,7 +155,7 @@ def _generator(model: configs.Model, vgg19: Mapping[str, Tensor] | None) -> TTSR
         csfi=model.csfi,
     )
     if model.start == "enlargement":
-        start_at_enlargement(ttsr.MainNet)
+        start_at_enlargement(ttsr)
     if model.weights is not None:
         given = load_model(model.weights)
         try:

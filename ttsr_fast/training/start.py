@@ -3,40 +3,51 @@
 import torch
 from torch import Tensor, nn
 
-from ttsr_fast.model import MainNet
+from ttsr_fast.model import TTSR
+from ttsr_fast.model.main_net import Attention
 
 LEAST_FEATS = 12  # six channels carry the picture, and the last layers have half of them
 _SHARE = 0.03
+_QUIET = 0.5  # factor of LTE's weights
 
 
 @torch.no_grad()
-def start_at_enlargement(net: MainNet, share: float = _SHARE) -> None:
-    """Let a network enlarge its input twice by two, bilinearly.
+def start_at_enlargement(model: TTSR, share: float = _SHARE) -> None:
+    """Let a model enlarge its input twice by two, bilinearly, whatever its reference shows.
 
     TTSR has no connection from its input to its output: at random weights it spends thousands of
     steps on learning to pass the picture on. Here three channels carry it and three its negative,
     of which a ReLU lets one pass at every pixel; convolutions pass on what they are given, and
     those before the pixel shuffles interpolate (in Aitken et al., arXiv 1707.02937, they repeat).
 
+    The weights of LTE become smaller. To the search the size of its features is all the same, but
+    Adam's first steps are as large for every weight, and would shake the picture by the textures.
+
     Args:
-        net: changed in place; of `LEAST_FEATS` channels or more.
-        share: of the weights it had, which are added and break the symmetry.
+        model: changed in place; of `LEAST_FEATS` channels or more.
+        share: of the weights MainNet had, which are added and break the symmetry.
 
     Raises:
-        ValueError: `net` has fewer channels.
+        ValueError: `model` has fewer channels.
     """
+    net = model.MainNet
     head, tail = net.SFE.conv_head, net.merge_tail.conv_tail2
-    if head.out_channels < LEAST_FEATS:
+    n = head.out_channels
+    if n < LEAST_FEATS:
         raise ValueError(
-            f"a network that starts at enlargement needs {LEAST_FEATS} channels or more, "
-            f"got {head.out_channels}"
+            f"a network that starts at enlargement needs {LEAST_FEATS} channels or more, got {n}"
         )
+    if model.hard_attention:
+        for parameter in (x for x in model.LTE.parameters() if x.requires_grad):
+            parameter.mul_(_QUIET)
     same = torch.zeros(1, 3, 3)
     same[0, 1, 1] = 1
     for name, conv in net.named_modules():
         if isinstance(conv, nn.Conv2d):
             conv.weight.mul_(share)
             conv.bias.zero_()  # type: ignore[union-attr]
+            if isinstance(conv, Attention):
+                conv.weight[:, n:] = 0  # those of the textures
             if name.split(".")[-1] in ("conv_merge", "conv_merge1", "conv_merge2", "conv_merge3"):
                 _pass_on(conv, same)
     _pass_on(net.merge_tail.conv_tail1, same)
