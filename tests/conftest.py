@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.processes import Processes
-from ttsr_fast import backends, build
+from ttsr_fast import backends, build, plan
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
@@ -121,6 +121,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program would keep it for all tests of this process, of which some measure it."""
+    monkeypatch.setattr(plan, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,15 @@ ROOT = Path(__file__).parent.parent
 # Narrow and on small pictures, with the code path of the preset.
 SMALL = (
     *("num_res_blocks=1+1+1+1", "n_feats=4", "size=16", "batch_size=2", "crops_per_photo=3"),
-    "num_epochs=1",
+    *(
+        "start=random",
+        "lr_rate=1e-3",
+        "lr_rate_lte=1e-4",
+        "decay=null",
+        "gamma=0.5",
+        "ema=null",
+        "num_epochs=1",
+    ),
 )
 # The adversarial loss needs 32 pixels; with an average and all losses that need no VGG19.
 FULL = ("adv_w=1e-3", "tpl_w=1e-2", "size=32", "ema=0.9", "num_init_epochs=1", "decay=1")
