@@ -98,21 +98,8 @@ def load_model(
             are missing, superfluous or of the wrong shape.
     """
     state = _official(read_tensors(path))
-    num_res_blocks, n_feats = _sizes(state)
-    with torch.device("meta"):
-        model = TTSR(
-            num_res_blocks,
-            n_feats,
-            res_scale,
-            precision=precision,
-            backend=backend,
-            hard_attention=_has(state, r"LTE\.|MainNet\.conv(11|22|33)_head\."),
-            soft_attention=soft_attention,
-            csfi=_has(state, r"MainNet\.ex123?\."),
-        )
-    faults = _faults(state, model.state_dict())
-    if faults:
-        raise ValueError(f"{path} is not a TTSR checkpoint: {faults}")
+    options = {"soft_attention": soft_attention, "precision": precision, "backend": backend}
+    model = _empty_model(state, path, res_scale=res_scale, **options)
     model.to_empty(device="cpu").load_state_dict(state)
     return model.eval()
 
@@ -171,9 +158,9 @@ def convert_checkpoint(
         raise ValueError(f"mmagic reads .pth files, got {path}")
     if path.exists() and Path(source).is_file() and path.samefile(source):
         raise ValueError(f"the result must be another file than {source}")
-    names = load_model(source).state_dict()  # says what is wrong with it; has the official order
     tensors = read_tensors(source)
     state = _official(tensors)
+    names = _empty_model(state, source).state_dict()  # in the official order
     state = {name: state[name].clone(memory_format=torch.contiguous_format) for name in names}
     if half:
         state = {name: _halved(name, x) for name, x in state.items()}
@@ -242,6 +229,23 @@ def _official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official names, whatever the file was written by."""
     state = _unwrapped(state)
     return from_mmagic({n: x for n, x in state.items() if not n.startswith(_IGNORED)})
+
+
+def _empty_model(state: Mapping[str, Tensor], path: str | os.PathLike[str], **options: Any) -> TTSR:
+    """A model on "meta" that fits these tensors, or an error that says why none does."""
+    num_res_blocks, n_feats = _sizes(state)
+    with torch.device("meta"):
+        model = TTSR(
+            num_res_blocks,
+            n_feats,
+            hard_attention=_has(state, r"LTE\.|MainNet\.conv(11|22|33)_head\."),
+            csfi=_has(state, r"MainNet\.ex123?\."),
+            **options,
+        )
+    faults = _faults(state, model.state_dict())
+    if faults:
+        raise ValueError(f"{path} is not a TTSR checkpoint: {faults}")
+    return model
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -5,6 +5,7 @@ numbers. So any number of workers and processes, and a run that is resumed, see 
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ class Pictures:
         return pixels
 
 
-class DrawnItems(Dataset[dict[str, Tensor]]):
+class DrawnItems(Dataset[dict[str, Tensor]], ABC):
     """What the data sets share: draws, errors, and the item that two pictures make.
 
     Args:
@@ -117,14 +118,15 @@ class DrawnItems(Dataset[dict[str, Tensor]]):
         self._pad, self._on_error, self._pictures = pad_references, on_error, pictures
         self._told: set[str] = set()
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Items of an epoch."""
 
+    @abstractmethod
     def _draw(
         self, number: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:  # [size, size, 3], [H, W, 3]
         """The HR picture of an item and its reference, None for the LR picture."""
-        raise NotImplementedError
 
     def __getitem__(self, draw: int) -> dict[str, Tensor]:
         """Item `draw % len(self)` of epoch `draw // len(self)`.
