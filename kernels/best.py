@@ -35,27 +35,31 @@ def decode(best):  # [...] int64 -> [...] float32, [...] int32
 def first_of_row_maximum(
     b_s,  # [BLOCK_Q, BLOCK_K] scores
     b_m,  # [BLOCK_Q] their maximum over keys
-    o_i,  # [BLOCK_K] indices of the keys
-):  # [BLOCK_Q] the lowest index that has it
-    return tl.min(tl.where(b_s == b_m[:, None], o_i[None, :], NO_KEY), axis=1)
+    o_k,  # [BLOCK_K] columns or indices of the keys
+):  # [BLOCK_Q] the lowest of those that have it
+    return tl.min(tl.where(b_s == b_m[:, None], o_k[None, :], NO_KEY), axis=1)
 
 
 @triton.jit
 def merge(
     p_best,  # [BLOCK_Q] pointers to int64
     b_s,  # [BLOCK_Q, BLOCK_K] scores
-    o_i,  # [BLOCK_K] indices of the keys
+    o_k,  # [BLOCK_K] columns of the keys, within a line of bands
+    key,  # index of the key in column 0
+    PIECE,  # columns of a band
+    BAND,  # keys from one band to the next
     m_q,  # [BLOCK_Q]
     LAZY: tl.constexpr,  # whether to look for the index only where there is a better score
 ):
     """Raise the best of these queries to the best of these keys, where that is better."""
     b_m = tl.max(b_s, axis=1)
-    # What is read may be outdated, and then too low: the atomic maximum decides.
-    known, _ = decode(tl.load(p_best, mask=m_q, other=EMPTY))
+    # From the L2 cache, where the atomics are. It may be outdated, and then too low: they decide.
+    known, _ = decode(tl.load(p_best, mask=m_q, other=EMPTY, cache_modifier=".cg"))
     m_q = m_q & (b_m >= known)
     improved = True
     if LAZY:
         improved = tl.max(m_q.to(tl.int32), axis=0) > 0
     if improved:
-        b_i = first_of_row_maximum(b_s, b_m, o_i)
-        tl.atomic_max(p_best, encode(b_m, b_i), mask=m_q, sem="relaxed")
+        column = first_of_row_maximum(b_s, b_m, o_k)
+        index = key + column // PIECE * BAND + column % PIECE
+        tl.atomic_max(p_best, encode(b_m, index), mask=m_q, sem="relaxed")

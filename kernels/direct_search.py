@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ttsr_fast.kernels import tiles
 from ttsr_fast.kernels.best import NO_KEY, encode, first_of_row_maximum
-from ttsr_fast.kernels.operands import Operands, columns, multiply_add
+from ttsr_fast.kernels.operands import Operands, multiply_add
 from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed
 from ttsr_fast.kernels.patch_norm import image_stride, key_scale, mask_stride, scaled_eps
-from ttsr_fast.kernels.tiles import Tile
+from ttsr_fast.kernels.tiles import LINE_BYTES, Tile
 
 PROGRAMS = 528  # at least, if there are as many tiles: four for each multiprocessor of an H100
 
@@ -32,11 +32,9 @@ def direct_search(
     operands: Operands,
     tile: Tile,
 ) -> None:
-    n, c, hp, wp = query.size
-    n_k, _, hkp, wkp = key.size
-    halo = kernel_size - 1
-    query_tiles = triton.cdiv((hp - halo) * wp, tile.block_q)
-    key_tiles = triton.cdiv((hkp - halo) * wkp, tile.block_k)
+    n, q, k = query.images, query.layout, key.layout
+    query_tiles = triton.cdiv(q.height * q.line, tile.block_q)
+    key_tiles = triton.cdiv(k.height * k.line, tile.block_k)
     splits = min(key_tiles, triton.cdiv(PROGRAMS, n * query_tiles))
     tiles_per_split = triton.cdiv(key_tiles, splits)
     splits = triton.cdiv(key_tiles, tiles_per_split)
@@ -48,25 +46,25 @@ def direct_search(
         key_mask,
         best,
         lost,
-        hp * wp,
-        image_stride(n_k, hkp * wkp),
-        image_stride(n_k, AMAX_BLOCKS),
+        q.pixels,
+        image_stride(key.images, k.pixels),
+        image_stride(key.images, AMAX_BLOCKS),
         mask_stride(key_mask),
         image_stride(len(lost), 1),
-        wp,
-        wkp,
-        hp - halo,
-        wp - halo,
-        hkp - halo,
-        wkp - halo,
+        q.line,
+        k.line,
+        q.height,
+        q.width,
+        k.height,
+        k.width,
         query_tiles,
         key_tiles,
         splits,
         tiles_per_split,
         eps,
-        C=c,
-        STORED=operands.stored,
-        MULTIPLIED=operands.multiplied,
+        K=operands.multiplied * query.channels,
+        SECTIONS=len(operands.query_sections),
+        C=query.channels,
         SCALED=operands.scaled,
         INPUT_PRECISION=operands.input_precision,
         KERNEL=kernel_size,
@@ -77,7 +75,7 @@ def direct_search(
         LAZY=tiles.lazy(),
         BLOCK_Q=tile.block_q,
         BLOCK_K=tile.block_k,
-        BLOCK_C=tile.block_c,
+        BLOCK_C=LINE_BYTES // operands.dtype.itemsize,
         **tile.options,
     )
 
@@ -102,8 +100,8 @@ def direct_search(
     ]
 )
 def direct_search_kernel(
-    p_query,  # [N*ROWS_Q + slack, STORED*C]
-    p_key,  # [N*ROWS_K + slack, STORED*C]
+    p_query,  # [N*ROWS_Q + slack, SECTIONS*C]
+    p_key,  # [N*ROWS_K + slack, SECTIONS*C]
     p_square,  # [N*ROWS_K + slack]
     p_amax,  # [N or 1, AMAX_BLOCKS]
     p_mask,  # [N or 1, HKO, WKO]
@@ -125,9 +123,9 @@ def direct_search_kernel(
     SPLITS,
     TILES_PER_SPLIT,
     eps: tl.float32,
+    K: tl.constexpr,  # columns that are multiplied
+    SECTIONS: tl.constexpr,
     C: tl.constexpr,
-    STORED: tl.constexpr,
-    MULTIPLIED: tl.constexpr,
     SCALED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -143,38 +141,38 @@ def direct_search_kernel(
     i_p = tl.program_id(0)
     i_q, i_s = i_p % QUERY_TILES, i_p // QUERY_TILES % SPLITS
     i_n = (i_p // (QUERY_TILES * SPLITS)).to(tl.int64)
-    WIDTH: tl.constexpr = STORED * C
+    ROW: tl.constexpr = SECTIONS * C
     TAPS: tl.constexpr = KERNEL * KERNEL
     STEPS: tl.constexpr = C // BLOCK_C
-    SECTIONS: tl.constexpr = 2 * MULTIPLIED - 1
     PER_TAP: tl.constexpr = (p_query.dtype.element_ty == tl.float32) & (INPUT_PRECISION == "ieee")
     eps = scaled_eps(eps, p_amax + i_n * stride_amax, SCALED, AMAX_BLOCKS)
 
     o_c = tl.arange(0, BLOCK_C)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)  # first pixels, row-major in the padded map
     m_q = (o_q < HO * WP) & (o_q % WP < WO)
-    p_q = p_query + (i_n * ROWS_Q + i_q * BLOCK_Q) * WIDTH
-    o_qc = (tl.arange(0, BLOCK_Q) * WIDTH)[:, None] + o_c[None, :]  # [BLOCK_Q, BLOCK_C]
-    o_kc = (tl.arange(0, BLOCK_K) * WIDTH)[None, :] + o_c[:, None]  # [BLOCK_C, BLOCK_K]
+    p_q = p_query + (i_n * ROWS_Q + i_q * BLOCK_Q) * ROW
+    o_qc = (tl.arange(0, BLOCK_Q) * ROW)[:, None] + o_c[None, :]  # [BLOCK_Q, BLOCK_C]
+    o_kc = (tl.arange(0, BLOCK_K) * ROW)[None, :] + o_c[:, None]  # [BLOCK_C, BLOCK_K]
     b_best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_index = tl.full([BLOCK_Q], NO_KEY, tl.int32)
     first_tile = i_s * TILES_PER_SPLIT
     for i_k in range(first_tile, tl.minimum(first_tile + TILES_PER_SPLIT, KEY_TILES)):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         m_k = (o_k < HKO * WKP) & (o_k % WKP < WKO)
-        p_k = p_key + (i_n * stride_key + i_k * BLOCK_K) * WIDTH
+        p_k = p_key + (i_n * stride_key + i_k * BLOCK_K) * ROW
         b_t = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         b_taps = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-        for step in range(SECTIONS * TAPS * STEPS):
+        for step in range(TAPS * (K // BLOCK_C)):
             if PER_TAP:  # noqa: SIM102  # as 9 * C sums in one chain would lose too much
                 if step % STEPS == 0:
                     b_taps += b_t
                     b_t = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
             section, tap, c = step // (TAPS * STEPS), step // STEPS % TAPS, step % STEPS * BLOCK_C
             dy, dx = tap // KERNEL, tap % KERNEL
-            c_q, c_k = columns(section, c, C, MULTIPLIED)
-            b_q = tl.load(p_q + ((dy * WP + dx).to(tl.int64) * WIDTH + c_q) + o_qc)
-            b_k = tl.load(p_k + ((dy * WKP + dx).to(tl.int64) * WIDTH + c_k) + o_kc)
+            if K > C:
+                c += section * C
+            b_q = tl.load(p_q + ((dy * WP + dx).to(tl.int64) * ROW + c) + o_qc)
+            b_k = tl.load(p_k + ((dy * WKP + dx).to(tl.int64) * ROW + c) + o_kc)
             b_t = multiply_add(b_q, b_k, b_t, INPUT_PRECISION)
         b_t += b_taps
         o_i = o_k // WKP * WKO + o_k % WKP

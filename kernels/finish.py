@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttsr_fast.kernels.best import NO_KEY, decode
+from ttsr_fast.kernels.layout import first_pixel, size_names
 from ttsr_fast.kernels.operands import Operands
 from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed, power_of_two_scale
 from ttsr_fast.kernels.patch_norm import (
@@ -38,10 +39,8 @@ def finish(
     NaN for a query patch that is not finite, with the first key allowed; for all queries if a key
     patch that is allowed is not finite, with its index; and for all if no key is allowed.
     """
-    n, c, hp, wp = query.size
-    n_k, _, hkp, wkp = key.size
     blocks = triton.cdiv(best[0].numel(), BLOCK_Q)
-    finish_kernel[(n * blocks,)](
+    finish_kernel[(query.images * blocks,)](
         query.rows,
         query.square,
         query.amax,
@@ -53,16 +52,17 @@ def finish(
         score,
         index,
         blocks,
-        image_stride(n_k, 1),
+        image_stride(key.images, 1),
         mask_stride(key_mask),
         image_stride(len(lost), 1),
-        hp,
-        wp,
-        hkp,
-        wkp,
+        query.layout.pixels,
+        *query.layout.sizes,
+        key.layout.pixels,
+        *key.layout.sizes,
         eps,
-        C=c,
-        STORED=operands.stored,
+        C=query.channels,
+        SECTIONS=len(operands.query_sections),
+        PARTS=operands.parts,
         SCALED=operands.scaled,
         RESCORE=not operands.exact,
         NORMALIZE_QUERY=normalize == "both",
@@ -77,10 +77,10 @@ def finish(
 
 
 @triton.jit
-def _whole(p_x, m_x, C: tl.constexpr, STORED: tl.constexpr):
+def _whole(p_x, m_x, C: tl.constexpr, PARTS: tl.constexpr):
     """The sum of all parts: the features, scaled."""
     b_x = tl.load(p_x, mask=m_x[:, None], other=0.0).to(tl.float32)
-    for part in tl.static_range(1, STORED):
+    for part in tl.static_range(1, PARTS):
         b_x += tl.load(p_x + part * C, mask=m_x[:, None], other=0.0).to(tl.float32)
     return b_x
 
@@ -98,38 +98,45 @@ def _first_allowed(p_mask, KEYS, BLOCK: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "BLOCKS",
-        "stride_key",
-        "stride_mask",
-        "stride_lost",
-        "HP",
-        "WP",
-        "HKP",
-        "WKP",
+        *("BLOCKS", "stride_key", "stride_mask", "stride_lost"),
+        *("PIXELS", *size_names(), "PIXELS_K", *size_names("_K")),
     ]
 )
 def finish_kernel(
-    p_query,  # [N*HP*WP + slack, STORED*C]
-    p_query_square,  # [N*HP*WP + slack]
+    p_query,  # [N*PIXELS + slack, SECTIONS*C]
+    p_query_square,  # [N*PIXELS + slack]
     p_query_amax,  # [N, AMAX_BLOCKS]
-    p_key,  # [N*HKP*WKP + slack, STORED*C]
+    p_key,  # [N*PIXELS_K + slack, SECTIONS*C]
     p_key_amax,  # [N or 1, AMAX_BLOCKS]
-    p_mask,  # [N or 1, HKO, WKO]
-    p_best,  # [N, HO, WO]
+    p_mask,  # [N or 1, HEIGHT_K, WIDTH_K]
+    p_best,  # [N, HEIGHT, WIDTH]
     p_lost,  # [N or 1]
-    p_score,  # [N, HO, WO], written
-    p_index,  # [N, HO, WO], written
+    p_score,  # [N, HEIGHT, WIDTH], written
+    p_index,  # [N, HEIGHT, WIDTH], written
     BLOCKS,
     stride_key,  # 0 if one key serves all images, else 1
     stride_mask,
     stride_lost,
-    HP,
-    WP,
-    HKP,
-    WKP,
+    PIXELS,
+    HEIGHT,
+    WIDTH,
+    BAND_HEIGHT,
+    STRIP_WIDTH,
+    PIECE,
+    LINE,
+    LINES,
+    PIXELS_K,
+    HEIGHT_K,
+    WIDTH_K,
+    BAND_HEIGHT_K,
+    STRIP_WIDTH_K,
+    PIECE_K,
+    LINE_K,
+    LINES_K,
     eps: tl.float32,
     C: tl.constexpr,
-    STORED: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    PARTS: tl.constexpr,
     SCALED: tl.constexpr,
     RESCORE: tl.constexpr,
     NORMALIZE_QUERY: tl.constexpr,
@@ -141,34 +148,36 @@ def finish_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    HO, WO, HKO, WKO = HP - KERNEL + 1, WP - KERNEL + 1, HKP - KERNEL + 1, WKP - KERNEL + 1
-    WIDTH: tl.constexpr = STORED * C
+    ROW: tl.constexpr = SECTIONS * C
     i_n, i_b = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
     o_q = i_b * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    m_q = o_q < HO * WO
-    o_out = i_n * (HO * WO) + o_q
+    m_q = o_q < HEIGHT * WIDTH
+    o_out = i_n * (HEIGHT * WIDTH) + o_q
     b_score, b_index = decode(tl.load(p_best + o_out, mask=m_q, other=0))
     no_key = b_score == float("-inf")
     b_index = tl.where(no_key | ~m_q, 0, b_index)
-    o_first = i_n * HP * WP + (o_q // WO * WP + o_q % WO)  # [BLOCK_Q] first pixel of every patch
-    squared = box_sum(p_query_square + o_first, m_q, WP, KERNEL)
+    # [BLOCK_Q] first pixel of every patch
+    o_first = i_n * PIXELS + first_pixel(o_q, WIDTH, BAND_HEIGHT, STRIP_WIDTH, PIECE, LINE, LINES)
+    squared = box_sum(p_query_square + o_first, m_q, LINE, KERNEL)
     lost_query = m_q & ~(squared < float("inf"))
 
     if RESCORE:
         i_k = i_n * stride_key
-        o_key = i_k * HKP * WKP + (b_index // WKO * WKP + b_index % WKO)
+        o_key = i_k * PIXELS_K + first_pixel(
+            b_index, WIDTH_K, BAND_HEIGHT_K, STRIP_WIDTH_K, PIECE_K, LINE_K, LINES_K
+        )
         o_c = tl.arange(0, BLOCK_C)
         # [BLOCK_Q, BLOCK_C]
-        p_q = p_query + (o_first * WIDTH)[:, None] + o_c[None, :]
-        p_k = p_key + (o_key * WIDTH)[:, None] + o_c[None, :]
+        p_q = p_query + (o_first * ROW)[:, None] + o_c[None, :]
+        p_k = p_key + (o_key * ROW)[:, None] + o_c[None, :]
         product = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
         square_q = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
         square_k = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
         for tap in range(KERNEL * KERNEL):
             dy, dx = tap // KERNEL, tap % KERNEL
             for c in range(0, C, BLOCK_C):
-                b_q = _whole(p_q + ((dy * WP + dx) * WIDTH + c), m_q, C, STORED)
-                b_k = _whole(p_k + ((dy * WKP + dx) * WIDTH + c), m_q, C, STORED)
+                b_q = _whole(p_q + ((dy * LINE + dx) * ROW + c), m_q, C, PARTS)
+                b_k = _whole(p_k + ((dy * LINE_K + dx) * ROW + c), m_q, C, PARTS)
                 product += b_q * b_k
                 square_q += b_q * b_q
                 square_k += b_k * b_k
@@ -192,7 +201,7 @@ def finish_kernel(
     b_index = tl.where(lost_key < NO_KEY, lost_key, b_index)
     if MASKED:
         if tl.max(lost_query.to(tl.int32), axis=0) > 0:
-            first = _first_allowed(p_mask + i_n * stride_mask, HKO * WKO, BLOCK=1024)
+            first = _first_allowed(p_mask + i_n * stride_mask, HEIGHT_K * WIDTH_K, BLOCK=1024)
             b_index = tl.where(lost_query, first, b_index)
     else:
         b_index = tl.where(lost_query, 0, b_index)

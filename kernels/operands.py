@@ -13,66 +13,63 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 class Operands:
     """Features as they are multiplied.
 
-    Features that have to be rounded are kept in parts: `scale * x = parts[0] + parts[1] + ...`,
-    each the rounded remainder of those before it.
+    Features that have to be rounded are kept in parts: `scale * x = part 0 + part 1 + ...`, each
+    the rounded remainder of those before it. A packed pixel is a row of sections of C channels,
+    and a section holds one part.
 
     Attributes:
         dtype: of the parts.
-        stored: how many parts are kept; together they are as accurate as float32.
-        multiplied: how many of them the search multiplies; the others serve the final score.
+        query_sections: the part in each section of a query pixel. The first `parts` sections hold
+            different parts, which together are as accurate as float32.
+        key_sections: the same of a key pixel.
+        multiplied: how many sections the search multiplies, each with the same section of the other
+            map. Products of small parts come first.
         scaled: whether features are multiplied by a power of two, one for an image, that brings the
             largest near the top of float16.
         input_precision: of products of float32, as Triton names it.
     """
 
     dtype: torch.dtype
-    stored: int = 1
+    query_sections: tuple[int, ...] = (0,)
+    key_sections: tuple[int, ...] = (0,)
     multiplied: int = 1
     scaled: bool = False
     input_precision: str = "ieee"
 
     @property
+    def parts(self) -> int:
+        """How many parts a feature has."""
+        return max(self.query_sections) + 1
+
+    @property
     def exact(self) -> bool:
         """Whether the scores of the search are those of the features as given.
 
-        Those of tensor cores are not: they round every partial sum towards zero.
+        Tensor cores round every partial sum towards zero, so theirs are not.
         """
         return self.dtype == torch.float32 and self.input_precision == "ieee"
 
     @property
     def name(self) -> str:
-        """For the table of tiles: `float16`, `float16x3` for two parts, `tf32`."""
+        """For the table of tiles: `float16`, `float16x3` for three products, `tf32`."""
         if self.input_precision == "tf32":
             return "tf32"
-        return str(self.dtype).removeprefix("torch.") + ("x3" if self.multiplied == 2 else "")
+        return str(self.dtype).removeprefix("torch.") + ("x3" if self.multiplied == 3 else "")
 
 
-# For features in float32.
+# For features in float32. fp16x3 multiplies low * high, high * low and high * high.
 OPERANDS = {
     "fp32": Operands(torch.float32),
     "tf32": Operands(torch.float32, input_precision="tf32"),
-    "fp16x3": Operands(torch.float16, stored=2, multiplied=2, scaled=True),
-    "fp16": Operands(torch.float16, stored=2, scaled=True),
-    "bf16": Operands(torch.bfloat16, stored=3),
+    "fp16x3": Operands(torch.float16, (1, 0, 0), (0, 1, 0), multiplied=3, scaled=True),
+    "fp16": Operands(torch.float16, (0, 1), (0, 1), scaled=True),
+    "bf16": Operands(torch.bfloat16, (0, 1, 2), (0, 1, 2)),
 }
 
 
 def operands(dtype: torch.dtype, precision: str) -> Operands:
     """What is multiplied of features of `dtype`; those of 16 bits as they are, which is exact."""
     return OPERANDS[precision] if dtype == torch.float32 else Operands(dtype)
-
-
-@triton.jit
-def columns(section, c, C: tl.constexpr, MULTIPLIED: tl.constexpr):
-    """The columns of channel `c` of query and key in a product of parts.
-
-    With two parts the sections are low * high, high * low and high * high: the small ones first.
-    """
-    c_q, c_k = c, c
-    if MULTIPLIED == 2:
-        c_q += tl.where(section == 0, C, 0)
-        c_k += tl.where(section == 1, C, 0)
-    return c_q, c_k
 
 
 @triton.jit

@@ -1,10 +1,9 @@
 """Feature maps as the search reads them: padded, channels last, rounded to what is multiplied.
 
-In a packed map a pixel is one row of channels, and the pixels of the padded map follow each other:
-pixel (y, x) of image n is row `(n * HP + y) * WP + x`. Pixel (dy, dx) of a patch is `dy * WP + dx`
-rows after its first, for every patch alike, so a tile of patches is a block of a matrix and another
-tap of it is a block further down. What a tile reads beyond a row of the map belongs to no patch and
-is masked in the end; `SLACK` rows of zeros after the last pixel are for the reads beyond it.
+A pixel of a packed map is one row of channels; `layout.py` says which. Pixel (dy, dx) of a patch
+is `dy * LINE + dx` rows after its first, so a tile of patches is a block of a matrix, and the same
+tap of all its patches is a block further down. Rows that a tile reads beyond a line belong to no
+patch and are masked in the end; `SLACK` rows of zeros follow the last pixel.
 """
 
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttsr_fast.kernels.best import EMPTY, NO_KEY
+from ttsr_fast.kernels.layout import Layout, size_names
 from ttsr_fast.kernels.operands import Operands
 
 SLACK = 288  # rows; no tile of up to 256 patches reads further beyond the last pixel
@@ -29,37 +29,44 @@ class Packed:
     """A packed map.
 
     Attributes:
-        rows: `[N*HP*WP + SLACK, stored*C]`, part after part, C whole blocks of channels.
-        square: `[N*HP*WP + SLACK]` float32: squared norm of what is multiplied of a pixel; NaN for
+        rows: `[N*pixels + SLACK, sections*C]`, C whole blocks of channels.
+        square: `[N*pixels + SLACK]` float32: squared norm of what is multiplied of a pixel; NaN for
             one that is not finite, whose row is zero.
         amax: `[N, AMAX_BLOCKS]` float32: partial maxima of the features, where they are scaled.
-        size: N, C, HP, WP.
+        images: N.
+        channels: C.
+        layout: of an image.
     """
 
     rows: Tensor
     square: Tensor
     amax: Tensor
-    size: tuple[int, int, int, int]
+    images: int
+    channels: int
+    layout: Layout
 
 
 def pack(
     query: Tensor,  # [N, C, H, W]
     key: Tensor,  # [N or 1, C, HK, WK]
+    packed_query: Packed,  # filled
+    packed_key: Packed,  # filled
     best: Tensor,  # [N, Ho, Wo] int64, filled with EMPTY
     lost: Tensor,  # [N or 1] int32, filled with NO_KEY
     padding: int,
     operands: Operands,
-) -> tuple[Packed, Packed]:
+) -> None:
     """Both maps, in one launch, or two where the features are scaled."""
-    packed = [_allocate(x, padding, operands) for x in (query, key)]
     if operands.scaled:
-        _amax(query, key, packed[0].amax, packed[1].amax)
+        _amax(query, key, packed_query.amax, packed_key.amax)
     maps, programs = [], []
-    for x, to in zip((query, key), packed, strict=True):
-        n, _, hp, wp = to.size
-        blocks = triton.cdiv(wp, BLOCK_X)
-        maps += [x, *x.stride(), n * hp, *x.shape[2:], hp, wp, blocks, to.rows, to.square, to.amax]
-        programs.append(n * hp * blocks + triton.cdiv(SLACK, BLOCK_X))
+    for x, to in ((query, packed_query), (key, packed_key)):
+        layout = to.layout
+        blocks = triton.cdiv(layout.piece, BLOCK_X)
+        runs = to.images * layout.strips * layout.lines * layout.bands
+        maps += [x, *x.stride(), to.images, *x.shape[2:], *layout.sizes, layout.strips, blocks]
+        maps += [to.rows, to.square, to.amax]
+        programs.append(runs * blocks + triton.cdiv(SLACK, BLOCK_X))
     pack_kernel[(sum(programs),)](
         *maps,
         best,
@@ -68,17 +75,33 @@ def pack(
         lost.numel(),
         programs[0],
         query.shape[1],
-        C_PACKED=packed[0].size[1],
+        C_PACKED=packed_query.channels,
         PADDING=padding,
         SLACK=SLACK,
-        STORED=operands.stored,
+        QUERY_SECTIONS=operands.query_sections,
+        KEY_SECTIONS=operands.key_sections,
+        PARTS=operands.parts,
         MULTIPLIED=operands.multiplied,
         SCALED=operands.scaled,
         AMAX_BLOCKS=AMAX_BLOCKS,
         BLOCK_X=BLOCK_X,
         BLOCK_C=BLOCK_C,
     )
-    return packed[0], packed[1]
+
+
+def allocate(x: Tensor, layout: Layout, operands: Operands) -> Packed:
+    """Memory for a map `[N, C, H, W]`."""
+    n, c = x.shape[:2]
+    c = triton.cdiv(c, BLOCK_C) * BLOCK_C
+    rows = n * layout.pixels + SLACK
+    return Packed(
+        x.new_empty(rows, len(operands.query_sections) * c, dtype=operands.dtype),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(n, AMAX_BLOCKS if operands.scaled else 0, dtype=torch.float32),
+        n,
+        c,
+        layout,
+    )
 
 
 def _amax(query: Tensor, key: Tensor, query_amax: Tensor, key_amax: Tensor) -> None:
@@ -89,19 +112,6 @@ def _amax(query: Tensor, key: Tensor, query_amax: Tensor, key_amax: Tensor) -> N
     images = query.shape[0] + key.shape[0]
     amax_kernel[(images * AMAX_BLOCKS,)](
         *maps, query.shape[0], AMAX_BLOCKS=AMAX_BLOCKS, BLOCK_O=16, BLOCK_I=64
-    )
-
-
-def _allocate(x: Tensor, padding: int, operands: Operands) -> Packed:
-    n, c, h, w = x.shape
-    c = triton.cdiv(c, BLOCK_C) * BLOCK_C
-    hp, wp = h + 2 * padding, w + 2 * padding
-    rows = n * hp * wp + SLACK
-    return Packed(
-        x.new_empty(rows, operands.stored * c, dtype=operands.dtype),
-        x.new_empty(rows, dtype=torch.float32),
-        x.new_empty(n, AMAX_BLOCKS if operands.scaled else 0, dtype=torch.float32),
-        (n, c, hp, wp),
     )
 
 
@@ -186,9 +196,9 @@ def _amax_block(
 
 @triton.jit(
     do_not_specialize=[
-        *("stride_n", "stride_h", "HEIGHTS", "H", "W", "HP", "WP", "BLOCKS"),
-        *("stride_kn", "stride_kh", "HEIGHTS_K", "HK", "WK", "HKP", "WKP", "BLOCKS_K"),
-        *("NUMEL_BEST", "NUMEL_LOST", "QUERY_PROGRAMS", "C"),
+        *("stride_n", "stride_h", "IMAGES", "H", "W", *size_names(), "STRIPS", "BLOCKS"),
+        *("stride_kn", "stride_kh", "IMAGES_K", "HK", "WK", *size_names("_K")),
+        *("STRIPS_K", "BLOCKS_K", "NUMEL_BEST", "NUMEL_LOST", "QUERY_PROGRAMS", "C"),
     ],
     do_not_specialize_on_alignment=["stride_c", "stride_w", "stride_kc", "stride_kw"],
 )
@@ -198,25 +208,37 @@ def pack_kernel(
     stride_c,
     stride_h,
     stride_w,
-    HEIGHTS,  # N * HP
+    IMAGES,
     H,
     W,
-    HP,
-    WP,
-    BLOCKS,  # of BLOCK_X pixels in a row
-    p_query_rows,  # [N*HP*WP + SLACK, STORED*C_PACKED], written
-    p_query_square,  # [N*HP*WP + SLACK], written
+    HEIGHT,
+    WIDTH,
+    BAND_HEIGHT,
+    STRIP_WIDTH,
+    PIECE,
+    LINE,
+    LINES,
+    STRIPS,
+    BLOCKS,  # of BLOCK_X pixels in a row of a piece
+    p_query_rows,  # [N*pixels + SLACK, sections*C_PACKED], written
+    p_query_square,  # [N*pixels + SLACK], written
     p_query_amax,  # [N, AMAX_BLOCKS]
     p_key,  # [N or 1, C, HK, WK], and so on
     stride_kn,
     stride_kc,
     stride_kh,
     stride_kw,
-    HEIGHTS_K,
+    IMAGES_K,
     HK,
     WK,
-    HKP,
-    WKP,
+    HEIGHT_K,
+    WIDTH_K,
+    BAND_HEIGHT_K,
+    STRIP_WIDTH_K,
+    PIECE_K,
+    LINE_K,
+    LINES_K,
+    STRIPS_K,
     BLOCKS_K,
     p_key_rows,
     p_key_square,
@@ -230,7 +252,9 @@ def pack_kernel(
     C_PACKED: tl.constexpr,
     PADDING: tl.constexpr,
     SLACK: tl.constexpr,
-    STORED: tl.constexpr,
+    QUERY_SECTIONS: tl.constexpr,
+    KEY_SECTIONS: tl.constexpr,
+    PARTS: tl.constexpr,
     MULTIPLIED: tl.constexpr,
     SCALED: tl.constexpr,
     AMAX_BLOCKS: tl.constexpr,
@@ -245,14 +269,15 @@ def pack_kernel(
     if i_b < QUERY_PROGRAMS:
         _pack_pixels(
             (p_query, stride_n, stride_c, stride_h, stride_w),
-            (HEIGHTS, H, W, HP, WP, BLOCKS),
+            (IMAGES, H, W, BAND_HEIGHT, STRIP_WIDTH, PIECE, LINE, LINES, STRIPS, BLOCKS),
             (p_query_rows, p_query_square, p_query_amax),
             i_b,
             C,
             C_PACKED,
             PADDING,
             SLACK,
-            STORED,
+            QUERY_SECTIONS,
+            PARTS,
             MULTIPLIED,
             SCALED,
             AMAX_BLOCKS,
@@ -262,14 +287,26 @@ def pack_kernel(
     else:
         _pack_pixels(
             (p_key, stride_kn, stride_kc, stride_kh, stride_kw),
-            (HEIGHTS_K, HK, WK, HKP, WKP, BLOCKS_K),
+            (
+                IMAGES_K,
+                HK,
+                WK,
+                BAND_HEIGHT_K,
+                STRIP_WIDTH_K,
+                PIECE_K,
+                LINE_K,
+                LINES_K,
+                STRIPS_K,
+                BLOCKS_K,
+            ),
             (p_key_rows, p_key_square, p_key_amax),
             i_b - QUERY_PROGRAMS,
             C,
             C_PACKED,
             PADDING,
             SLACK,
-            STORED,
+            KEY_SECTIONS,
+            PARTS,
             MULTIPLIED,
             SCALED,
             AMAX_BLOCKS,
@@ -288,7 +325,8 @@ def _pack_pixels(
     C_PACKED: tl.constexpr,
     PADDING: tl.constexpr,
     SLACK: tl.constexpr,
-    STORED: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    PARTS: tl.constexpr,
     MULTIPLIED: tl.constexpr,
     SCALED: tl.constexpr,
     AMAX_BLOCKS: tl.constexpr,
@@ -296,17 +334,21 @@ def _pack_pixels(
     BLOCK_C: tl.constexpr,
 ):
     p_x, stride_n, stride_c, stride_h, stride_w = x
-    HEIGHTS, H, W, HP, WP, BLOCKS = sizes
+    IMAGES, H, W, BAND_HEIGHT, STRIP_WIDTH, PIECE, LINE, LINES, STRIPS, BLOCKS = sizes
     p_rows, p_square, p_amax = packed
-    beyond = i_b >= HEIGHTS * BLOCKS  # the slack
-    i_y = tl.where(beyond, HEIGHTS, i_b // BLOCKS).to(tl.int64)
-    i_x = tl.where(beyond, i_b - HEIGHTS * BLOCKS, i_b % BLOCKS)
-    i_n = i_y // HP
-    o_x = i_x * BLOCK_X + tl.arange(0, BLOCK_X)
-    m_x = o_x < tl.where(beyond, SLACK, WP)
-    y, x = i_y % HP - PADDING, o_x - PADDING
-    inside = (i_y < HEIGHTS) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    p_pixel = p_x + i_n * stride_n + y * stride_h + x.to(tl.int64) * stride_w
+    # A run is a row of a piece: [image, strip, line, band].
+    bands = LINE // PIECE
+    runs = IMAGES * STRIPS * LINES * bands
+    run = i_b // BLOCKS
+    beyond = run >= runs  # the slack
+    run = tl.where(beyond, runs, run)
+    o_x = (i_b - run * BLOCKS) * BLOCK_X + tl.arange(0, BLOCK_X)
+    m_x = o_x < tl.where(beyond, SLACK, PIECE)
+    band, line, strip = run % bands, run // bands % LINES, run // (bands * LINES) % STRIPS
+    i_n = (run // (bands * LINES * STRIPS)).to(tl.int64)
+    y, x = band * BAND_HEIGHT + line - PADDING, strip * STRIP_WIDTH + o_x - PADDING
+    inside = (run < runs) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    p_pixel = p_x + i_n * stride_n + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
     total = tl.zeros([BLOCK_X], tl.float32)
     for c in range(0, C_PACKED, BLOCK_C):
@@ -321,7 +363,8 @@ def _pack_pixels(
     if SCALED:
         scale = power_of_two_scale(p_amax + tl.where(beyond, 0, i_n) * AMAX_BLOCKS, AMAX_BLOCKS)
 
-    o_row = i_y * WP + o_x
+    WIDTH: tl.constexpr = len(SECTIONS) * C_PACKED
+    o_row = run.to(tl.int64) * PIECE + o_x
     square = tl.zeros([BLOCK_X], tl.float32)
     for c in range(0, C_PACKED, BLOCK_C):
         o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -329,12 +372,14 @@ def _pack_pixels(
         left = tl.load(p_pixel[:, None] + (o_c * stride_c)[None, :], mask=m_xc, other=0.0)
         left = left.to(tl.float32) * scale
         multiplied = tl.zeros([BLOCK_X, BLOCK_C], tl.float32)
-        p_row = p_rows + (o_row * (STORED * C_PACKED))[:, None] + o_c[None, :]
-        for part in tl.static_range(STORED):
+        p_row = p_rows + (o_row * WIDTH)[:, None] + o_c[None, :]
+        for part in tl.static_range(PARTS):
             rounded = left.to(p_rows.dtype.element_ty)
-            tl.store(p_row + part * C_PACKED, rounded, mask=m_x[:, None])
+            for section in tl.static_range(len(SECTIONS)):
+                if SECTIONS[section] == part:
+                    tl.store(p_row + section * C_PACKED, rounded, mask=m_x[:, None])
             left -= rounded.to(tl.float32)
-            if part < MULTIPLIED:
+            if part == 0 or MULTIPLIED == 3:
                 multiplied += rounded.to(tl.float32)
         square += tl.sum(multiplied * multiplied, axis=1)
     tl.store(p_square + o_row, tl.where(finite, square, float("nan")), mask=m_x)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttsr_fast.kernels.layout import column_of, size_names
 from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed, power_of_two_scale
 
 BLOCK = 128
@@ -18,29 +19,33 @@ BLOCK = 128
 def patch_norm(
     key: Packed,
     key_mask: Tensor | None,  # [N or 1, HKo, WKo]
+    scale: Tensor,  # [N or 1, strips, band height, slots], filled
     lost: Tensor,  # [N or 1], merged into
     kernel_size: int,
     normalize: bool,
     eps: float,
     add_eps: bool,
     scaled: bool,
-) -> Tensor:  # [N or 1, HKo, WKo]
-    """The scale of every key patch, for the algorithms that read it more than once."""
-    n, _, hp, wp = key.size
-    grid = (len(lost), hp - kernel_size + 1, wp - kernel_size + 1)
-    scale = key.square.new_empty(grid)
-    blocks = triton.cdiv(grid[1] * grid[2], BLOCK)
-    patch_norm_kernel[(len(lost) * blocks,)](
+) -> None:
+    """The scale of every key patch, for the algorithms that read it more than once.
+
+    A row of `scale` has a slot for every pixel of a line and is filled up with NaN to whole tiles,
+    so that nobody who reads it needs a mask.
+    """
+    layout, slots = key.layout, scale.shape[3]
+    blocks = triton.cdiv(scale[0].numel(), BLOCK)
+    patch_norm_kernel[(len(scale) * blocks,)](
         key.square,
         key.amax,
         key_mask,
         scale,
         lost,
-        image_stride(n, hp * wp),
-        image_stride(n, AMAX_BLOCKS),
+        image_stride(key.images, layout.pixels),
+        image_stride(key.images, AMAX_BLOCKS),
         mask_stride(key_mask),
-        wp,
-        *grid[1:],
+        *layout.sizes,
+        layout.strips,
+        slots,
         blocks,
         eps,
         KERNEL=kernel_size,
@@ -51,7 +56,15 @@ def patch_norm(
         AMAX_BLOCKS=AMAX_BLOCKS,
         BLOCK=BLOCK,
     )
-    return scale
+
+
+def scale_for(
+    key: Packed, images: int, tile: int
+) -> Tensor:  # [images, strips, band height, slots]
+    """Memory for the scales, with slots for whole tiles of keys."""
+    layout = key.layout
+    slots = triton.cdiv(layout.line, tile) * tile
+    return key.square.new_empty(images, layout.strips, layout.band_height, slots)
 
 
 def image_stride(images: int, stride: int) -> int:
@@ -68,14 +81,14 @@ def mask_stride(key_mask: Tensor | None) -> int:
 def box_sum(
     p_first,  # [BLOCK] pointers to the squared norm of the first pixel of every patch
     m_p,  # [BLOCK]
-    WP,
+    LINE,
     KERNEL: tl.constexpr,
 ):  # [BLOCK] squared norm of every patch
     # As one tile, whose sums then move to where they are needed: nine vectors would be loaded again
     # by every warp that needs them.
     TAPS: tl.constexpr = 1 if KERNEL == 1 else 16 if KERNEL == 3 else 32 if KERNEL == 5 else 64
     tap = tl.arange(0, TAPS)
-    o_tap = tap // KERNEL * WP + tap % KERNEL
+    o_tap = tap // KERNEL * LINE + tap % KERNEL
     mask = m_p[:, None] & (tap < KERNEL * KERNEL)[None, :]
     return tl.sum(tl.load(p_first[:, None] + o_tap[None, :], mask=mask, other=0.0), axis=1)
 
@@ -101,14 +114,14 @@ def key_scale(
     p_lost,
     o_i,  # [BLOCK] indices of the keys
     m_k,  # [BLOCK] False for what is no key
-    WP,
+    LINE,
     eps,
     KERNEL: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ADD_EPS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # [BLOCK]
-    squared = box_sum(p_first, m_k, WP, KERNEL)
+    squared = box_sum(p_first, m_k, LINE, KERNEL)
     finite = squared < float("inf")  # NaN compares false
     if MASKED:
         m_k = m_k & (tl.load(p_mask, mask=m_k, other=0) != 0)
@@ -121,27 +134,28 @@ def key_scale(
 
 @triton.jit(
     do_not_specialize=[
-        "stride_square",
-        "stride_amax",
-        "stride_mask",
-        "WP",
-        "HKO",
-        "WKO",
-        "BLOCKS",
+        *("stride_square", "stride_amax", "stride_mask"),
+        *(*size_names(), "STRIPS", "SLOTS", "BLOCKS"),
     ]
 )
 def patch_norm_kernel(
-    p_square,  # [N or 1, HP, WP]
+    p_square,  # [N or 1, STRIPS, LINES, LINE]
     p_amax,  # [N or 1, AMAX_BLOCKS]
-    p_mask,  # [N or 1, HKO, WKO]
-    p_scale,  # [N or 1, HKO, WKO], written
+    p_mask,  # [N or 1, HEIGHT, WIDTH]
+    p_scale,  # [N or 1, STRIPS, BAND_HEIGHT, SLOTS], written
     p_lost,  # [N or 1]
     stride_square,
     stride_amax,
     stride_mask,
-    WP,
-    HKO,
-    WKO,
+    HEIGHT,
+    WIDTH,
+    BAND_HEIGHT,
+    STRIP_WIDTH,
+    PIECE,
+    LINE,
+    LINES,
+    STRIPS,
+    SLOTS,
     BLOCKS,
     eps: tl.float32,
     KERNEL: tl.constexpr,
@@ -153,23 +167,25 @@ def patch_norm_kernel(
     BLOCK: tl.constexpr,
 ):
     i_n, i_b = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
-    o_i = i_b * BLOCK + tl.arange(0, BLOCK)
-    m_k = o_i < HKO * WKO
+    o_s = i_b * BLOCK + tl.arange(0, BLOCK)
+    m_s = o_s < STRIPS * BAND_HEIGHT * SLOTS
+    strip, y, o_c = o_s // (BAND_HEIGHT * SLOTS), o_s // SLOTS % BAND_HEIGHT, o_s % SLOTS
+    o_i = column_of(o_c, HEIGHT, WIDTH, BAND_HEIGHT, STRIP_WIDTH, PIECE, strip) + y * WIDTH
+    m_k = m_s & (o_i < HEIGHT * WIDTH)
     eps = scaled_eps(eps, p_amax + i_n * stride_amax, SCALED, AMAX_BLOCKS)
-    p_first = p_square + i_n * stride_square + (o_i // WKO * WP + o_i % WKO)
+    p_first = p_square + i_n * stride_square + ((strip * LINES + y) * LINE + o_c)
     p_allowed = o_i
     if MASKED:
         p_allowed = p_mask + i_n * stride_mask + o_i
     scale = key_scale(
-        p_first, p_allowed, p_lost + i_n, o_i, m_k, WP, eps, KERNEL, NORMALIZE, ADD_EPS, MASKED
+        p_first, p_allowed, p_lost + i_n, o_i, m_k, LINE, eps, KERNEL, NORMALIZE, ADD_EPS, MASKED
     )
-    tl.store(p_scale + i_n * (HKO * WKO) + o_i, scale, mask=m_k)
+    tl.store(p_scale + i_n * (STRIPS * BAND_HEIGHT * SLOTS) + o_s, scale, mask=m_s)
 
 
 @triton.jit
 def load_scale(
     p_scale,  # [BLOCK] pointers
-    m_k,  # [BLOCK]
 ):  # [BLOCK]
     """What `patch_norm` stored; as a tile, for the reason given in `box_sum`."""
-    return tl.sum(tl.load(p_scale[:, None], mask=m_k[:, None], other=float("nan")), axis=1)
+    return tl.sum(tl.load(p_scale[:, None]), axis=1)

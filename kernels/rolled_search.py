@@ -2,8 +2,11 @@
 
 A program is a walk (`walk.py`) with one tile of query columns and one tile of key columns. The
 three taps along a row go into the product, the three rows are added up on the way. Nothing but the
-maximum leaves the program.
+maximum leaves the program. Narrow images are laid out in bands (`layout.py`), so that tiles are
+full at any width.
 """
+
+from functools import lru_cache
 
 import triton
 import triton.language as tl
@@ -11,53 +14,93 @@ from torch import Tensor
 
 from ttsr_fast.kernels import tiles
 from ttsr_fast.kernels.best import merge
-from ttsr_fast.kernels.operands import Operands, columns, multiply_add
+from ttsr_fast.kernels.layout import Layout, column_of, size_names
+from ttsr_fast.kernels.operands import Operands, multiply_add
 from ttsr_fast.kernels.pack import Packed
 from ttsr_fast.kernels.patch_norm import image_stride, load_scale
-from ttsr_fast.kernels.tiles import Tile
+from ttsr_fast.kernels.tiles import LINE_BYTES, Tile
 from ttsr_fast.kernels.walk import walk
 
-KERNEL = 3
+HALO = 2
+LEAST_BAND = 12  # rows of a band: its halo is stored and multiplied again
+BANDS = 12  # at most
+
+
+@lru_cache(maxsize=256)
+def layouts(
+    query: tuple[int, int], key: tuple[int, int], padding: int, tile: Tile
+) -> tuple[Layout, Layout]:
+    """The bands of two grids of patches with which the fewest pairs are multiplied."""
+    options = [
+        [Layout(*grid, HALO, bands=n) for n in range(1, BANDS + 1) if n * LEAST_BAND <= grid[0]]
+        or [Layout(*grid, HALO)]
+        for grid in (query, key)
+    ]
+    return min(
+        ((q, k) for q in options[0] for k in options[1]),
+        key=lambda pair: multiplied_pairs(pair[0], pair[1], padding, tile),
+    )
+
+
+def multiplied_pairs(query: Layout, key: Layout, padding: int, tile: Tile) -> int:
+    """Pairs of pixels of an image that are multiplied, fillings of tiles included."""
+    halo = HALO - _border(query, key, padding)
+    rows = query.band_height * key.band_height + halo * _walks(query, key)
+    query_tiles, key_tiles = _tiles(query, key, tile)
+    return rows * query_tiles * tile.block_q * key_tiles * tile.block_k
+
+
+def _walks(query: Layout, key: Layout) -> int:
+    return query.band_height + key.band_height - 1
+
+
+def _tiles(query: Layout, key: Layout, tile: Tile) -> tuple[int, int]:
+    """Of a line, as far as patches begin there."""
+    ends = [x.line - x.piece + x.strip_width for x in (query, key)]
+    return triton.cdiv(ends[0], tile.block_q), triton.cdiv(ends[1], tile.block_k)
+
+
+def _border(query: Layout, key: Layout, padding: int) -> bool:
+    """Whether the first row of every walk lies in the padding of one map."""
+    return padding > 0 and query.bands == key.bands == 1
 
 
 def rolled_search(
     query: Packed,
     key: Packed,
-    scale: Tensor,  # [N or 1, HKo, WKo]
+    scale: Tensor,  # [N or 1, 1, band height, slots]
     best: Tensor,  # [N, Ho, Wo], merged into
     padding: int,
     operands: Operands,
     tile: Tile,
 ) -> None:
     descriptors = tiles.has_descriptors()
-    n, c, hp, wp = query.size
-    n_k, _, hkp, wkp = key.size
-    ho, wo, hko, wko = (size - KERNEL + 1 for size in (hp, wp, hkp, wkp))
-    query_tiles, key_tiles = triton.cdiv(wo, tile.block_q), triton.cdiv(wko, tile.block_k)
-    rolled_search_kernel[((ho + hko - 1) * n * query_tiles * key_tiles,)](
-        _rows(query, tile.block_q, tile.block_c, descriptors),
-        _rows(key, tile.block_k, tile.block_c, descriptors),
+    block_c = LINE_BYTES // operands.dtype.itemsize
+    query_tiles, key_tiles = _tiles(query.layout, key.layout, tile)
+    walks = _walks(query.layout, key.layout)
+    rolled_search_kernel[(walks * query.images * query_tiles * key_tiles,)](
+        _rows(query, tile.block_q, block_c, descriptors),
+        _rows(key, tile.block_k, block_c, descriptors),
         scale,
         best,
-        n,
-        image_stride(n_k, 1),
+        query.images,
+        image_stride(key.images, 1),
         image_stride(len(scale), 1),
-        hp,
-        wp,
-        hkp,
-        wkp,
+        *query.layout.sizes,
+        *key.layout.sizes,
+        scale.shape[3],
         query_tiles,
         key_tiles,
-        C=c,
-        STORED=operands.stored,
-        MULTIPLIED=operands.multiplied,
+        int(_border(query.layout, key.layout, padding)),
+        K=operands.multiplied * query.channels,
+        SECTIONS=len(operands.query_sections),
+        C=query.channels,
         INPUT_PRECISION=operands.input_precision,
-        BORDER=padding > 0,
         DESCRIPTORS=descriptors,
         LAZY=tiles.lazy(),
         BLOCK_Q=tile.block_q,
         BLOCK_K=tile.block_k,
-        BLOCK_C=tile.block_c,
+        BLOCK_C=block_c,
         **tile.options,
     )
 
@@ -90,77 +133,76 @@ def _load(
 
 @triton.jit(
     do_not_specialize=[
-        "N",
-        "stride_key",
-        "stride_scale",
-        "HP",
-        "WP",
-        "HKP",
-        "WKP",
-        "QUERY_TILES",
-        "KEY_TILES",
+        *("N", "stride_key", "stride_scale", *size_names(), *size_names("_K")),
+        *("SLOTS", "QUERY_TILES", "KEY_TILES", "FIRST"),
     ]
 )
 def rolled_search_kernel(
-    query,  # [N*HP*WP + slack, STORED*C], a descriptor or a pointer
-    key,  # [N*HKP*WKP + slack, STORED*C], likewise
-    p_scale,  # [N or 1, HKO, WKO]
-    p_best,  # [N, HO, WO]
+    query,  # [N*LINES*LINE + slack, SECTIONS*C], a descriptor or a pointer
+    key,  # [N*LINES_K*LINE_K + slack, SECTIONS*C], the same
+    p_scale,  # [N or 1, BAND_HEIGHT_K, SLOTS]
+    p_best,  # [N, HEIGHT, WIDTH]
     N,
     stride_key,  # 0 if one key serves all images, else 1
-    stride_scale,  # likewise
-    HP,
-    WP,
-    HKP,
-    WKP,
+    stride_scale,  # the same
+    HEIGHT,
+    WIDTH,
+    BAND_HEIGHT,
+    STRIP_WIDTH,
+    PIECE,
+    LINE,
+    LINES,
+    HEIGHT_K,
+    WIDTH_K,
+    BAND_HEIGHT_K,
+    STRIP_WIDTH_K,
+    PIECE_K,
+    LINE_K,
+    LINES_K,
+    SLOTS,
     QUERY_TILES,
     KEY_TILES,
+    FIRST,  # 1 if row 0 of a walk would add nothing
+    K: tl.constexpr,  # columns that are multiplied
+    SECTIONS: tl.constexpr,
     C: tl.constexpr,
-    STORED: tl.constexpr,
-    MULTIPLIED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    BORDER: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     LAZY: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    HO, WO, HKO, WKO = HP - 2, WP - 2, HKP - 2, WKP - 2
-    WIDTH: tl.constexpr = STORED * C
-    STEPS: tl.constexpr = C // BLOCK_C
-    SECTIONS: tl.constexpr = 2 * MULTIPLIED - 1
+    ROW: tl.constexpr = SECTIONS * C
     i_p = tl.program_id(0)
     i_k, i_q = i_p % KEY_TILES, i_p // KEY_TILES % QUERY_TILES
     i_p = i_p // (KEY_TILES * QUERY_TILES)
     i_n = (i_p % N).to(tl.int64)
-    offset, y_q, length = walk(i_p // N, HO, HKO)
+    offset, y_q, length = walk(i_p // N, BAND_HEIGHT, BAND_HEIGHT_K)
     y_k = y_q + offset
 
     o_q, o_k = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q), i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    m_q, m_k = o_q < WO, o_k < WKO
-    row_q = (i_n * HP + y_q) * WP + i_q * BLOCK_Q
-    row_k = (i_n * stride_key * HKP + y_k) * WKP + i_k * BLOCK_K
-    p_out = p_best + (i_n * HO + y_q) * WO + o_q
-    p_scale += (i_n * stride_scale * HKO + y_k) * WKO
+    o_out = column_of(o_q, HEIGHT, WIDTH, BAND_HEIGHT, STRIP_WIDTH, PIECE)
+    row_q = (i_n * LINES + y_q) * LINE + i_q * BLOCK_Q
+    row_k = (i_n * stride_key * LINES_K + y_k) * LINE_K + i_k * BLOCK_K
+    p_best += i_n * HEIGHT * WIDTH
+    p_scale += i_n * stride_scale * BAND_HEIGHT_K * SLOTS
     b_last = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     b_pair = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    for y in range(length + 2):
+    for y in range(FIRST, length + 2):
         b_row = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-        steps = SECTIONS * 3 * STEPS
-        if BORDER:  # the first and the last row of every walk lie in the padding of one map
-            steps = tl.where((y == 0) | (y == length + 1), 0, steps)
-        for step in range(steps):
-            section, dx, c = step // (3 * STEPS), step // STEPS % 3, step % STEPS * BLOCK_C
-            c_q, c_k = columns(section, c, C, MULTIPLIED)
-            b_q = _load(query, row_q + y * WP + dx, c_q, WIDTH, DESCRIPTORS, BLOCK_Q, BLOCK_C)
-            b_k = _load(key, row_k + y * WKP + dx, c_k, WIDTH, DESCRIPTORS, BLOCK_K, BLOCK_C)
+        # The three reads of the same channels follow each other, so that the cache serves two.
+        for step in range(3 * (K // BLOCK_C)):
+            dx, c = step % 3, step // 3 * BLOCK_C
+            b_q = _load(query, row_q + y * LINE + dx, c, ROW, DESCRIPTORS, BLOCK_Q, BLOCK_C)
+            b_k = _load(key, row_k + y * LINE_K + dx, c, ROW, DESCRIPTORS, BLOCK_K, BLOCK_C)
             b_row = multiply_add(b_q, b_k.T, b_row, INPUT_PRECISION)
         b_t = b_pair + b_row
         b_pair = b_last + b_row
         b_last = b_row
         if y >= 2:
-            row = y - 2
-            b_scale = load_scale(p_scale + row * WKO + o_k, m_k)
-            b_s = b_t * b_scale[None, :]
-            merge(p_out + row * WO, b_s, (y_k + row) * WKO + o_k, m_q, LAZY)
+            y_out, y_key = y_q + y - 2, y_k + y - 2
+            b_s = b_t * load_scale(p_scale + y_key * SLOTS + o_k)[None, :]
+            m_q = o_out < (HEIGHT - y_out) * WIDTH
+            p_out = p_best + (o_out + y_out * WIDTH)
+            merge(p_out, b_s, o_k, y_key * WIDTH_K, PIECE_K, BAND_HEIGHT_K * WIDTH_K, m_q, LAZY)

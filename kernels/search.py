@@ -4,26 +4,52 @@ Three exact algorithms share everything but the middle. `slab` and `rolled` form
 of pixels once or three times instead of nine times; `direct` takes any size of patch.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from ttsr_fast.kernels import rolled_search as rolled
+from ttsr_fast.kernels import slab_search as slab
 from ttsr_fast.kernels import tiles
-from ttsr_fast.kernels.box_max import slab_search
 from ttsr_fast.kernels.direct_search import direct_search
 from ttsr_fast.kernels.finish import finish
-from ttsr_fast.kernels.operands import operands
-from ttsr_fast.kernels.pack import pack
-from ttsr_fast.kernels.patch_norm import patch_norm
-from ttsr_fast.kernels.rolled_search import rolled_search
+from ttsr_fast.kernels.layout import Layout
+from ttsr_fast.kernels.operands import Operands, operands
+from ttsr_fast.kernels.pack import allocate, pack
+from ttsr_fast.kernels.patch_norm import patch_norm, scale_for
 from ttsr_fast.kernels.tiles import Tile
 
 ALGORITHMS = ("slab", "rolled", "direct")
-DIRECT_PAIRS = 1 << 25  # of one product of 16 bits: up to which one launch is worth nine of it
+Size = torch.Size | tuple[int, ...]
+
+# What `choose` compares. Predicted, until a GPU has measured them (bench/NOTES.md): picoseconds per
+# pair that goes through the products, by the units that multiply, for one product of 256 channels.
+PICOSECONDS = {
+    "direct": {"tensor": 7.0, "tf32": 14.0, "float32": 92.0},
+    "rolled": {"tensor": 3.5, "tf32": 6.0, "float32": 31.0},
+    "slab": {"tensor": 0.8, "tf32": 1.8, "float32": 10.0},
+}
+BOX_PICOSECONDS = 1.2  # per pair of the slab, for what follows its product
+LAUNCHES = {"direct": 3, "rolled": 4, "slab": 4}
+LAUNCH_SECONDS, BLOCK_SECONDS = 5e-6, 13e-6  # of the CPU, per launch and per block of the slab
 
 
 def search(
+    query: Tensor, *arguments, algorithm: str | None = None, tile: Tile | None = None
+) -> None:
+    """Run all `stages`, which take the same arguments.
+
+    Launches only: nothing here synchronises with the device, so it can be captured in a CUDA graph.
+    """
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        for stage in stages(query, *arguments, algorithm=algorithm, tile=tile).values():
+            stage()
+
+
+def stages(
     query: Tensor,  # [N, C, H, W]
     key: Tensor,  # [N or 1, C, HK, WK]
     key_mask: Tensor | None,  # [N or 1, HKo, WKo]
@@ -38,15 +64,18 @@ def search(
     *,
     algorithm: str | None = None,
     tile: Tile | None = None,
-) -> None:
-    """Launches only: nothing here waits for the device, so it can be captured in a CUDA graph.
+) -> dict[str, Callable[[], None]]:
+    """The launches of a search by name, in the order in which they have to run.
+
+    They go to the current device, which has to be the one of the maps, and its current stream. Each
+    may be repeated once those before it have run, and gives the same result again.
 
     Raises:
         RuntimeError: the algorithm asked for by name cannot do this; the reason is in the message.
     """
     how = operands(query.dtype, precision)
     if algorithm is None:
-        algorithm = choose(query, key, kernel_size, precision)
+        algorithm = choose(query, key, kernel_size, padding, precision)
     reason = why_not(algorithm, query.dtype, kernel_size, precision)
     if reason is not None:
         raise RuntimeError(f"algorithm {algorithm!r} cannot do this search: {reason}")
@@ -54,32 +83,99 @@ def search(
         tile = tiles.tile(algorithm, how.name)
     key_options = (kernel_size, normalize != "none", eps, add_eps)
     key_mask = None if key_mask is None else key_mask.contiguous()
-    with device_of(query):
-        best = torch.empty_like(index)
-        masks = 1 if key_mask is None else len(key_mask)
-        lost = best.new_empty(max(len(key), masks), dtype=torch.int32)
-        q, k = pack(query, key, best, lost, padding, how)
-        if algorithm == "direct":
-            direct_search(q, k, key_mask, best, lost, *key_options, how, tile)
-        else:
-            scale = patch_norm(k, key_mask, lost, *key_options, how.scaled)
-            if algorithm == "rolled":
-                rolled_search(q, k, scale, best, padding, how, tile)
-            else:
-                slab_search(q, k, scale, best, how, tile)
-        finish(q, k, key_mask, best, lost, score, index, kernel_size, normalize, eps, add_eps, how)
+    grids = (query.shape[2:], key.shape[2:])
+    q, k = (
+        allocate(x, layout, how)
+        for x, layout in zip(
+            (query, key), layouts(*grids, algorithm, tile, kernel_size, padding), strict=True
+        )
+    )
+    best = torch.empty_like(index)
+    masks = 1 if key_mask is None else len(key_mask)
+    lost = best.new_empty(max(len(key), masks), dtype=torch.int32)
+    launches: dict[str, Callable[[], None]] = {
+        "pack": partial(pack, query, key, q, k, best, lost, padding, how)
+    }
+    if algorithm == "direct":
+        launches["direct"] = partial(
+            direct_search, q, k, key_mask, best, lost, *key_options, how, tile
+        )
+    else:
+        scale = scale_for(k, len(lost), slab.SLOTS if algorithm == "slab" else tile.block_k)
+        launches["patch_norm"] = partial(
+            patch_norm, k, key_mask, scale, lost, *key_options, how.scaled
+        )
+        launches[algorithm] = (
+            partial(slab.slab_search, q, k, scale, best, how, tile)
+            if algorithm == "slab"
+            else partial(rolled.rolled_search, q, k, scale, best, padding, how, tile)
+        )
+    options = (kernel_size, normalize, eps, add_eps, how)
+    launches["rescore"] = partial(finish, q, k, key_mask, best, lost, score, index, *options)
+    return launches
 
 
-def choose(query: Tensor, key: Tensor, kernel_size: int, precision: str) -> str:
-    """The algorithm that is predicted to be the fastest of those that can; see bench/NOTES.md."""
-    pairs = query.shape[0] * query[0, 0].numel() * key[0, 0].numel()
+def layouts(
+    query: Size, key: Size, algorithm: str, tile: Tile, kernel_size: int, padding: int
+) -> tuple[Layout, Layout]:
+    """How the packed maps of two images of these heights and widths lie in memory."""
+    halo = kernel_size - 1
+    grids = [tuple(n + 2 * padding - halo for n in size) for size in (query, key)]
+    if algorithm == "slab":
+        return slab.layouts(*grids)
+    if algorithm == "rolled":
+        return rolled.layouts(*grids, padding, tile)
+    return Layout(*grids[0], halo), Layout(*grids[1], halo)
+
+
+def padded_pairs(
+    query: Size, key: Size, algorithm: str, tile: Tile, kernel_size: int = 3, padding: int = 1
+) -> int:
+    """Pairs of pixels that are multiplied, or of patches by `direct`, fillings of tiles included.
+
+    Args:
+        query: size of the query map, [N, C, H, W].
+        key: size of the key map.
+        algorithm: one of `ALGORITHMS`.
+        tile: of the algorithm.
+        kernel_size: of a patch.
+        padding: around both maps.
+    """
+    q, k = layouts(query[2:], key[2:], algorithm, tile, kernel_size, padding)
+    if algorithm == "slab":
+        return slab.Blocks(q, k, query[0]).multiplied_pairs
+    if algorithm == "rolled":
+        return query[0] * rolled.multiplied_pairs(q, k, padding, tile)
+    sizes = ((q, tile.block_q), (k, tile.block_k))
+    rows = [-(-x.height * x.line // block) * block for x, block in sizes]
+    return query[0] * rows[0] * rows[1]
+
+
+def choose(query: Tensor, key: Tensor, kernel_size: int, padding: int, precision: str) -> str:
+    """The algorithm with the least predicted time among those that can do this search."""
     how = operands(query.dtype, precision)
-    one_product = how.multiplied == 1 and how.dtype != torch.float32
-    order = ["rolled", "slab"] if one_product else ["slab", "rolled"]
-    direct_pairs = DIRECT_PAIRS if one_product else DIRECT_PAIRS // 16
-    order.insert(0 if pairs <= direct_pairs else 2, "direct")
-    limits = (query.dtype, kernel_size, precision)
-    return next(name for name in order if why_not(name, *limits) is None)
+    able = [x for x in ALGORITHMS if why_not(x, query.dtype, kernel_size, precision) is None]
+    if len(able) == 1:
+        return able[0]
+    sizes = (tuple(query.shape), tuple(key.shape))
+    times = {x: predicted_seconds(x, *sizes, padding, how, tiles.tile(x, how.name)) for x in able}
+    return min(times, key=times.__getitem__)
+
+
+@lru_cache(maxsize=1024)
+def predicted_seconds(
+    algorithm: str, query: Size, key: Size, padding: int, how: Operands, tile: Tile
+) -> float:
+    """Time of a search by patches of 3x3: its launches, and the pairs that it multiplies."""
+    unit = how.name if how.name in ("tf32", "float32") else "tensor"
+    picoseconds = PICOSECONDS[algorithm][unit] * how.multiplied * max(query[1], 64) / 256
+    pairs = padded_pairs(query, key, algorithm, tile, 3, padding)
+    seconds = LAUNCHES[algorithm] * LAUNCH_SECONDS
+    if algorithm != "slab":
+        return seconds + pairs * picoseconds * 1e-12
+    blocks = slab.Blocks(*layouts(query[2:], key[2:], algorithm, tile, 3, padding), query[0])
+    gpu = pairs * (picoseconds + BOX_PICOSECONDS) * 1e-12
+    return seconds + max(gpu, blocks.count * BLOCK_SECONDS)
 
 
 def why_not(algorithm: str, dtype: torch.dtype, kernel_size: int, precision: str) -> str | None:
@@ -99,8 +195,3 @@ def why_not(algorithm: str, dtype: torch.dtype, kernel_size: int, precision: str
     if tf32 and torch.version.hip and tiles.target() != "gfx942":
         return "of ROCm's targets only gfx942 has TF32"
     return None
-
-
-def device_of(x: Tensor) -> AbstractContextManager[None]:
-    """Launches go to the device of `x` and its current stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,12 +1,11 @@
-"""The tile sizes of every kernel: one table, keyed by algorithm, target and operand type.
-
-`candidates` is what a search for better ones goes through; its winners are entered here.
-"""
+"""The tile sizes of every kernel: one table, keyed by algorithm, target and multiplying unit."""
 
 from dataclasses import dataclass
 
 import triton
 from triton.runtime import driver
+
+LINE_BYTES = 128  # of channels that are multiplied at a time: a line of the cache
 
 
 @dataclass(frozen=True)
@@ -16,14 +15,12 @@ class Tile:
     Attributes:
         block_q: query positions.
         block_k: key positions.
-        block_c: channels multiplied at a time; divides 64.
         num_warps: of 32 threads (64 on AMD).
         num_stages: depth of the software pipeline.
     """
 
     block_q: int
     block_k: int
-    block_c: int
     num_warps: int
     num_stages: int
 
@@ -35,83 +32,37 @@ class Tile:
 
 # Fits 48 KiB of shared memory on any target, whatever is multiplied.
 SAFE = {
-    "direct": Tile(64, 64, 32, 4, 2),
-    "rolled": Tile(32, 64, 32, 4, 2),
-    "slab": Tile(64, 32, 64, 4, 1),
+    "direct": Tile(32, 64, 4, 2),
+    "rolled": Tile(32, 64, 4, 2),
+    "slab": Tile(64, 32, 4, 1),
 }
+INTERPRETED = Tile(64, 64, 4, 2)  # where an operation takes as long for any size
 # The largest tiles that a compiler fits into registers without a spill; none is measured yet.
+# Target None is for those without a row of their own. Operands are those that tensor cores
+# multiply, or float32.
 TABLE = {
-    ("rolled", "sm_80", "float16"): Tile(64, 128, 64, 8, 4),
-    ("rolled", "sm_80", "bfloat16"): Tile(64, 128, 64, 8, 4),
-    ("rolled", "sm_80", "float16x3"): Tile(64, 128, 64, 8, 4),
-    ("rolled", "sm_80", "tf32"): Tile(64, 128, 32, 8, 4),
-    ("rolled", "sm_80", "float32"): Tile(64, 128, 32, 8, 2),
-    ("direct", "sm_80", "float16"): Tile(128, 128, 64, 8, 3),
-    ("direct", "sm_80", "bfloat16"): Tile(128, 128, 64, 8, 3),
-    ("direct", "sm_80", "float16x3"): Tile(128, 128, 64, 8, 3),
-    ("direct", "sm_80", "tf32"): Tile(128, 128, 32, 8, 3),
-    ("direct", "sm_80", "float32"): Tile(64, 128, 32, 8, 2),
-    ("rolled", "sm_90", "float16"): Tile(128, 128, 64, 8, 4),
-    ("rolled", "sm_90", "bfloat16"): Tile(128, 128, 64, 8, 4),
-    ("rolled", "sm_90", "float16x3"): Tile(64, 128, 64, 8, 4),
-    ("rolled", "sm_90", "tf32"): Tile(128, 128, 32, 8, 4),
-    ("rolled", "sm_90", "float32"): Tile(64, 64, 32, 8, 2),
-    ("direct", "sm_90", "float16"): Tile(128, 128, 64, 8, 4),
-    ("direct", "sm_90", "bfloat16"): Tile(128, 128, 64, 8, 4),
-    ("direct", "sm_90", "float16x3"): Tile(128, 128, 64, 8, 4),
-    ("direct", "sm_90", "tf32"): Tile(128, 128, 32, 8, 4),
-    ("direct", "sm_90", "float32"): Tile(64, 128, 32, 8, 2),
-    ("rolled", "sm_100", "float16"): Tile(64, 128, 64, 8, 4),
-    ("rolled", "sm_100", "bfloat16"): Tile(64, 128, 64, 8, 4),
-    ("rolled", "sm_100", "float16x3"): Tile(64, 128, 64, 8, 4),
-    ("rolled", "sm_100", "tf32"): Tile(64, 128, 32, 8, 4),
-    ("rolled", "sm_100", "float32"): Tile(64, 64, 32, 8, 2),
-    ("direct", "sm_100", "float16"): Tile(128, 128, 64, 8, 4),
-    ("direct", "sm_100", "bfloat16"): Tile(128, 128, 64, 8, 4),
-    ("direct", "sm_100", "float16x3"): Tile(128, 128, 64, 8, 4),
-    ("direct", "sm_100", "tf32"): Tile(128, 128, 32, 8, 4),
-    ("direct", "sm_100", "float32"): Tile(64, 128, 32, 8, 2),
-    ("rolled", "gfx942", "float16"): Tile(128, 128, 64, 8, 2),
-    ("rolled", "gfx942", "bfloat16"): Tile(128, 128, 64, 8, 2),
-    ("rolled", "gfx942", "float16x3"): Tile(128, 128, 64, 8, 2),
-    ("rolled", "gfx942", "tf32"): Tile(128, 128, 32, 8, 2),
-    ("rolled", "gfx942", "float32"): Tile(128, 128, 32, 8, 2),
-    ("direct", "gfx942", "float16"): Tile(128, 128, 64, 8, 2),
-    ("direct", "gfx942", "bfloat16"): Tile(128, 128, 64, 8, 2),
-    ("direct", "gfx942", "float16x3"): Tile(128, 128, 64, 8, 2),
-    ("direct", "gfx942", "tf32"): Tile(128, 128, 32, 8, 2),
-    ("direct", "gfx942", "float32"): Tile(64, 128, 32, 8, 2),
+    ("rolled", None, "tensor"): Tile(64, 128, 8, 4),
+    ("rolled", "sm_90", "tensor"): Tile(128, 128, 8, 4),
+    ("rolled", "gfx942", "tensor"): Tile(128, 128, 8, 2),
+    ("rolled", None, "float32"): Tile(64, 64, 8, 2),
+    ("rolled", "sm_80", "float32"): Tile(64, 128, 8, 2),
+    ("rolled", "gfx942", "float32"): Tile(128, 128, 8, 2),
+    ("direct", None, "tensor"): Tile(128, 128, 8, 4),
+    ("direct", "sm_80", "tensor"): Tile(128, 128, 8, 3),
+    ("direct", "gfx942", "tensor"): Tile(128, 128, 8, 2),
+    ("direct", None, "float32"): Tile(64, 128, 8, 2),
 }
-
-
-def candidates(algorithm: str) -> list[Tile]:
-    """What is worth trying for an algorithm, the safe one first."""
-    shapes = [
-        (128, 128, 8),
-        (64, 128, 8),
-        (64, 128, 4),
-        (128, 64, 8),
-        (64, 64, 8),
-        (64, 64, 4),
-        (32, 64, 4),
-    ]
-    if algorithm == "slab":
-        shapes = [(32, 32, 4), (64, 64, 8), (128, 32, 8), (128, 16, 4)]
-        return [SAFE[algorithm], *(Tile(q, k, 64, warps, 1) for q, k, warps in shapes)]
-    return [
-        SAFE[algorithm],
-        *(
-            Tile(q, k, c, warps, stages)
-            for c in (64, 32)
-            for stages in (4, 3, 2)
-            for q, k, warps in shapes
-        ),
-    ]
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # that the table was compiled for
 
 
 def tile(algorithm: str, operands: str) -> Tile:
     """The tile of an algorithm on the current target for operands named as in `operands.py`."""
-    return TABLE.get((algorithm, target(), operands), SAFE[algorithm])
+    unit = "float32" if operands == "float32" else "tensor"
+    if target() == "interpreter":
+        return INTERPRETED
+    if target() not in TARGETS or algorithm == "slab":
+        return SAFE[algorithm]
+    return TABLE.get((algorithm, target(), unit)) or TABLE[algorithm, None, unit]
 
 
 def target() -> str:

@@ -11,12 +11,10 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+if __name__ == "__main__":
+    import sass  # beside this file
+else:
+    from tests import sass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -122,7 +125,7 @@ def cases(algorithm: str, options: bool) -> Iterator[Case]:
             for masked in (False, True):
                 yield replace(case, kernel_size=kernel_size, masked=masked)
         yield replace(case, normalize="none")
-        yield replace(case, channels=3, masked=True, tile="safe", add_eps=True)
+        yield replace(case, channels=3, masked=True, add_eps=True)
 
 
 def features(case: Case, n: int, size: tuple[int, int]) -> Tensor:  # [n, case.channels, *size]
@@ -198,7 +201,7 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
         facts["registers"] = numbers(r"\.vgpr_count:\s+(\d+)", text)
         facts["products"] = sorted(set(re.findall(r"\bv_s?mfmac?_\w+", text)))
         return {**facts, "copies_blocks": False}
-    usage = resource_usage(kernel.asm["cubin"])
+    usage = disassembled(kernel.asm["cubin"], "-res-usage")
     text = kernel.asm["ptx"]
     # Whatever is spilled lies in the stack frame, or else in LOCAL.
     facts["local"] = numbers(r"STACK:(\d+)", usage) + numbers(r"LOCAL:(\d+)", usage)
@@ -206,6 +209,8 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
     facts["spilled_scalars"] = 0
     facts["registers"] = numbers(r"REG:(\d+)", usage)
     facts["products"] = sorted(set(re.findall(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)\b", text)))
+    if "wgmma" in facts["products"] or name == "box_max_kernel":
+        facts["loops"] = loops(kernel.asm["cubin"])
     return {**facts, "copies_blocks": "cp.async.bulk.tensor" in text}
 
 
@@ -214,13 +219,23 @@ def numbers(pattern: str, text: str) -> int:
     return max(int(number) for number in re.findall(pattern, text))
 
 
-def resource_usage(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def disassembled(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-res-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return sass.run("cuobjdump", option, file.name)
+
+
+def loops(cubin: bytes) -> dict[str, int]:
+    """Instructions that a thread runs in a turn of the loop over rows or tiles of keys, without the
+    inner loop, and in a turn of the inner loop, if the kernel multiplies."""
+    code = sass.instructions(disassembled(cubin, "-sass"))
+    bodies = [body for body in sass.loops(code) if len(body) > 20]
+    inner = [body for body in bodies if any(x.name.startswith("HGMMA") for x in body)]
+    inner_length = min(map(len, inner), default=0)
+    paths = [sass.usual_path(body) for body in bodies]
+    outer = max((len(x) for x in paths if any(y.name == "FMNMX" for y in x)), default=0)
+    return {"outer": outer - inner_length, "inner": inner_length}
 
 
 def main() -> None:
@@ -241,7 +256,7 @@ def main() -> None:
 
     document = {
         "triton": triton.__version__,
-        "table": [list(key) for key in tiles.TABLE],
+        "table": [[list(key), vars(tile)] for key, tile in tiles.TABLE.items()],
         "cases": records,
         "kernels": list(map(describe, compiled.names, compiled.kernels)),
     }

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import sass
 from ttsr_fast import build
+from ttsr_fast.kernels import slab_search
 
 LIBRARY = Path(build.__file__).with_name(build.CUDA_LIBRARY)
 TARGETS = {f"sm_{number}" for number in build.ARCHITECTURES}
@@ -35,7 +37,7 @@ if torch.version.cuda is None and stand_in:
 from ttsr_fast import ops
 torch.ops.load_library(library)
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-for op in ("gather_fold", "gather_fold_adjoint", "gather_dot"):
+for op in ("gather_fold", "gather_fold_adjoint", "gather_dot", "slab_search", "box_max"):
     assert has_kernel(f"ttsr_fast::cuda_{op}", "CUDA"), op
 print(torch.ops.ttsr_fast.cuda_version())
 """
@@ -65,11 +67,7 @@ def output_of(*command: str | Path, text: str | None = None) -> str:
 
 
 def cuobjdump(option: str) -> str:
-    import triton
-
-    return output_of(
-        Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", option, LIBRARY
-    )
+    return sass.run("cuobjdump", option, LIBRARY)
 
 
 def functions(listing: str) -> dict[tuple[str, str], str]:
@@ -87,16 +85,29 @@ def number(pattern: str, text: str) -> int:
     return int(found)
 
 
+Listings = dict[tuple[str, str], tuple[str, str, str]]
+
+
 @pytest.fixture(scope="session")
-def kernels() -> list[Kernel]:
+def listings() -> Listings:
+    """Resources and machine code of every kernel, by target and demangled name."""
     usage, code = functions(cuobjdump("-res-usage")), functions(cuobjdump("-sass"))
     assert usage.keys() == code.keys()
+    return {
+        (target, output_of("c++filt", symbol).strip()): (symbol, usage[target, symbol], text)
+        for (target, symbol), text in code.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def kernels(listings: Listings) -> list[Kernel]:
+    """Those of the transfer."""
     ptx = cuobjdump("-ptx")
     found = []
-    for (target, symbol), text in code.items():
-        demangled = output_of("c++filt", symbol)
+    for (target, demangled), (symbol, listed, text) in listings.items():
+        if "box_max_kernel" in demangled:
+            continue
         ((name, element, vector),) = re.findall(r"(\w+)<([\w:]+), (\d+)>", demangled)
-        listed = usage[target, symbol]
         found.append(
             Kernel(
                 target,
@@ -145,6 +156,33 @@ def test_vectors_are_loaded_at_once(kernels: list[Kernel]) -> None:
         if any(".128" in load for load in kernel.loads) != (kernel.vector > 1)
     }
     assert wrong == {}
+
+
+# Keys of a thread: instructions of a thread per pair at most, and thread blocks on a multiprocessor
+# at least.
+BOX_MAX = {8: (10, 3), 4: (11, 3)}
+
+
+@pytest.mark.parametrize("keys", BOX_MAX)
+def test_cost_of_a_pair_in_the_slab(listings: Listings, keys: int) -> None:
+    """Of a turn that takes three rows, where no score improves on the best."""
+    assert slab_search.KEYS in BOX_MAX
+    found = {
+        target: (listed, code)
+        for (target, name), (_, listed, code) in listings.items()
+        if f"box_max_kernel<{keys}>" in name
+    }
+    assert found.keys() == TARGETS
+    most, blocks = BOX_MAX[keys]
+    for listed, code in found.values():
+        assert number(r" STACK:(\d+)", listed) + number(r" LOCAL:(\d+)", listed) == 0
+        registers = -number(r" REG:(\d+)", listed) // 8 * -8 * 128
+        assert REGISTERS // registers >= blocks
+        usual = [sass.usual_path(body) for body in sass.loops(sass.instructions(code))]
+        length = min(len(path) for path in usual if len(path) > 100)
+        loads = max(sum(x.name.startswith("LDG.E.128") for x in path) for path in usual)
+        assert loads >= 3 * (keys + 2), "of 16 bytes"
+        assert length / (3 * 4 * keys) <= most
 
 
 def dynamic_section(tag: str) -> list[str]:

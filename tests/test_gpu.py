@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.checks import assert_same_choice
-from ttsr_fast import search
+from ttsr_fast import backends, search
 from ttsr_fast.kernels import search as kernels
+from ttsr_fast.kernels import slab_search
 
 pytestmark = pytest.mark.gpu
 each = pytest.mark.parametrize
@@ -30,6 +31,21 @@ def test_nothing_waits_for_the_device(size, precision):
         torch.cuda.set_sync_debug_mode("default")
     for ours, other in zip(match, expected, strict=True):
         assert torch.equal(ours, other), "bit-equal twice"
+
+
+@each("kernel", ["cuda", "triton"])
+@each("precision", ["fp32", "tf32", "fp16x3", "fp16", "bf16"])
+@each("size", [(2, 64, 9, 37), (1, 70, 150, 131), (9, 256, 40, 40)], ids=str)
+def test_slab(monkeypatch, size, precision, kernel):
+    """Strips, blocks that overlap, images beside each other; by the kernel of either library."""
+    assert backends.load_cuda_library() is None
+    query, key = maps(size=size)
+    assert slab_search.has_cuda_kernel(query)
+    if kernel == "triton":
+        monkeypatch.setattr(slab_search, "has_cuda_kernel", lambda x: False)
+    monkeypatch.setattr(kernels, "choose", lambda *_: "slab")
+    match = search(query, key, precision=precision, backend="triton")
+    assert_same_choice(match, query, key, precision=precision)
 
 
 @each("algorithm", kernels.ALGORITHMS)

@@ -34,34 +34,49 @@ def test_what_an_algorithm_declines():
             run(algorithm, query, key)
     with pytest.raises(ValueError, match="algorithm must be one of .*, got 'fastest'"):
         run("fastest", query, key)
-    assert kernels.choose(query, key, 5, "fp32") == "direct"
+    assert kernels.choose(query, key, 5, 2, "fp32") == "direct"
 
 
 def test_rocm_has_another_choice(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     large = torch.empty(1).expand(1, 4, 400, 400)
     assert "float32 result on ROCm" in kernels.why_not("slab", torch.float32, 3, "fp16x3")
-    assert kernels.choose(large, large, 3, "fp16x3") == "rolled"
-    assert kernels.choose(large, large, 3, "fp32") == "slab"
+    assert kernels.choose(large, large, 3, 1, "fp16x3") == "rolled"
+    assert kernels.choose(large, large, 3, 1, "fp32") == "slab"
     monkeypatch.setattr(tiles, "target", lambda: "gfx90a")
     assert "TF32" in kernels.why_not("direct", torch.float32, 3, "tf32")
     monkeypatch.setattr(tiles, "target", lambda: "gfx942")
     assert kernels.why_not("direct", torch.float32, 3, "tf32") is None
 
 
-def test_the_choice_by_size():
-    small, large = (torch.empty(1).expand(1, 4, n, n) for n in (40, 400))
-    assert kernels.choose(small, small, 3, "fp16") == "direct"
-    assert kernels.choose(large, large, 3, "fp16") == "rolled"
-    assert kernels.choose(large, large, 3, "fp16x3") == "slab"
-    assert kernels.choose(large, large, 5, "fp16") == "direct"
+@each(
+    ("size", "precision", "algorithm"),
+    [
+        ((540, 960), "fp16", "slab"),
+        ((540, 960), "fp16x3", "slab"),
+        ((540, 960), "fp32", "slab"),
+        ((8, 8), "fp16", "direct"),  # where launches are all there is
+    ],
+)
+def test_the_choice_by_predicted_time(size, precision, algorithm):
+    x = torch.empty(1).expand(1, 256, *size)
+    assert kernels.choose(x, x, 3, 1, precision) == algorithm
 
 
-def test_table_and_candidates():
-    for (algorithm, _, _), tile in tiles.TABLE.items():
-        assert tile in [*tiles.candidates(algorithm)], "what is shipped can be proposed again"
-        assert 64 % tile.block_c == 0
+def test_the_choice_of_few_channels():
+    """What follows a product weighs more there, and the rolled search has less of it."""
+    x = torch.empty(1).expand(1, 64, 400, 400)
+    assert kernels.choose(x, x, 3, 1, "fp16") == "rolled"
+    assert kernels.choose(x, x, 5, 2, "fp16") == "direct"
+
+
+def test_targets_without_tiles_of_their_own(monkeypatch):
+    monkeypatch.setattr(tiles, "target", lambda: "sm_100")
+    assert tiles.tile("rolled", "float16x3") == tiles.TABLE["rolled", None, "tensor"]
+    assert tiles.tile("direct", "float32") == tiles.TABLE["direct", None, "float32"]
     assert tiles.tile("slab", "float16") == tiles.SAFE["slab"]
+    monkeypatch.setattr(tiles, "target", lambda: "sm_120")
+    assert tiles.tile("rolled", "float16") == tiles.SAFE["rolled"], "never compiled for it"
 
 
 def test_double_is_declined():

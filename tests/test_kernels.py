@@ -8,7 +8,7 @@ import triton.language as tl
 from tests import cases
 from tests.checks import assert_same_choice
 from ttsr_fast import Match, reference, search
-from ttsr_fast.kernels import box_max, direct_search, rolled_search, tiles
+from ttsr_fast.kernels import direct_search, rolled_search, slab_search, tiles
 from ttsr_fast.kernels import search as kernels
 from ttsr_fast.kernels.best import encode
 from ttsr_fast.kernels.tiles import Tile
@@ -32,7 +32,13 @@ SHAPES = (
     "batch_of_one_key",
     "tile_129",
 )
-SMALL = Tile(16, 16, 64, 4, 2)
+SMALL = Tile(16, 16, 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def _all_in_triton(monkeypatch):
+    """The kernel of the CUDA library is for `test_gpu.py` and `test_cuda_slab.py`."""
+    monkeypatch.setattr(slab_search, "has_cuda_kernel", lambda x: False)
 
 
 def run(
@@ -117,13 +123,49 @@ def test_tails_of_tiles(algorithm, precision):
     assert_same_choice(match, query, key, precision=precision)
 
 
-def test_slab_in_blocks(monkeypatch):
-    """Three images in a ring for two, and blocks that overlap the ones before them."""
-    monkeypatch.setattr(box_max, "WIDTH", 8)
-    monkeypatch.setattr(box_max, "RING_BYTES", 4 * 2 * 40 * 40)
+@each(
+    ("leading", "rows", "together", "query_rows", "key_rows"),
+    [(64, 28, 1, 4, 2), (64, 98, 2, 4, 5), (256, 49, 3, 7, 5)],
+    ids=["overlapping_blocks", "images_below_each_other", "images_beside_each_other"],
+)
+def test_slab_in_blocks(monkeypatch, leading, rows, together, query_rows, key_rows):
+    small_blocks(monkeypatch, leading, rows)
+    blocks = slab_search.Blocks(*slab_search.layouts((7, 13), (5, 9)), images=3)
+    assert (blocks.together, blocks.query_rows, blocks.key_rows) == (together, query_rows, key_rows)
+    assert (blocks.query.strips, blocks.key.strips) == (3, 2)
     query, key = maps((3, 5, 7, 13), (3, 5, 5, 9))
-    assert len(box_max._blocks(7, 13, 57)) > 2
     assert_same_choice(run("slab", query, key, tile=SMALL), query, key)
+
+
+def small_blocks(monkeypatch, leading=64, rows=28):
+    """Several strips and blocks of small maps."""
+    monkeypatch.setattr(slab_search, "QUERY_WIDTH", 6)
+    monkeypatch.setattr(slab_search, "KEY_WIDTH", 5)
+    monkeypatch.setattr(slab_search, "LEADING", leading)
+    monkeypatch.setattr(slab_search, "RING_BYTES", rows * 4 * leading)
+
+
+@each(("query", "key"), [((30, 5), (26, 9)), ((25, 3), (13, 11))])
+@each("precision", ["fp32", "fp16x3"])
+def test_rolled_in_bands(query, key, precision):
+    """Narrow maps beside each other, of which the last band may be shorter."""
+    layouts = rolled_search.layouts(query, key, 1, SMALL)
+    assert any(layout.bands > 1 for layout in layouts)
+    query, key = maps((2, 5, *query), (1, 5, *key))
+    match = run("rolled", query, key, precision=precision, tile=SMALL)
+    assert_same_choice(match, query, key.expand(2, -1, -1, -1), precision=precision)
+
+
+@each("size", [(270, 480), (540, 960), (125, 185), (80, 120), (160, 240), (160, 160), (40, 40)])
+def test_useful_share_of_tiles(size):
+    """Of the pairs that the rolled search multiplies on Hopper, and of the columns of its tiles."""
+    tile = tiles.TABLE["rolled", "sm_90", "tensor"]
+    shape = (1, 256, *size)
+    pairs = kernels.padded_pairs(shape, shape, "rolled", tile)
+    assert (size[0] * size[1]) ** 2 / pairs > (0.60 if size == (40, 40) else 0.79)
+    for layout, block in zip(rolled_search.layouts(size, size, 1, tile), (128, 128), strict=True):
+        columns = -(-layout.line // block) * block
+        assert (layout.bands * size[1] / columns) ** 2 > 0.83
 
 
 @each("programs", [1, 1000])
@@ -149,8 +191,7 @@ def test_what_depends_on_the_target(monkeypatch, algorithm, lazy, descriptors):
 @each("precision", ["fp32", "fp16x3", "bf16"])
 def test_ties_of_integers(monkeypatch, algorithm, precision):
     """Across tiles, walks, splits and blocks, with sums that are exact."""
-    monkeypatch.setattr(box_max, "WIDTH", 8)
-    monkeypatch.setattr(box_max, "RING_BYTES", 4 * 40 * 40)
+    small_blocks(monkeypatch)
     query, key = cases.integers(1, 2, 4, 5), cases.integers(1, 2, 6, 21)
     score, index = reference.search(query, key, normalize="none")
     match = run(algorithm, query, key, normalize="none", precision=precision, tile=SMALL)
@@ -160,8 +201,7 @@ def test_ties_of_integers(monkeypatch, algorithm, precision):
 @every_algorithm
 @each("precision", ["fp32", "fp16x3"])
 def test_first_of_identical_patches_wins(monkeypatch, algorithm, precision):
-    monkeypatch.setattr(box_max, "WIDTH", 8)
-    monkeypatch.setattr(box_max, "RING_BYTES", 4 * 40 * 40)
+    small_blocks(monkeypatch)
     patch = torch.randn(1, 5, 3, 3)
     query, key = maps((1, 5, 3, 5), (1, 5, 8, 21))
     places = [(6, 17), (6, 2), (1, 15)]  # from the last to the first
@@ -273,20 +313,14 @@ def test_layouts(layout):
     ("precision", "dtype", "algorithm", "launches"),
     [
         ("fp16", torch.float16, "direct", 3),
-        ("bf16", torch.bfloat16, "direct", 3),
         ("bf16", torch.float32, "direct", 3),
         ("fp16", torch.float32, "direct", 4),  # the power of two takes the largest feature first
-        (
-            "fp32",
-            torch.float32,
-            "slab",
-            7,
-        ),  # two rings, which cost less than nine times the products
+        ("fp16", torch.float16, "rolled", 4),
+        ("fp32", torch.float32, "slab", 13),  # two images in a product
     ],
 )
 def test_launches_at_training_size(monkeypatch, precision, dtype, algorithm, launches):
     query, key = (torch.randn(9, 1, 40, 40).to(dtype) for _ in range(2))
-    assert kernels.choose(query, key, 3, precision) == algorithm
     started = []
 
     class Kernel:
@@ -298,13 +332,27 @@ def test_launches_at_training_size(monkeypatch, precision, dtype, algorithm, lau
         (kernels.pack, "pack_kernel"),
         (kernels.patch_norm, "patch_norm_kernel"),
         (kernels.direct_search, "direct_search_kernel"),
-        (kernels.slab_search, "box_max_kernel"),
+        (rolled_search.rolled_search, "rolled_search_kernel"),
+        (slab_search.box_max, "box_max_kernel"),
         (kernels.finish, "finish_kernel"),
     ):
         monkeypatch.setitem(launcher.__globals__, name, Kernel())
-    monkeypatch.setattr(box_max, "_multiply", lambda *arguments: started.append("product"))
-    run(None, query, key, precision=precision)
+    monkeypatch.setattr(slab_search, "multiply", lambda *arguments: started.append("product"))
+    run(algorithm, query, key, precision=precision)
     assert len(started) == launches
+
+
+@every_algorithm
+def test_stages_can_be_repeated(algorithm):
+    query, key = maps((1, 4, 5, 7), (1, 4, 6, 5))
+    score, index = torch.empty(1, 5, 7), torch.empty(1, 5, 7, dtype=torch.int64)
+    options = (3, 1, "both", 1e-12, False, "fp16x3")
+    stages = kernels.stages(query, key, None, score, index, *options, algorithm=algorithm)
+    assert [*stages][-2:] == [algorithm, "rescore"]
+    for stage in stages.values():
+        stage()
+        stage()
+    assert_same_choice(Match(score, index), query, key, precision="fp16x3")
 
 
 def test_as_a_backend():

@@ -155,12 +155,54 @@ def test_kernels(target: str, algorithm: str) -> None:
     }
     assert {name: fault for name, fault in faults.items() if fault} == {}
 
-    dtypes = {case["dtype"] for case in document["cases"] if case["tile"] == "table"}
-    entries = {
-        dtype for name, where, dtype in document["table"] if (name, where) == (algorithm, target)
-    }
-    assert entries <= dtypes
-    assert {where for _, where, _ in document["table"]} <= set(TARGETS)
+    compiled_tiles = [case["sizes"] for case in document["cases"] if case["tile"] == "table"]
+    rows = [
+        tile for (name, where, _), tile in document["table"] if (name, where) == (algorithm, target)
+    ]
+    assert all(tile in compiled_tiles for tile in rows), "every row of the table"
+
+
+# On Hopper, of the kernels that multiply most: thread blocks on a multiprocessor at least, and
+# instructions of a thread per pair at most.
+LIMITS = {
+    ("rolled", "fp16"): (1, 26),
+    ("rolled", "fp16x3"): (1, 58),
+    ("rolled", "bf16"): (1, 26),
+    ("direct", "fp16"): (1, 80),
+    ("slab", "fp16"): (4, 18),
+}
+
+
+@pytest.mark.parametrize(("algorithm", "operands"), LIMITS)
+def test_cost_of_a_pair(algorithm: str, operands: str) -> None:
+    """Machine code alone tells it: registers decide how many blocks there are."""
+    document = compiled("sm_90", algorithm)
+    blocks, limit = LIMITS[algorithm, operands]
+    checked = 0
+    for case, kernel in kernels(document):
+        if kernel["name"] != SEARCHES[algorithm] or case["operands"] != operands:
+            continue
+        if case["tile"] != "table" or case["channels"] != 256:
+            continue
+        checked += 1
+        assert blocks_on_multiprocessor(kernel) >= blocks, kernel
+        assert instructions_per_pair(algorithm, case, kernel) <= limit, kernel
+    assert checked
+
+
+def blocks_on_multiprocessor(kernel: Kernel) -> int:
+    """Of Hopper: registers are given to warps in units of 256, and a block takes 1 KiB more."""
+    registers = -(-kernel["registers"] * 32 // 256) * 256 * kernel["warps"]
+    return min((1 << 16) // registers, 228 * KIB // (kernel["shared"] + KIB), 64 // kernel["warps"])
+
+
+def instructions_per_pair(algorithm: str, case: Case, kernel: Kernel) -> float:
+    """Of pairs in a tile, where no score improves on the best."""
+    tile = case["sizes"]
+    steps = case["channels"] // 64 * (3 if case["dtype"].endswith("x3") else 1)
+    turns = {"rolled": 3, "direct": 9, "slab": 0}[algorithm] * steps
+    pairs = tile["block_q"] * tile["block_k"] / (32 * kernel["warps"])
+    return (kernel["loops"]["outer"] + turns * kernel["loops"]["inner"]) / pairs
 
 
 @pytest.mark.parametrize("algorithm", SEARCHES)

@@ -135,7 +135,8 @@ def load_cuda_library() -> str | None:
             "the CUDA library is not part of this installation; install ttsr-fast with nvcc at "
             "hand and TTSR_FAST_BUILD=cuda, or run `ttsr-fast env --build`"
         )
-    reason = _load(library, ("gather_fold", "gather_fold_adjoint", "gather_dot"), "CUDA")
+    operators = ("gather_fold", "gather_fold_adjoint", "gather_dot", "slab_search")
+    reason = _load(library, operators, "CUDA")
     theirs = torch.version.cuda
     if reason is None and cuda_library_version().split(".")[0] != theirs.split(".")[0]:
         reason = (
@@ -178,8 +179,10 @@ def _library(*, cuda: bool = False) -> Path | None:
     return build.cached_library(cuda=cuda) or (installed if installed.is_file() else None)
 
 
-def _triton_search(*arguments):
-    importlib.import_module("ttsr_fast.kernels.search").search(*arguments)
+def _triton_search(query, *arguments):
+    if query.is_cuda:
+        load_cuda_library()  # of which the search uses a kernel, where there is one
+    importlib.import_module("ttsr_fast.kernels.search").search(query, *arguments)
 
 
 def _reference_search(query, key, key_mask, score, index, *options):

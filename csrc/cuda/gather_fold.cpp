@@ -23,12 +23,6 @@ void check_count(int64_t count, int64_t limit, const char* what) {
   STD_TORCH_CHECK(count <= limit, "ttsr_fast: the CUDA kernels can have ", limit, " ", what, ", got ", count);
 }
 
-cudaStream_t current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
 // A batch of maps, cut into blocks.
 template <class T>
 struct BlockMaps : Maps<T> {

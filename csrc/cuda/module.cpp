@@ -36,6 +36,22 @@ void cuda_gather_dot(const Tensor& value, const Tensor& grad, const Tensor& inde
              check_index);
 }
 
+void cuda_slab_search(const Tensor& query_rows, const Tensor& key_rows, const Tensor& scale,
+                      const Tensor& best, const Tensor& ring, int64_t key_images, int64_t depth,
+                      int64_t together, int64_t image_stride, std::vector<int64_t> query,
+                      std::vector<int64_t> key, int64_t keys, int64_t walk_rows) {
+  slab_search(query_rows, key_rows, scale, best, ring,
+              {key_images, depth, together, image_stride, query, key, keys, walk_rows});
+}
+
+void cuda_box_max(const Tensor& query_rows, const Tensor& key_rows, const Tensor& scale, const Tensor& best,
+                  const Tensor& ring, int64_t key_images, int64_t depth, int64_t together,
+                  int64_t image_stride, std::vector<int64_t> query, std::vector<int64_t> key, int64_t keys,
+                  int64_t walk_rows) {
+  box_max(query_rows, key_rows, scale, best, ring,
+          {key_images, depth, together, image_stride, query, key, keys, walk_rows});
+}
+
 // Of the toolkit that compiled this: thousands of the major version.
 int64_t cuda_version() { return CUDART_VERSION; }
 
@@ -46,6 +62,8 @@ STABLE_TORCH_LIBRARY_IMPL(ttsr_fast, TTSR_DISPATCH_KEY, m) {
   m.impl("cuda_gather_fold", TORCH_BOX(&ttsr_fast::cuda_gather_fold));
   m.impl("cuda_gather_fold_adjoint", TORCH_BOX(&ttsr_fast::cuda_gather_fold_adjoint));
   m.impl("cuda_gather_dot", TORCH_BOX(&ttsr_fast::cuda_gather_dot));
+  m.impl("cuda_slab_search", TORCH_BOX(&ttsr_fast::cuda_slab_search));
+  m.impl("cuda_box_max", TORCH_BOX(&ttsr_fast::cuda_box_max));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ttsr_fast, CompositeExplicitAutograd, m) {

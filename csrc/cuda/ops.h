@@ -1,12 +1,21 @@
 // The operators of the CUDA library; see ttsr_fast/ops.py for their contracts.
 #pragma once
 
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <string>
 #include <vector>
 
 #include "../common.h"
 
 namespace ttsr_fast {
+
+inline cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
 
 // What every operator is told of patches and grids. The maps that are read have their channels side by side,
 // sizes of values are multiples of the stride, and one value may serve the whole batch.
@@ -34,5 +43,24 @@ void gather_dot(const Tensor& value,  // [N or 1, C, HV, WV]
                 const Tensor& index,  // [N, Ho, Wo]
                 const Tensor& out,    // [N, Ho, Wo]
                 int64_t stride, const PatchOptions& options, bool check_index);
+
+// Blocks of packed maps, see kernels/slab_search.py. A layout is height, width, strips, width of a strip,
+// pixels of a line, and rows of a block.
+struct SlabOptions {
+  int64_t key_images, depth;       // columns that are multiplied
+  int64_t together, image_stride;  // images in one product, and where they lie in the ring
+  std::vector<int64_t> query, key;
+  int64_t keys, walk_rows;
+};
+
+void slab_search(const Tensor& query_rows,  // [N*pixels + slack, columns]
+                 const Tensor& key_rows,    // [N*pixels + slack, columns]
+                 const Tensor& scale,       // [N or 1, strips, HKo, slots]
+                 const Tensor& best,        // [N, Ho, Wo]
+                 const Tensor& ring,        // [rows, 4096]
+                 const SlabOptions& options);
+// What follows the product, for the first pair of blocks alone: for tests and benchmarks.
+void box_max(const Tensor& query_rows, const Tensor& key_rows, const Tensor& scale, const Tensor& best,
+             const Tensor& ring, const SlabOptions& options);
 
 }  // namespace ttsr_fast

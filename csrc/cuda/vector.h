@@ -38,11 +38,11 @@ __device__ __forceinline__ int64_t chosen_by(const int64_t* index, int64_t patch
   return inside ? chosen : -1;
 }
 
-template <class... Expected, class... Given>
+template <int kThreads = kWarps * kWarpSize, class... Expected, class... Given>
 void launch(void (*kernel)(Expected...), dim3 grid, cudaStream_t stream, const Given&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(kWarps * kWarpSize);
+  config.blockDim = dim3(kThreads);
   config.stream = stream;
   // The check of what it returns would leave the error behind, in this library's own runtime, for the next.
   cudaLaunchKernelEx(&config, kernel, arguments...);

@@ -42,6 +42,9 @@ struct uint3 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -144,6 +147,13 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, emulator::Width = 32,
 }
 
 template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, emulator::Width = 32,
+                   emulator::Site site = emulator::Site::current()) {
+  const unsigned lane = emulator::lane();
+  return emulator::shuffle("__shfl_down_sync", mask, value, lane + delta < 32 ? lane + delta : lane, site);
+}
+
+template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, emulator::Width = 32,
                   emulator::Site site = emulator::Site::current()) {
   return emulator::shuffle("__shfl_xor_sync", mask, value, (emulator::lane() ^ unsigned(bits)) % 32, site);
@@ -153,6 +163,20 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
+// Threads run one after the other.
+inline long long atomicMax(long long* address, long long value) {
+  const long long before = *address;
+  if (value > before) *address = value;
+  return before;
+}
+
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 
 template <class A, class B>
   requires emulator::Comparable<A, B>

@@ -1,0 +1,332 @@
+"""The search over a slab: a matrix product per block, then box sum, scale and maximum.
+
+The inner products of a block of key pixels with a block of query pixels are written by one GEMM to
+a ring of bounded size, C products per pair, in any precision that the GEMM library has. A second
+kernel reads them from the L2 cache: a walk (`walk.py`) in which three loads are the taps along a
+row, and the three rows are added up on the way. For patches of 3x3.
+
+Blocks are runs of lines of a packed map, so the GEMM reads them where they are. On NVIDIA GPUs the
+loop over blocks and the second kernel are those of the CUDA library (`csrc/cuda/slab_search.cpp`);
+elsewhere the loop is here and the kernel below.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ttsr_fast.kernels.best import merge
+from ttsr_fast.kernels.layout import Layout
+from ttsr_fast.kernels.operands import Operands
+from ttsr_fast.kernels.pack import Packed
+from ttsr_fast.kernels.patch_norm import image_stride, load_scale
+from ttsr_fast.kernels.tiles import Tile
+from ttsr_fast.kernels.walk import walk
+
+HALO = 2
+RING_BYTES = 32 << 20  # of inner products held at a time, at most
+LEADING = 4096  # query pixels of a block at most, and floats from one row of the ring to the next
+QUERY_WIDTH, KEY_WIDTH = 62, 48  # columns of patches of a strip, at most
+SLOTS = 64  # keys: what a tile may read beyond the last of a row
+KEYS, ROWS = 8, 16  # keys of a thread and rows of a walk, in the CUDA kernel
+
+
+def layouts(query: tuple[int, int], key: tuple[int, int]) -> tuple[Layout, Layout]:
+    """Strips: blocks are to be about as high as wide, so that little of them is halo."""
+    return (
+        Layout(*query, HALO, strips=triton.cdiv(query[1], QUERY_WIDTH), align=4),
+        Layout(*key, HALO, strips=triton.cdiv(key[1], KEY_WIDTH)),
+    )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How two layouts are cut into blocks of whole lines.
+
+    The last block of a strip overlaps the one before it: all have one shape, so all products run in
+    one kernel of the library, and equal patches have equal scores in whatever block they lie.
+    """
+
+    query: Layout
+    key: Layout
+    images: int
+
+    @cached_property
+    def query_rows(self) -> int:
+        """Rows of patches in a block of queries."""
+        return _even_rows(self.query, LEADING // self.query.line)
+
+    @cached_property
+    def key_rows(self) -> int:
+        return _even_rows(self.key, RING_BYTES // (4 * LEADING) // self.key.line)
+
+    @cached_property
+    def query_pixels(self) -> int:
+        return (self.query_rows + HALO) * self.query.line
+
+    @cached_property
+    def key_pixels(self) -> int:
+        return (self.key_rows + HALO) * self.key.line
+
+    @cached_property
+    def _across(self) -> bool:
+        """Whether the products of images lie beside each other in the ring, or below."""
+        return LEADING // self.query_pixels > self._below
+
+    @cached_property
+    def _below(self) -> int:
+        return max(1, RING_BYTES // (4 * LEADING * self.key_pixels))
+
+    @cached_property
+    def together(self) -> int:
+        """Images that are searched in one product."""
+        return min(self.images, LEADING // self.query_pixels if self._across else self._below)
+
+    @property
+    def image_stride(self) -> int:
+        """Floats of the ring from one image to the next."""
+        return self.query_pixels if self._across else self.key_pixels * LEADING
+
+    @cached_property
+    def count(self) -> int:
+        """Products and walks: of all images that are searched together, all pairs of blocks."""
+        rows = triton.cdiv(self.query.height, self.query_rows) * self.query.strips
+        rows *= triton.cdiv(self.key.height, self.key_rows) * self.key.strips
+        return rows * triton.cdiv(self.images, self.together)
+
+    @property
+    def multiplied_pairs(self) -> int:
+        """Pairs of pixels that go through the product, halos and overlaps included."""
+        return self.count * self.together * self.query_pixels * self.key_pixels
+
+    def ring(self, like: Tensor) -> Tensor:  # [rows, LEADING]
+        """Memory for the products, with rows that tiles read beyond them without using them."""
+        rows = self.key_pixels * (1 if self._across else self.together)
+        return like.new_empty(rows + SLOTS, LEADING, dtype=torch.float32)
+
+    def products(self, ring: Tensor) -> Tensor:  # [together, key pixels, query pixels]
+        """Where the products of a block lie in the ring."""
+        size = (self.together, self.key_pixels, self.query_pixels)
+        return ring.as_strided(size, (self.image_stride, LEADING, 1))
+
+
+def _even_rows(layout: Layout, lines: int) -> int:
+    """Rows of patches of blocks that have at most so many lines, all about the same number."""
+    most = max(1, min(layout.height, lines - HALO))
+    return triton.cdiv(layout.height, triton.cdiv(layout.height, most))
+
+
+def slab_search(
+    query: Packed,
+    key: Packed,
+    scale: Tensor,  # [N or 1, strips, band height, slots]
+    best: Tensor,  # [N, Ho, Wo], merged into
+    operands: Operands,
+    tile: Tile,
+) -> None:
+    blocks = Blocks(query.layout, key.layout, query.images)
+    ring = blocks.ring(query.square)
+    with matmul_precision(operands.input_precision):
+        if has_cuda_kernel(ring):
+            torch.ops.ttsr_fast.cuda_slab_search(
+                *cuda_arguments(query, key, scale, best, ring, operands, blocks)
+            )
+            return
+        for block in each(query, key, blocks):
+            queries = block.queries(query, operands)
+            multiply(block.keys(key, operands), queries.mT, blocks.products(ring))
+            box_max(ring, scale, best, block, tile)
+
+
+def cuda_arguments(
+    query: Packed,
+    key: Packed,
+    scale: Tensor,
+    best: Tensor,
+    ring: Tensor,
+    operands: Operands,
+    blocks: Blocks,
+) -> tuple:
+    """What the operators of the CUDA library take."""
+    layouts = [
+        [x.height, x.width, x.strips, x.strip_width, x.line, rows]
+        for x, rows in ((blocks.query, blocks.query_rows), (blocks.key, blocks.key_rows))
+    ]
+    depth = operands.multiplied * query.channels
+    sizes = (key.images, depth, blocks.together, blocks.image_stride, *layouts)
+    return (query.rows, key.rows, scale, best, ring, *sizes, KEYS, ROWS)
+
+
+def has_cuda_kernel(x: Tensor) -> bool:
+    """Whether the CUDA library is loaded, and `x` is on a GPU that it is for."""
+    return x.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "ttsr_fast::cuda_slab_search", "CUDA"
+    )
+
+
+@dataclass(frozen=True)
+class Block:
+    """A pair of blocks of some images: in which strips, and the first rows."""
+
+    blocks: Blocks
+    image: int
+    query_strip: int
+    query_row: int
+    key_strip: int
+    key_row: int
+
+    def queries(self, query: Packed, operands: Operands) -> Tensor:  # [together, pixels, K]
+        rows = self.query_strip * query.layout.lines + self.query_row
+        return self._operand(query, rows, self.blocks.query_pixels, operands)
+
+    def keys(self, key: Packed, operands: Operands) -> Tensor:  # [together, pixels, K]
+        rows = self.key_strip * key.layout.lines + self.key_row
+        return self._operand(key, rows, self.blocks.key_pixels, operands)
+
+    def _operand(self, packed: Packed, line: int, pixels: int, operands: Operands) -> Tensor:
+        images = packed.rows[: packed.images * packed.layout.pixels]
+        images = images.view(packed.images, packed.layout.pixels, -1)
+        if packed.images > 1:
+            images = images[self.image : self.image + self.blocks.together]
+        first = line * packed.layout.line
+        columns = operands.multiplied * packed.channels
+        x = images[:, first : first + pixels, :columns]
+        return x.expand(self.blocks.together, -1, -1)
+
+
+def each(query: Packed, key: Packed, blocks: Blocks) -> Iterator[Block]:
+    """All pairs of blocks: for each of keys, all of queries."""
+    q, k = query.layout, key.layout
+    for image in range(0, blocks.images, blocks.together):
+        image = min(image, blocks.images - blocks.together)
+        for key_strip in range(k.strips):
+            for key_row in range(0, k.height, blocks.key_rows):
+                key_row = min(key_row, k.height - blocks.key_rows)
+                for query_strip in range(q.strips):
+                    for query_row in range(0, q.height, blocks.query_rows):
+                        query_row = min(query_row, q.height - blocks.query_rows)
+                        yield Block(blocks, image, query_strip, query_row, key_strip, key_row)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b` for batches, in float32."""
+    if a.dtype == torch.float32:
+        torch.bmm(a, b, out=out)
+    elif a.is_cuda:
+        torch.ops.aten.bmm.dtype_out(a, b, torch.float32, out=out)
+    else:
+        torch.bmm(a.float(), b.float(), out=out)
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """PyTorch's setting for products of float32 on GPUs, for a while."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = precision
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def box_max(
+    ring: Tensor,  # [together * key pixels + SLOTS, LEADING]
+    scale: Tensor,  # [N or 1, strips, band height, slots]
+    best: Tensor,  # [N, Ho, Wo], merged into
+    block: Block,
+    tile: Tile,
+) -> None:
+    blocks = block.blocks
+    q, k = blocks.query, blocks.key
+    query_tiles = triton.cdiv(q.strip_width, tile.block_q)
+    key_tiles = triton.cdiv(k.strip_width, tile.block_k)
+    walks = blocks.query_rows + blocks.key_rows - 1
+    key_x = block.key_strip * k.strip_width
+    query_x = block.query_strip * q.strip_width
+    box_max_kernel[(walks * blocks.together * query_tiles * key_tiles,)](
+        ring,
+        scale[:, block.key_strip],
+        best,
+        *(blocks.together, block.image, image_stride(len(scale), scale.stride(0)), scale.shape[3]),
+        *(best.stride(0), q.width, k.width),
+        *(block.query_row, query_x, block.key_row, key_x),
+        *(blocks.query_rows, min(q.strip_width, q.width - query_x), q.line),
+        *(blocks.key_rows, k.line, blocks.image_stride),
+        *(query_tiles, key_tiles),
+        LEADING=LEADING,
+        BLOCK_Q=tile.block_q,
+        BLOCK_K=tile.block_k,
+        **tile.options,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("N", "FIRST", "stride_scale", "SLOTS", "stride_best", "WIDTH", "WIDTH_K"),
+        *("Y", "X", "YK", "XK", "ROWS", "COLUMNS", "LINE", "ROWS_K", "LINE_K", "stride_product"),
+        *("QUERY_TILES", "KEY_TILES"),
+    ]
+)
+def box_max_kernel(
+    p_product,  # [*, LEADING]
+    p_scale,  # [* or 1, BAND_HEIGHT_K, SLOTS], of a strip
+    p_best,  # [*, HEIGHT, WIDTH]
+    N,
+    FIRST,  # image of the products
+    stride_scale,  # of images, 0 if one serves all
+    SLOTS,
+    stride_best,
+    WIDTH,
+    WIDTH_K,
+    Y,  # the block of queries: its first position, rows, columns of patches, pixels of a line
+    X,
+    YK,  # the block of keys
+    XK,
+    ROWS,
+    COLUMNS,
+    LINE,
+    ROWS_K,
+    LINE_K,
+    stride_product,  # of images
+    QUERY_TILES,
+    KEY_TILES,
+    LEADING: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_p = tl.program_id(0)
+    i_k, i_q = i_p % KEY_TILES, i_p // KEY_TILES % QUERY_TILES
+    i_p = i_p // (KEY_TILES * QUERY_TILES)
+    i_n = (i_p % N).to(tl.int64)
+    offset, y_q, length = walk(i_p // N, ROWS, ROWS_K)
+    y_k = y_q + offset
+
+    o_q, o_k = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q), i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_q = o_q < COLUMNS
+    o_kq = (tl.arange(0, BLOCK_K) * LEADING)[:, None] + o_q[None, :]  # [BLOCK_K, BLOCK_Q]
+    p_row = p_product + i_n * stride_product + y_q * LINE
+    p_row += (y_k * LINE_K + i_k * BLOCK_K).to(tl.int64) * LEADING
+    p_out = p_best + (FIRST + i_n) * stride_best + (Y + y_q) * WIDTH + X + o_q
+    p_scale += (FIRST + i_n) * stride_scale + (YK + y_k) * SLOTS + o_k
+    first_key = (YK + y_k) * WIDTH_K + XK
+    b_last = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+    b_pair = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+    # Nothing is masked: a key beyond the strip has the scale NaN, and such a query is not merged.
+    for y in range(length + 2):
+        b_row = tl.load(p_row + o_kq)
+        b_row += tl.load(p_row + (LEADING + 1) + o_kq)
+        b_row += tl.load(p_row + 2 * (LEADING + 1) + o_kq)
+        p_row += LINE_K * LEADING + LINE
+        b_t = b_pair + b_row
+        b_pair = b_last + b_row
+        b_last = b_row
+        if y >= 2:
+            b_s = b_t * load_scale(p_scale + (y - 2) * SLOTS)[:, None]
+            key = first_key + (y - 2) * WIDTH_K
+            merge(p_out + (y - 2) * WIDTH, tl.trans(b_s), o_k, key, LEADING, 0, m_q, LAZY=True)
