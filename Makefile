@@ -28,7 +28,8 @@ SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -
 SANITIZER_TESTS := tests/test_search.py tests/test_gather_fold.py tests/test_ops.py
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo train-demo test test-oldest-triton check format sanitize docs bench gpu-check wheel clean
+.PHONY: help env build demo train-demo test test-oldest-triton check format sanitize docs bench wheel clean
+.PHONY: gpu-check-a gpu-check-b gpu-bundle
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 28
@@ -102,9 +103,15 @@ bench: build $(PEERS)  ## measure everything into bench/results; takes long
 	$(BIN)/python bench/model.py --out bench/results
 	$(BIN)/python bench/highres.py --out bench/results
 
-# Without an environment of its own: a machine with a GPU has a torch that fits it.
-gpu-check:  ## build, tests, sanitizers and benchmarks on a CUDA GPU, with PYTHON as it is
-	$(PYTHON) bench/gpu_check.py
+# Without an environment of its own: a machine with a GPU has a torch that fits it. FROM names the step to go on from.
+gpu-check-a:  ## kernels on a CUDA GPU with PYTHON as it is: right or wrong, times, ceilings, profiles
+	$(PYTHON) bench/gpu_check.py a $(if $(FROM),--from $(FROM))
+
+gpu-check-b:  ## the same for benchmarks, tests and memcheck
+	$(PYTHON) bench/gpu_check.py b $(if $(FROM),--from $(FROM))
+
+gpu-bundle:  ## compile for a GPU that is elsewhere, with PYTHON as it is, into gpu-bundle
+	PYTHONPATH="bench/uninstalled:.:$$PYTHONPATH" $(PYTHON) bench/gpu_bundle.py make
 
 $(PEERS): $(ENVIRONMENT)
 	TTSR_FAST_BUILD=none $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[peers]"
@@ -114,7 +121,7 @@ wheel: build  ## build the wheel, which needs nvcc, and the source archive into 
 	TTSR_FAST_BUILD=cuda $(BIN)/python -m build --no-isolation
 
 clean:  ## remove everything that was made here
-	rm -rf .venv $(OLDEST) build dist out .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) build dist out gpu-bundle .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf *.egg-info
 	rm -f ttsr_fast/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +

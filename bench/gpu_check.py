@@ -1,262 +1,236 @@
-"""Everything that can be said about this package on a GPU, by one command: `make gpu-check`.
+"""Everything that is to be known from a CUDA GPU, in two calls of ten minutes at most each.
 
-    python bench/gpu_check.py                          on a machine with a CUDA GPU
-    python bench/gpu_check.py --only tests memcheck    these steps alone
-    python bench/gpu_check.py --rehearse               tiny sizes, the kernels interpreted on a CPU
+    python bench/gpu_check.py a                  kernels: right or wrong, times, ceilings, profiles
+    python bench/gpu_check.py b                  benchmarks, tests, memcheck
+    python bench/gpu_check.py a --from times     go on from a step, keeping the results before it
+    python bench/gpu_check.py a --rehearse       a few pixels, the kernels interpreted on a CPU
+    python bench/gpu_check.py show FILE.json     print a summary again
 
-Uses the Python that runs it as it is: nothing is installed or downloaded. Each step is a process
-with a time limit of its own, to which is added what the steps before it left over; together they
-take less than nine minutes. A step that fails, or lacks its tool, says so and the others go on.
-
-Results, `<gpu>.json` and its like, go to the folder `$OUT`, or `bench/results` where that is not
-set; what the steps print goes to `gpu-check.log` there, or in `bench/results/gpu-check`. The
-summary comes last; exits with status 1 unless all steps passed.
+Uses the Python that runs it as it is: nothing is installed or downloaded. A step is a process with
+a time limit. If one fails or lacks its tool, the others go on. After every step two files in the
+folder `$OUT`, or `bench/results`, are rewritten: `gpu-check-a.json` with all numbers and
+`gpu-check-a.tar.gz` with logs and raw results. Exits with status 1 unless all steps passed.
 """
 
 import argparse
+import datetime
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
-from typing import Any, TextIO
+from typing import Any, NamedTuple
+
+from gpu_summary import step_line, summary
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 5.0  # seconds that a step which ran out of time gets to end by itself
-WORKERS = 14  # that run tests; each holds a CUDA context of half a gigabyte
-TINY = "4x5"
-REPORT = """
-import platform, sys
-import torch
-print("python", platform.python_version(), "torch", torch.__version__)
-for number in range(torch.cuda.device_count()):
-    print("cuda:%d" % number, torch.cuda.get_device_properties(number))
-import triton
-print("triton", triton.__version__)
-import ttsr_fast.kernels
-"""
+CACHE = ROOT / "gpu-bundle" / "triton-cache"
+PATIENCE = 3.0  # seconds for a step to end by itself
+PREPARATIONS = ("versions", "compile")  # repeated in every call: the machine may be another
+OPTIONS = {  # of a benchmark on a GPU, and in a rehearsal
+    "search": (
+        "--sizes 540x960 270x480 125x185 9*40x40 --seconds 0.1 --limit 2 "
+        "--backends triton-fp16 triton-fp16x3 triton-fp32 --peers unfold unfold-fp16 chunked",
+        "--sizes 2x3 --channels 8 --seconds 0.001 --backends direct-fp16 --peers unfold",
+    ),
+    "transfer": (
+        "--size 9*40x40 --levels 'all three' --seconds 0.05 "
+        "--peers reference grid_sample index_add",
+        "--size 4x5 --quick --seconds 0.001 --no-memory",
+    ),
+    "model": (
+        "--sizes 9*40x40 88x125:92x125 --seconds 0.1 --limit 2 "
+        "--backends default fp16x3 default-graph reference",
+        "--sizes 4x5 --pair 4x5:16x20 --patch 4x5 --batch 1 --quick --seconds 0.001 --no-memory",
+    ),
+}
+SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis")
+NCU = "--clock-control none --profile-from-start off --section LaunchStats --section "
+NCU += " --section ".join(SECTIONS)
+TESTS = {"a": ("gpu", "gpu_transfer"), "b": ("search", "kernels", "gather_fold", "modules")}
 
 
-# The folder `kernels` is the package `ttsr_fast.kernels` once installed, and nothing is installed
-# here: every process imports this as `sitecustomize`, which finds it where nothing else does.
-FINDER = """
-import importlib.util, sys
+class Step(NamedTuple):
+    """One process: what Python runs, seconds it may take, and the tool that it is not run without.
 
-class Kernels:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name == "ttsr_fast.kernels":
-            return importlib.util.spec_from_file_location(
-                name, {init!r}, submodule_search_locations=[{folder!r}]
-            )
-
-sys.meta_path.append(Kernels)
-"""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One process.
-
-    Attributes:
-        name: for the summary and `--only`.
-        command: what to run, from the root of the checkout.
-        limit: seconds.
-        lacking: why it cannot be run, None if it can.
-        environment: set for it.
+    `wrapper` is a command put before Python's.
     """
 
     name: str
-    command: list[str]
+    arguments: str
     limit: float
-    lacking: str | None = None
-    environment: dict[str, str] = field(default_factory=dict)
+    tool: str | None = None
+    environment: dict[str, str] = {}  # noqa: RUF012
+    wrapper: str = ""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a step went: `ok`, `failed`, `out of time` or `not run`."""
-
-    name: str
-    status: str
-    seconds: float
-    detail: str
-
-
-# --- the steps ---
-
-
-def gpu_steps(results: Path) -> list[Step]:
-    """What runs on a GPU, in 535 seconds at most."""
-    python, out = sys.executable, ["--out", str(results), "--device", "cuda"]
-    bench, transfer, model = (
-        [python, "-u", f"bench/{name}.py", *out] for name in ("search", "transfer", "model")
-    )
-    # The three levels at once, and without torch.compile: either takes longer than all this.
-    transfer += ["--levels", "all three", "--peers", "reference", "grid_sample", "index_add"]
-    workers = (
-        ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
-        if find_spec("xdist")
-        else []
-    )
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers]
-    return [
-        *environment_steps(python),
-        Step(
-            "build",
-            [python, "setup.py", "--quiet", "build_ext", "--inplace", "--force"],
-            90,
-            _lacking("setuptools"),
-            {"TTSR_FAST_BUILD": "cuda"},
-        ),
-        Step(
-            "tests",
-            tests,
-            140,
-            _lacking("pytest", "hypothesis"),
-            {"TTSR_FAST_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1"},
-        ),
-        sanitizer_step("memcheck", 45, ["--leak-check", "no"]),
-        sanitizer_step("racecheck", 45, ["--racecheck-report", "analysis"]),
-        Step("search", [*bench, "--seconds", "0.1", "--limit", "2"], 70, _lacking("rich")),
-        Step("transfer", [*transfer, "--seconds", "0.05"], 35, _lacking("rich")),
-        Step("model", [*model, "--seconds", "0.1", "--limit", "2"], 40, _lacking("rich")),
-        Step("tune", [*bench, "--tune", "--quick", "--budget", "20"], 30, _lacking("rich")),
-        report_step(python, results),
+def steps(part: str, work: Path, tiny: bool) -> list[Step]:
+    """The steps of a part, in 595 seconds at most; their results go to the folder `work`."""
+    small, device = ("--tiny", "cpu") if tiny else ("", "cuda")
+    out = f"--out {shlex.quote(str(work))}/"
+    kernels = f"bench/gpu_kernels.py {small}"
+    found = [
+        Step("versions", f"bench/gpu_bundle.py versions {small} {out}versions.json", 80),
+        Step("compile", f"bench/gpu_bundle.py kernels {small}", 70),
     ]
+    if part == "a":
+        for name, limit in (("check", 75), ("times", 110), ("ceilings", 65)):
+            found.append(Step(name, f"{kernels} {name} {out}{name}.json", limit))
+        wrapper = ("ncu", {}, f"{find_tool('ncu')} {NCU}")
+        profile = f"{kernels} profile {out}ncu.json"
+        found.append(Step("ncu", profile, 90, *(() if tiny else wrapper)))
+    else:
+        for name, limit in (("search", 100), ("transfer", 50), ("model", 60)):
+            options = f"--no-plot --device {device} {out}{name} {OPTIONS[name][tiny]}"
+            found.append(Step(name, f"bench/{name}.py {options}", limit, "rich"))
+    names = ["table"] if tiny else TESTS[part]
+    tests = " ".join(["-m pytest -q -p no:cacheprovider", *(f"tests/test_{n}.py" for n in names)])
+    if not tiny and find_spec("xdist"):
+        tests += f" -n {4 if part == 'a' else 8} --dist loadgroup"
+    if not tiny and find_spec("pytest_timeout"):
+        tests += " --timeout 60 --timeout-method thread"
+    environment = {"OMP_NUM_THREADS": "1", "TTSR_FAST_TEST_DEVICE": device}
+    found.append(Step("tests", tests, 100 if part == "a" else 140, "pytest", environment))
+    if part == "b":
+        sanitizer = f"{find_tool('compute-sanitizer')} --tool memcheck --error-exitcode 1"
+        # Past the caching allocator, so that a buffer has an end that can be overrun.
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        wrapper = ("compute-sanitizer", environment, sanitizer)
+        found.append(Step("memcheck", f"{kernels} check --few", 85, *(() if tiny else wrapper)))
+    return found
 
 
-def rehearsal_steps(results: Path) -> list[Step]:
-    """The same on the CPU: one file of the tests, no sanitizer, sizes of a few pixels."""
-    python, out = sys.executable, ["--out", str(results), "--device", "cpu"]
-    interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    bench, transfer, model = (
-        [python, "-u", f"bench/{name}.py", *out] for name in ("search", "transfer", "model")
-    )
-    tiny = ["--sizes", TINY, "--channels", "8", "--seconds", "0.001"]
-    short = ["--quick", "--seconds", "0.001", "--no-memory"]
-    images = ["--pair", f"{TINY}:16x20", "--patch", TINY, "--batch", "1"]
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_modules.py"]
-    smoke = [python, "-u", "bench/kernel_smoke.py", "--device", "cpu", "--tiny"]
-    own = ["--backends", "torch-fp32", "direct-fp16", "--peers", "unfold"]
-    tuned = ["--algorithms", "direct", "--precisions", "fp16", "--budget", "5"]
-    return [
-        *environment_steps(python),
-        Step("build", [python, "setup.py", "--quiet", "--version"], 60, _lacking("setuptools")),
-        Step("tests", tests, 120, _lacking("pytest"), {"TTSR_FAST_TEST_BACKENDS": "torch"}),
-        Step("memcheck", [*smoke, "--precisions", "fp16"], 120, environment=interpreted),
-        Step("search", [*bench, *tiny, *own], 120, environment=interpreted),
-        Step("transfer", [*transfer, "--size", TINY, *short], 120, environment=interpreted),
-        Step("model", [*model, "--sizes", TINY, *images, *short], 120, environment=interpreted),
-        Step("tune", [*bench, *tiny, "--tune", *tuned], 120, environment=interpreted),
-        report_step(python, results),
-    ]
+def find_tool(name: str) -> str | None:
+    """A program, or a package of Python's."""
+    folder = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin")
+    found = shutil.which(name) or shutil.which(name, path=str(folder))
+    return found or (name if name.isidentifier() and find_spec(name) else None)
 
 
-def environment_steps(python: str) -> list[Step]:
-    command = [python, "-m", "ttsr_fast", "env"]
-    lacking = _lacking("typer", "rich")
-    return [
-        Step("versions", [python, "-c", REPORT], 15),
-        Step("environment", command, 10, lacking),
-    ]
+def outcome(step: Step, status: str, detail: str = "", seconds: float = 0.0) -> dict[str, Any]:
+    """`ok`, `failed`, `out of time`, `interrupted` or `not run`."""
+    found = {"name": step.name, "status": status, "seconds": seconds, "detail": detail}
+    return {**found, "lines": []}
 
 
-def sanitizer_step(tool: str, limit: float, options: list[str]) -> Step:
-    """Memory past the caching allocator, so that a buffer has an end that can be overrun."""
-    sanitizer = shutil.which("compute-sanitizer") or _in_toolkit("compute-sanitizer")
-    command = [str(sanitizer), "--tool", tool, "--error-exitcode", "1", *options]
-    return Step(
-        tool,
-        [*command, sys.executable, "-u", "bench/kernel_smoke.py", "--device", "cuda"],
-        limit,
-        None if sanitizer else "compute-sanitizer is not installed",
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    )
+class Check:
+    """A part that is being run: its outcomes and its files."""
+
+    def __init__(self, part: str, folder: Path, work: Path, tiny: bool) -> None:
+        self.file, self.work, self.tiny = folder / f"gpu-check-{part}.json", work, tiny
+        self.outcomes: list[dict[str, Any]] = []
+        paths = [ROOT / "bench" / "uninstalled", ROOT, os.environ.get("PYTHONPATH", "")]
+        self.environment = {"PYTHONPATH": os.pathsep.join(filter(None, map(str, paths)))}
+        if tiny:
+            self.environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        elif CACHE.is_dir():
+            self.environment["TRITON_CACHE_DIR"] = str(CACHE)
+
+    def restore(self, first: str) -> dict[str, dict[str, Any]]:
+        """What an earlier call found before the step `first`; its files are unpacked again."""
+        document = json.loads(self.file.read_text())
+        with tarfile.open(self.file.with_suffix(".tar.gz")) as archive:
+            archive.extractall(self.work, filter="data")
+        found = {x["name"]: x for x in document["steps"] if x["name"] not in PREPARATIONS}
+        names = list(found)
+        return {x: found[x] for x in names[: names.index(first) if first in names else None]}
+
+    def run(self, todo: list[Step], kept: dict[str, dict[str, Any]]) -> None:
+        """All steps but those whose outcome is kept, one after another."""
+        reason = None
+        for step in todo:
+            if step.name in kept:
+                found = kept[step.name]
+            elif reason is not None:
+                found = outcome(step, "not run", reason)
+            elif step.tool is not None and find_tool(step.tool) is None:
+                found = outcome(step, "not run", f"{step.tool} is not installed")
+            else:
+                found = self.run_step(step)
+            self.outcomes.append(found)
+            print(step_line(found), flush=True)
+            self.save()
+            if found["status"] == "interrupted":
+                reason = f"interrupted in {step.name}"
+            elif step.name == "versions":
+                versions = self.result("versions") or {"why_not": f"versions: {found['detail']}"}
+                self.environment |= versions.get("environment", {})
+                reason = versions.get("why_not")
+
+    def run_step(self, step: Step) -> dict[str, Any]:
+        """One of them; ended with all it started at its limit."""
+        log, start = self.work / f"{step.name}.log", time.monotonic()
+        (self.work / f"{step.name}.json").unlink(missing_ok=True)
+        shutil.rmtree(self.work / step.name, ignore_errors=True)
+        command = [*shlex.split(step.wrapper), sys.executable, "-u", *shlex.split(step.arguments)]
+        environment = {**os.environ, **self.environment, **step.environment}
+        status, streams = "out of time", {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, start_new_session=True, **streams
+            )
+            try:
+                status = "ok" if process.wait(timeout=step.limit) == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                pass
+            except KeyboardInterrupt:
+                status = "interrupted"
+            finally:
+                end_group(process)
+        lines = [x.strip() for x in log.read_text(errors="replace").splitlines() if x.strip()]
+        last = shorten(lines[-1], 100) if lines else "it printed nothing"
+        words = {"ok": "", "failed": f"exit code {process.returncode}; "}
+        prefix = words.get(status, f"after {time.monotonic() - start:.0f} s; last: ")
+        found = outcome(step, status, prefix + last, time.monotonic() - start)
+        bad = ("WRONG", "failed", "hangs", "FAILED", "ERROR", "========= Invalid", "==ERROR==")
+        return {**found, "lines": [x for x in lines if status != "ok" and x.startswith(bad)]}
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a step wrote, as far as it got."""
+        for path in (self.work / f"{name}.json", *(self.work / name).glob("*.json")):
+            try:
+                return json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue
+        return None
+
+    def document(self) -> dict[str, Any]:
+        results = {x["name"]: self.result(x["name"]) for x in self.outcomes}
+        return {
+            "title": f"{self.file.stem}{' (rehearsal)' if self.tiny else ''}",
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "steps": self.outcomes,
+            "results": {name: result for name, result in results.items() if result},
+        }
+
+    def save(self) -> None:
+        """Both files, each replaced as a whole."""
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            archive.add(self.work, ".")
+        text = json.dumps(self.document(), indent=1) + "\n"
+        for suffix, content in ((".tar.gz", packed.getvalue()), (".json", text.encode())):
+            path = self.file.with_suffix(suffix)
+            try:
+                write(path, content)
+            except OSError as error:
+                print(f"{path} was not written: {error.strerror}", flush=True)
 
 
-def _in_toolkit(name: str) -> str | None:
-    home = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
-    return shutil.which(name, path=str(home / "bin"))
-
-
-def report_step(python: str, results: Path) -> Step:
-    """Tables into the log, and the plots of results whose benchmark was cut short."""
-    script = (
-        "import pathlib, sys; sys.path.insert(0, 'bench'); import report; "
-        f"folder = pathlib.Path({str(results)!r}); since = {time.time()!r}; "
-        "files = [str(p) for p in sorted(folder.glob('*.json')) if p.stat().st_mtime >= since]; "
-        "code = report.main([*files, '--images', str(folder)]) if files else 1; "
-        "print(len(files), 'result files'); sys.exit(code)"
-    )
-    return Step("report", [python, "-c", script], 15, _lacking("rich"))
-
-
-def _lacking(*modules: str) -> str | None:
-    missing = [name for name in modules if find_spec(name) is None]
-    return f"{' and '.join(missing)} cannot be imported" if missing else None
-
-
-# --- running them ---
-
-
-def run_steps(steps: list[Step], log: TextIO) -> list[Outcome]:
-    """All of them, one after another."""
-    outcomes = []
-    with TemporaryDirectory() as folder:
-        kernels = ROOT / "kernels"
-        finder = FINDER.format(init=str(kernels / "__init__.py"), folder=str(kernels))
-        Path(folder, "sitecustomize.py").write_text(finder)
-        paths = [folder, str(ROOT), os.environ.get("PYTHONPATH", "")]
-        common = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "COLUMNS": "160"}
-        end = time.monotonic() + sum(step.limit for step in steps)
-        for n, step in enumerate(steps):
-            later = sum(other.limit for other in steps[n + 1 :])
-            outcomes.append(run_step(step, end - time.monotonic() - later, log, common))
-            print(line(outcomes[-1]), flush=True)
-    return outcomes
-
-
-def run_step(step: Step, limit: float, log: TextIO, common: dict[str, str]) -> Outcome:
-    """One of them, its output appended to the log; killed with all it started at its limit."""
-    log.write(f"\n=== {step.name}: {' '.join(step.command)}\n")
-    log.flush()
-    if step.lacking is not None:
-        return Outcome(step.name, "not run", 0.0, step.lacking)
-    start, begin = time.monotonic(), log.tell()
-    environment = {**os.environ, **common, **step.environment}
-    try:
-        process = subprocess.Popen(
-            step.command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return Outcome(step.name, "not run", 0.0, str(error))
-    try:
-        code: int | None = process.wait(timeout=max(limit, 0.0))
-    except subprocess.TimeoutExpired:
-        code = None
-    finally:
-        end_group(process)
-    last = last_line(Path(log.name), begin)
-    seconds = time.monotonic() - start
-    if code is None:
-        return Outcome(step.name, "out of time", seconds, f"after {limit:.0f} s; last: {last}")
-    detail = last if code == 0 else f"exit code {code}; {last}"
-    return Outcome(step.name, "ok" if code == 0 else "failed", seconds, detail)
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -271,52 +245,54 @@ def end_group(process: subprocess.Popen) -> None:
             continue
 
 
-def last_line(path: Path, begin: int) -> str:
-    """What was printed last."""
-    with path.open("rb") as file:
-        file.seek(begin)
-        text = file.read().decode(errors="replace")
-    lines = [x.strip() for x in text.splitlines() if x.strip()]
-    return shorten(lines[-1], 100) if lines else "it printed nothing"
+def interrupt(*signal_and_frame: object) -> None:
+    raise KeyboardInterrupt
 
 
-def line(outcome: Outcome) -> str:
-    return f"{outcome.name:<12} {outcome.status:<12} {outcome.seconds:6.1f} s  {outcome.detail}"
-
-
-def summary(outcomes: Iterable[Outcome]) -> str:
-    return "\n".join(["", "summary", *map(line, outcomes)])
-
-
-def main(argv: list[str] | None = None, steps: list[Step] | None = None) -> int:
-    """Run the steps; 1 unless all passed."""
+def main(argv: list[str] | None = None, todo: list[Step] | None = None) -> int:
+    """Run a part; 0 if all steps passed, 1 if not, 2 if nothing could be done."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    out = os.environ.get("OUT")
+    add("part", choices=("a", "b", "show"))
+    add("file", nargs="?", type=Path, help="for show")
+    add("--from", dest="first", metavar="STEP", help="go on from this step")
     add("--rehearse", action="store_true", help="tiny sizes on the CPU, kernels interpreted")
-    add("--only", nargs="+", metavar="STEP", help="these steps alone")
-    add("--out", type=Path, default=Path(out or ROOT / "bench" / "results"), metavar="FOLDER")
+    default = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
+    add("--out", type=Path, default=default, metavar="FOLDER", help="default: $OUT, bench/results")
     args = parser.parse_args(argv)
-    results: Path = args.out.resolve()
-    if steps is None:
-        steps = rehearsal_steps(results) if args.rehearse else gpu_steps(results)
-    unknown = set(args.only or ()) - {step.name for step in steps}
-    if unknown:
-        parser.error(f"--only: no such step: {', '.join(sorted(unknown))}")
-    steps = [step for step in steps if not args.only or step.name in args.only]
-    folder = results if out else results / "gpu-check"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "gpu-check.log"
-    path.write_text("")
-    with path.open("a") as log:  # which the steps write to as well
-        outcomes = run_steps(steps, log)
-        log.write(summary(outcomes) + "\n")
-    records: list[dict[str, Any]] = [asdict(outcome) for outcome in outcomes]
-    (folder / "gpu-check.json").write_text(json.dumps(records, indent=1) + "\n")
-    print(summary(outcomes), flush=True)
-    return int(any(outcome.status != "ok" for outcome in outcomes))
+    if (args.part == "show") != (args.file is not None):
+        parser.error("show takes a FILE, a and b take none")
+    with TemporaryDirectory() as folder:
+        check = Check(args.part, args.out.resolve(), Path(folder).resolve(), args.rehearse)
+        doing = f"{args.out} cannot be written"
+        try:
+            if args.file is not None:
+                doing = f"{args.file} is no result of gpu_check.py"
+                print(summary(json.loads(args.file.read_text())))
+                return 0
+            write(args.out / "gpu-check", b"")
+            (args.out / "gpu-check").unlink()
+            todo = steps(args.part, check.work, args.rehearse) if todo is None else todo
+            if args.first not in (None, *(step.name for step in todo)):
+                parser.error(f"--from: the steps are {', '.join(step.name for step in todo)}")
+            doing = f"{args.out} has no results that --from can keep"
+            kept = check.restore(args.first) if args.first else {}
+        except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
+            print(f"{doing}: {error}", file=sys.stderr)
+            return 2
+        before = signal.signal(signal.SIGTERM, interrupt)
+        try:
+            check.run(todo, kept)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        check.save()
+        print(f"\n{summary(check.document())}", flush=True)
+    passed = [x["status"] for x in check.outcomes].count("ok")
+    return int(passed < len(todo))
 
 
 if __name__ == "__main__":

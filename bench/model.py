@@ -330,6 +330,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads())
     add("--seconds", type=float, help="time to spend on each variant and case")
     add("--limit", type=float, default=60.0, help="skip what takes more seconds, but never ours")
+    add("--no-plot", action="store_true", help="leave out the plot")
     add("--out", type=Path, default=Path("out"), help="folder for results and plot")
     args = parser.parse_args(argv)
     try:
@@ -367,7 +368,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.backends.cudnn.allow_tf32 = False  # of convolutions, where it is torch's default
     console = Console()
     data = run(args, console)
-    report.draw(data, args.out / f"{devices.stem(args.device, 'model')}.png", console)
+    if not args.no_plot:
+        report.draw(data, args.out / f"{devices.stem(args.device, 'model')}.png", console)
     for table in tables.model_tables(data):
         console.print(table)
     rows = [row for case in data["cases"] for row in case["rows"].values()]

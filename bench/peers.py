@@ -125,6 +125,8 @@ def algorithm_search(
     """One algorithm of the Triton backend by name, with 3x3 patches as everything here."""
     from ttsr_fast.kernels import search as kernel_search
 
+    if query.is_cuda:
+        backends.load_cuda_library()
     reason = kernel_search.why_not(algorithm, query.dtype, 3, precision)
     if reason is not None:
         raise Declined(reason)
@@ -149,7 +151,7 @@ def resolved(
         return candidate
     from ttsr_fast.kernels import search as kernel_search
 
-    algorithm = kernel_search.choose(query, key, 3, candidate.precision)
+    algorithm = kernel_search.choose(query, key, 3, 1, candidate.precision)
     products = ALGORITHMS[algorithm] * PRECISIONS[candidate.precision][1]
     return replace(candidate, algorithm=algorithm, products=products)
 

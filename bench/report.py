@@ -79,11 +79,10 @@ def markdown(data: Data) -> str:
         "transfer": _transfer_markdown,
         "model": _model_markdown,
         "highres": _highres_markdown,
-        "tune": _tune_markdown,
     }.get(data.get("kind", ""))
     if render is None:
         raise ValueError(
-            f"kind must be search, transfer, model, highres or tune, got {data.get('kind')!r}"
+            f"kind must be search, transfer, model or highres, got {data.get('kind')!r}"
         )
     return render(data)
 
@@ -158,11 +157,6 @@ def _highres_markdown(data: Data) -> str:
     return f"{highres_title(data)}. {machine_text(data)}.\n\n{table}\n"
 
 
-def _tune_markdown(data: Data) -> str:
-    entries = "\n".join(data["winners"]) or "(none)"
-    return f"Tiles that won, {machine_text(data)}:\n\n```python\n{entries}\n```\n"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the tables of every file; 2 if one cannot be read."""
     parser = argparse.ArgumentParser(
@@ -177,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             print(markdown(data))
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"{path}: {error}")
-        if args.images is not None and data["kind"] not in ("tune", "highres"):
+        if args.images is not None and data["kind"] != "highres":
             draw(data, args.images / f"{path.stem}.png", Console(stderr=True))
     return 0
 

@@ -4,7 +4,6 @@
     python bench/search.py --quick                  under a minute
     python bench/search.py --sizes 100x100:108x96   queries 100x100, keys 108x96
     python bench/search.py --sizes 9*40x40          nine images at once
-    python bench/search.py --device cuda --tune     compare algorithms, tiles and ring sizes
 
 Runs on the GPU where there is one. Writes a result file and a plot into the folder `--out`
 (`search.json` on the CPU, the name of the GPU otherwise) and prints a table per size. Exits with
@@ -27,7 +26,6 @@ import report
 import tables
 import text
 import torch
-import tune
 from gate import SearchTruth
 from rich.console import Console
 from sizes import Size
@@ -68,7 +66,7 @@ GRAPH_PAIRS = 32_000_000  # beyond which launches are a small part of the time
 
 
 def sweep(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Measure every size, smallest first, writing the results after each."""
+    """Measure every size in the order given; results are written after each, smallest first."""
     data: dict[str, Any] = {
         "kind": "search",
         "machine": harness.machine(),
@@ -81,17 +79,19 @@ def sweep(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     stem = devices.stem(args.device, "search")
     with report.progress_bar(console) as progress:
         task = progress.add_task("", total=len(args.sizes) * (len(names) + 2))
-        for size in sorted(args.sizes, key=lambda size: size.pairs):
+        for size in args.sizes:
             title = text.size_title(vars(size))
 
             def step(text: str, title: str = title) -> None:
                 progress.update(task, description=f"{title}  {text}", advance=1)
 
-            data["sizes"].append(measure_size(size, names, data["sizes"], args, step))
-            console.print(tables.search_table(data, data["sizes"][-1]))
+            entry = measure_size(size, names, data["sizes"], args, step)
+            data["sizes"] = sorted([*data["sizes"], entry], key=lambda entry: entry["pairs"])
+            console.print(tables.search_table(data, entry))
             progress.update(task, completed=len(data["sizes"]) * (len(names) + 2))
             harness.write_json(args.out / f"{stem}.json", data)
-    report.draw(data, args.out / f"{stem}.png", console)
+    if not args.no_plot:
+        report.draw(data, args.out / f"{stem}.png", console)
     return data
 
 
@@ -245,7 +245,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", metavar="DEVICE", help="cuda or cpu; default: the GPU where there is one")
-    add("--sizes", nargs="+", type=Size.parse, metavar="SIZE", help="default: by device")
+    add(
+        "--sizes",
+        nargs="+",
+        type=Size.parse,
+        metavar="SIZE",
+        help="measured in this order; default: by device",
+    )
     add("--quick", action="store_true", help="few sizes, short runs")
     add("--backends", nargs="*", choices=peers.OURS, metavar="NAME", help=" ".join(peers.OURS))
     add("--peers", nargs="*", choices=peers.PEERS, metavar="NAME", help=" ".join(peers.PEERS))
@@ -254,8 +260,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads())
     add("--seconds", type=float, help="time to spend on each candidate and size")
     add("--limit", type=float, help="skip what takes more seconds, but never the kernels")
+    add("--no-plot", action="store_true", help="leave out the plot")
     add("--out", type=Path, default=Path("out"), help="folder for results and plot")
-    tune.add_arguments(parser)
     args = parser.parse_args(argv)
     try:
         args.device = devices.pick(args.device)
@@ -268,16 +274,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.channels < 1 or args.threads < 1:
         parser.error("--channels and --threads must be positive")
     kind, quick = args.device.type, args.quick
-    sizes = QUICK_SIZES[kind] if quick else SIZES[kind]
-    if args.tune:
-        sizes = tune.QUICK_SIZES if quick else tune.SIZES
-    args.sizes = args.sizes or [Size.parse(text) for text in sizes]
+    sizes = map(Size.parse, (QUICK_SIZES if quick else SIZES)[kind])
+    args.sizes = args.sizes or sorted(sizes, key=lambda size: size.pairs)
     if args.backends is None:
         args.backends = peers.names_for(peers.OURS, args.device)
     if args.peers is None:
         args.peers = peers.names_for(peers.PEERS, args.device)
     args.peers = [] if args.no_peers else args.peers
-    args.seconds = args.seconds or (QUICK_SECONDS if quick or args.tune else SECONDS)[kind]
+    args.seconds = args.seconds or (QUICK_SECONDS if quick else SECONDS)[kind]
     args.limit = args.limit or (QUICK_LIMIT if quick else LIMIT)[kind]
     return args
 
@@ -287,8 +291,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the libraries that are loaded later
     torch.set_num_threads(args.threads)
-    if args.tune:
-        return tune.run(args, Console())
     console = Console()
     data = sweep(args, console)
     failed = [

@@ -254,6 +254,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--no-memory", action="store_true", help="leave out memory, a process for each contender")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--seconds", type=float, help="time to spend on each candidate and case")
+    add("--no-plot", action="store_true", help="leave out the plot")
     add("--out", type=Path, default=Path("out"), help="folder for results and plots")
     args = parser.parse_args(argv)
     try:
@@ -294,7 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     for size in args.size:
         data = run(size, args, console)
-        report.draw(data, args.out / f"{stem(size, args)}.png", console)
+        if not args.no_plot:
+            report.draw(data, args.out / f"{stem(size, args)}.png", console)
         console.print(tables.transfer_table(data))
         rows = [row for case in data["cases"] for row in case["rows"].values()]
         failed |= any(row["status"] == "failed" for row in rows)

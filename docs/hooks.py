@@ -48,8 +48,13 @@ def results(kind: str) -> str:
     """
     if kind not in KINDS:
         raise ValueError(f"results must be of one of {KINDS}, got {kind!r}")
-    found = [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
-    found = [(path, data) for path, data in found if data.get("kind") == kind]
+    files = [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    found = [
+        (path, data)
+        for path, whole in files
+        for data in (whole, *whole.get("results", {}).values())  # of gpu_check.py, by step
+        if data.get("kind") == kind
+    ]
     if not found:
         return "Nothing has been measured yet.\n"
     parts = []

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ BACKENDS = os.environ.get("TTSR_FAST_TEST_BACKENDS", DEFAULT_BACKENDS).split(","
 CPU_MODULES = {
     "test_backends",
     "test_bench",
+    "test_bench_gpu",
     "test_bench_sharded",
     "test_build",
     "test_checkpoint",
@@ -31,6 +33,7 @@ CPU_MODULES = {
     "test_convert",
     "test_cuda_kernels",
     "test_cuda_library",
+    "test_cuda_slab",
     "test_datasets",
     "test_demo",
     "test_distributed",
@@ -62,8 +65,32 @@ CPU_MODULES = {
 # About what nvcc makes of the kernels: left out where it is not.
 NVCC_MODULES = {"test_cuda_library"}
 
+# What a module cannot be imported without; it is left out where that is missing. Where the tools of
+# development are installed, of which mypy is one, that is an error.
+PACKAGES = {
+    "test_cli": ("typer",),
+    "test_convert": ("typer",),
+    "test_docs": ("latex2mathml", "sybil", "typer"),
+    "test_eval": ("typer",),
+    "test_properties": ("hypothesis",),
+    "test_resume": ("typer",),
+    "test_train_demo": ("skimage",),
+    "test_training": ("accelerate",),
+    "test_upscale": ("skimage",),
+}
+MISSING = {
+    module: ", ".join(name for name in names if find_spec(name) is None)
+    for module, names in PACKAGES.items()
+}
+LEFT_OUT = {module: names for module, names in MISSING.items() if names}
+collect_ignore = [f"{module}.py" for module in LEFT_OUT]
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    if LEFT_OUT and find_spec("mypy") is not None:
+        raise pytest.UsageError(
+            f"modules of tests lack packages that `make env` installs: {LEFT_OUT}"
+        )
     if DEVICE.type == "cuda":  # for torch.use_deterministic_algorithms; read when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     config.addinivalue_line("markers", "gpu: left out where there is no CUDA device")
@@ -106,6 +133,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if reason is not None:
         modules = ", ".join(sorted(NVCC_MODULES))
         terminalreporter.write_line(f"{modules} did not run, as nvcc cannot be used: {reason}")
+    for module, names in LEFT_OUT.items():
+        terminalreporter.write_line(f"{module} did not run, as {names} cannot be imported")
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

@@ -178,8 +178,13 @@ def test_results_of_a_gpu_come_last_and_are_missed(
     monkeypatch.setattr(hooks, "RESULTS", tmp_path)
     monkeypatch.setattr(hooks.report, "markdown", lambda data: data["text"])
     assert hooks.results("model") == "Nothing has been measured yet.\n"
-    for name, device, kind in (("a", "cuda", "model"), ("b", "cpu", "model"), ("c", "cpu", "tune")):
+    for name, device, kind in (
+        ("a", "cuda", "model"),
+        ("b", "cpu", "model"),
+        ("c", "cpu", "other"),
+    ):
         data = {"kind": kind, "device": {"type": device}, "text": name}
+        data = data if name == "b" else {"results": {"step": data}}
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
     assert hooks.results("model") == "b\na"
     (tmp_path / "a.json").unlink()

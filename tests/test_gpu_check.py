@@ -1,277 +1,122 @@
-"""The measurements on a GPU, as far as they go without one: clock, tuning, the whole check."""
+"""The check of a GPU, as far as it goes without one."""
 
 import json
+import os
+import shlex
 import sys
+import tarfile
 import time
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
-from rich.console import Console
-
-from ttsr_fast import gather_fold
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for a script of that folder
 
 import devices
+import gpu_cases
 import gpu_check
+import gpu_kernels
+import gpu_summary
 import harness
-import kernel_smoke
-import peers
-import plots
-import report
-import search
-import tables
-import tune
 from gpu_check import Step
-from sizes import Size
 
-CUDA = torch.device("cuda", 0)
 each = pytest.mark.parametrize
 
 
-# --- the device ---
+# --- the kernels ---
 
 
-def test_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            calls.append("record")
-
-        def synchronize(self) -> None:
-            calls.append("synchronize")
-
-        def elapsed_time(self, last: "Event") -> float:
-            return 2.5  # milliseconds
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert devices.timed(lambda: calls.append("run"), CUDA) == 0.0025
-    assert calls == ["record", "run", "record", "synchronize"]
+def run_jobs(out: Path, *jobs: tuple, resume: bool = False) -> int:
+    return gpu_kernels.run_jobs(iter(jobs), Namespace(out=out, resume=resume), devices.CPU)
 
 
-def test_results_are_named_after_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert devices.stem(CUDA, "search") == "nvidia-h100-80gb-hbm3"
-    assert devices.stem(CUDA, "tune") == "nvidia-h100-80gb-hbm3-tune"
-    assert devices.stem(devices.CPU, "transfer") == "transfer"
-
-
-@each("name, message", [("meta", "must be cpu or cuda"), ("cuda", "sees no CUDA device")])
-def test_device_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, message: str
+@pytest.mark.compiled
+def test_wrong_result_is_told_from_one_that_is_right(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert devices.pick(None) == devices.CPU
-    with pytest.raises(SystemExit, match="2"):
-        search.parse(["--device", name])
-    assert message in capsys.readouterr().err
+    jobs = gpu_cases.jobs(SimpleNamespace(device=devices.CPU, tiny=True, few=True))
+    name, job = next(pair for pair in jobs if "weighted" in pair[0])
+    assert run_jobs(tmp_path / "x.json", (name, job)) == 0
+    right = gpu_cases.gather_fold
+    monkeypatch.setattr(gpu_cases, "gather_fold", lambda *x, **y: 1.001 * right(*x, **y))
+    assert run_jobs(tmp_path / "x.json", (name, job)) == 1
+    assert f"WRONG {name}: result is off by 1.0e-03" in capsys.readouterr().out
 
 
-def test_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    nothing = SimpleNamespace(wait_stream=lambda other: None)
-
-    class Capture:
-        def __enter__(self) -> None:
-            calls.append("begin")
-
-        def __exit__(self, *error: object) -> None:
-            calls.append("end")
-
-    stand_ins = {
-        "Stream": lambda: nothing,
-        "current_stream": lambda: nothing,
-        "stream": lambda stream: torch.no_grad(),
-        "synchronize": lambda: None,
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: calls.append("replay")),
-        "graph": lambda graph: Capture(),
-    }
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    run = harness.deferred(devices.graph_run, lambda: calls.append("run") or 7)
-    assert (run(), run()) == (7, 7)
-    assert calls == ["run"] * 3 + ["begin", "run", "end", "replay", "replay"]
-
-
-def test_out_of_memory_is_no_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-
-    def raising(error: Exception):
-        def run() -> None:
+def test_jobs_that_fail_do_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(error: Exception) -> Callable[[], list]:
+        def job() -> list:
             raise error
 
-        return harness.check_and_weigh(harness.Contender(run, dict, None), CUDA)
+        return job
 
-    assert raising(torch.OutOfMemoryError("20 GiB")) == {
-        "status": "skipped",
-        "reason": "out of memory",
-    }
-    assert raising(harness.Declined("not for this"))["status"] == "skipped"
-    assert raising(AttributeError("tl.dot")) == {
-        "status": "failed",
-        "reason": "AttributeError: tl.dot",
-    }
+    out, cell = tmp_path / "x.json", gpu_kernels.cell("table", "row", "column", "7", seconds=7.0)
+    declined = ("declined", failing(harness.Declined("not for this")))
+    bad, good = ("bad", failing(RuntimeError("shared memory"))), ("good", lambda: [cell])
+    assert run_jobs(out, declined) == 1, "nothing was found to be right"
+    assert run_jobs(out, declined, good) == 0
+    assert run_jobs(out, bad, good) == 1
+    assert "failed bad: RuntimeError: shared memory" in capsys.readouterr().out
+    assert run_jobs(out, bad, ("new", lambda: [cell]), resume=True) == 1
+    data = json.loads(out.read_text())
+    assert list(data["jobs"]) == ["bad", "good", "new"] and data["cells"] == [cell, cell]
 
+    def gone(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
 
-def test_sizes_that_a_gpu_leaves_to_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search.memory, "available_bytes", lambda device: 1 << 50)
-    monkeypatch.setattr(search.peers.backends, "why_not", lambda backend, device: None)
-    args = search.parse(["--device", "cpu"])
-    args.device = CUDA
-    reasons = {
-        (name, text): search.why_not(name, Size.parse(text), [], args)
-        for name in ("triton-fp16", "triton-fp16-graph", "rolled-fp16", "unfold")
-        for text in ("9*40x40", "270x480", "540x960")
-    }
-    skipped = {place for place, reason in reasons.items() if reason is not None}
-    assert skipped == {
-        ("triton-fp16-graph", "270x480"),
-        ("triton-fp16-graph", "540x960"),
-        ("rolled-fp16", "540x960"),
-        ("unfold", "540x960"),
-    }
+    started: list[list[str]] = []
+    monkeypatch.setattr(devices, "synchronize", gone)
+    monkeypatch.setattr(gpu_kernels.os, "execv", lambda path, command: started.append(command))
+    run_jobs(out, bad)
+    assert started[0][0] == sys.executable and started[0][-1] == "--resume"
 
 
-# --- its tables ---
+FAKE_NCU = """#!/bin/sh
+while [ "$1" != --log-file ]; do shift; done
+cat > "$2" <<END
+==PROF== Connected
+"ID","Kernel Name","Block Size","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","rolled_search_kernel","(256, 1, 1)","GPU Speed Of Light","Duration","ms","1.25"
+"0","rolled_search_kernel","(256, 1, 1)","Launch","Registers Per Thread","","168"
+"0","rolled_search_kernel","(256, 1, 1)","Launch","","",""
+END
+"""
 
 
-def gpu_results() -> dict:
-    """As a run on a GPU writes them, two candidates at two sizes."""
-    rows = {}
-    for name, algorithm in (("triton-fp16", "rolled"), ("unfold-fp16", None)):
-        candidate = peers.ALL[name]
-        record = {"status": "ok", "median_s": 1e-3, "low_s": 9e-4, "high_s": 2e-3, "reps": 9}
-        record |= {"peak_bytes": 3e6, "max_abs_error": 1e-7, "index_agreement": 0.998}
-        candidate = peers.replace(candidate, products=3, algorithm=algorithm)
-        rates = {"float16": 400e12}
-        rows[name] = {
-            "label": candidate.label,
-            "backend": candidate.backend,
-            "algorithm": algorithm,
-            **search.with_rates(record, candidate, 500_000_000, 256, rates),
-        }
-    entry = {"query": [125, 185], "key": [125, 185], "batch": 1, "pairs": 500_000_000}
-    entry |= {"gemm_flop_per_s": {"float16": 400e12}, "gemms": {"float16 256": 400e12}}
-    entry |= {"pixel_gemm_operands": "float16", "pixel_gemm_s": 6.4e-4, "rows": rows}
-    device = {"type": "cuda", "name": "NVIDIA H100", "memory_bytes": 8e10}
-    return {
-        "kind": "search",
-        "machine": harness.machine(),
-        "device": device | {"cuda": "13.0", "driver": "580.1"},
-        "channels": 256,
-        "sizes": [entry, {**entry, "batch": 2, "pairs": 1_000_000_000}],
-    }
-
-
-def test_tables_and_plot_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = gpu_results()
-    row = data["sizes"][0]["rows"]["triton-fp16"]
-    assert row["ps_per_pair"] == pytest.approx(2.0)
-    assert row["effective_flop_per_s"] == pytest.approx(4608 * 0.5e12)
-    assert row["gemm_share"] == pytest.approx(3 * 512 * 0.5e12 / 400e12)
-    Console(width=160).print(tables.search_table(data, data["sizes"][1]))
-    printed = capsys.readouterr().out
-    assert "2 of 125x185, 256 channels, 1.00 G pairs" in printed
-    assert "triton fp16 (rolled)" in printed and "2304 TFLOP/s" in printed
-    text = report.markdown(data)
-    assert "NVIDIA H100, CUDA 13.0, driver 580.1" in text
-    assert "| queries in keys | 125x185 | 2 of 125x185 |" in text
-    assert "| triton fp16 | 1.00 ms<br>3.00 MB | 1.00 ms<br>3.00 MB |" in text
-    plots.draw(data, tmp_path / "gpu.png")
-    with Image.open(tmp_path / "gpu.png") as image:
-        image.verify()
-
-
-def test_missing_matplotlib_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
-    report.draw({}, tmp_path / "x.png", Console(width=200))
-    assert "x.png was not drawn: matplotlib is not installed" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
-# --- tuning ---
-
-
-def row(tile: list[int], **times_s: float) -> dict:
-    return {"tile": tile, "ring_bytes": None, "status": "ok", "times_s": times_s}
-
-
-def test_the_winner_is_the_best_over_all_sizes() -> None:
-    rows = [
-        row([1, 1, 1, 4, 1], small=1.0, large=30.0),  # 1 + 1.5
-        row([2, 2, 2, 4, 1], small=1.2, large=20.0),  # 1.2 + 1
-        row([3, 3, 3, 4, 1], small=3.0, large=21.0),
-        {**row([4, 4, 4, 4, 1]), "status": "failed", "reason": "out of resource: shared memory"},
-    ]
-    assert tune.winner(rows)["tile"] == [2, 2, 2, 4, 1]
-    assert tune.winner(rows[3:]) is None
-    groups = [{"algorithm": "rolled", "operands": "float16", "winner": [64, 128, 64, 4, 3]}]
-    groups += [{"algorithm": "slab", "operands": "float32", "winner": [32, 64, 64, 4, 1]}]
-    groups[1]["ring_bytes"] = 16 << 20
-    assert list(tune.winners({"target": "sm_90", "groups": groups})) == [
-        '("rolled", "sm_90", "float16"): Tile(64, 128, 64, 4, 3),',
-        '("slab", "sm_90", "float32"): Tile(32, 64, 64, 4, 1),',
-        "RING_BYTES = 16 << 20  # best for float32",
-    ]
-
-
-@dataclass(frozen=True)
-class Tile:
-    name: str
-
-
-def test_candidates_that_fail_are_rows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes = ["--sizes", "4x5", "--channels", "4", "--seconds", "0.001"]
-    args = search.parse(["--device", "cpu", "--tune", *sizes])
-    reference = peers.PEERS["unfold"].search
-
-    def by_tile(query, key, algorithm, precision, tile):
-        if tile.name == "large":
-            raise RuntimeError("out of resource: shared memory")
-        score, index = reference(query, key)
-        return (score + 1e-3 if tile.name == "wrong" else score), index
-
-    monkeypatch.setattr(peers, "algorithm_search", by_tile)
-    tiles = {Tile(name): None for name in ("right", "large", "wrong")}
-    problems = list(tune.make_problems(args, ["fp16"]))
-    options = {"problems": problems, "args": args}
-    rows = tune.time_all("direct", tiles, deadline=time.monotonic() + 60, **options)
-    assert [row["status"] for row in rows] == ["ok", "failed", "failed"]
-    assert rows[0]["times_s"]["fp16 4x5"] > 0 and not rows[1]["times_s"]
-    assert [row.get("wrong") for row in rows] == [None, None, True]
-    late = tune.time_all("direct", tiles, deadline=0.0, **options)
-    assert {row["reason"] for row in late} == {"no time was left"}
-
-    group = {"algorithm": "direct", "operands": "float16", "winner": ["right"], "rows": rows}
-    Console(width=200).print(tune.group_table(group))
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "fp16 4x5: RuntimeError: out of resource: shared memory: (large)" in printed
-    assert "WRONG: fp16 4x5: a score is off by 1.0e-03" in printed
+def test_metrics_of_the_profiler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = tmp_path / "ncu"
+    tool.write_text(FAKE_NCU)
+    tool.chmod(0o755)
+    options = ["ncu", "--tool", str(tool), "--out", str(tmp_path / "ncu.json")]
+    assert gpu_kernels.main(options) == 1, "there should be six kernels"
+    assert "1 of 6 kernels" in capsys.readouterr().out
+    cells = json.loads((tmp_path / "ncu.json").read_text())["cells"]
+    found = [(x["row"], x["column"], x["cell"]) for x in cells]
+    row = "0 rolled_search_kernel (256, 1, 1)"
+    assert found == [(row, "Duration", "1.25 ms"), (row, "Registers Per", "168")]
 
 
 # --- the whole check ---
 
 
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+def python(code: str) -> str:
+    return f"-c {shlex.quote(code)}"
 
 
-def check(folder: Path, *steps: Step) -> tuple[int, list[dict], str]:
-    code = gpu_check.main(["--out", str(folder)], list(steps))
-    log = (folder / "gpu-check" / "gpu-check.log").read_text()
-    return code, json.loads((folder / "gpu-check" / "gpu-check.json").read_text()), log
+def check(folder: Path, *steps: Step, options: tuple[str, ...] = ()) -> tuple[int, list[dict]]:
+    code = gpu_check.main(["a", "--out", str(folder), *options], list(steps))
+    return code, json.loads((folder / "gpu-check-a.json").read_text())["steps"]
+
+
+def packed(folder: Path, name: str) -> str:
+    with tarfile.open(folder / "gpu-check-a.tar.gz") as archive:
+        return archive.extractfile(f"./{name}").read().decode()
 
 
 @pytest.fixture(autouse=True)
@@ -283,21 +128,22 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_that_fail_do_not_end_the_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, outcomes, log = check(
+    code, steps = check(
         tmp_path,
-        Step("bad", python("print('some output'); raise ValueError('seven')"), 20),
-        Step("tool", ["compute-sanitizer"], 20, "compute-sanitizer is not installed"),
-        Step("gone", [str(tmp_path / "nothing")], 20),
+        Step("bad", python("print('WRONG rolled: 7'); raise ValueError('seven')"), 20),
+        Step("tool", python(""), 20, "no-such-tool"),
         Step("good", python("import os; print(os.environ['NAME'])"), 20, None, {"NAME": "x"}),
     )
     assert code == 1
-    assert [x["status"] for x in outcomes] == ["failed", "not run", "not run", "ok"]
-    assert outcomes[0]["detail"] == "exit code 1; ValueError: seven"
-    assert outcomes[1]["detail"] == "compute-sanitizer is not installed"
-    assert outcomes[3]["detail"] == "x"
-    assert "some output" in log and log.count("=== ") == 4
+    assert [x["status"] for x in steps] == ["failed", "not run", "ok"]
+    assert steps[0]["detail"] == "exit code 1; ValueError: seven"
+    assert steps[0]["lines"] == ["WRONG rolled: 7"]
+    assert [x["detail"] for x in steps[1:]] == ["no-such-tool is not installed", "x"]
+    assert "WRONG rolled: 7" in packed(tmp_path, "bad.log")
     printed = capsys.readouterr().out
-    assert printed.endswith(gpu_check.line(gpu_check.Outcome(**outcomes[3])) + "\n")
+    assert gpu_check.main(["show", str(tmp_path / "gpu-check-a.json")]) == 0
+    assert printed.endswith(capsys.readouterr().out), "the summary comes last"
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-check-a.json", "gpu-check-a.tar.gz"}
     assert check(tmp_path, Step("good", python("pass"), 20))[0] == 0
 
 
@@ -308,10 +154,10 @@ def test_step_without_end_is_ended_with_all_it_started(tmp_path: Path) -> None:
         f"pathlib.Path({str(started)!r}).write_text(str(child.pid)); "
         "print('started', flush=True); time.sleep(600)"
     )
-    code, outcomes, _ = check(tmp_path, Step("hang", python(hang), 3), Step("b", python(""), 5))
+    code, steps = check(tmp_path, Step("hang", python(hang), 3), Step("b", python(""), 5))
     assert code == 1
-    assert [x["status"] for x in outcomes] == ["out of time", "ok"]
-    assert outcomes[0]["detail"] == "after 3 s; last: started"
+    assert [x["status"] for x in steps] == ["out of time", "ok"]
+    assert steps[0]["detail"].endswith("last: started")
     child = Path("/proc", started.read_text(), "stat")
     end = time.monotonic() + 5
     while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < end:
@@ -319,11 +165,64 @@ def test_step_without_end_is_ended_with_all_it_started(tmp_path: Path) -> None:
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
-def test_time_left_over_passes_on(tmp_path: Path) -> None:
-    slow = Step("slow", python("import time; time.sleep(1)"), 0.1)
-    assert check(tmp_path, Step("quick", python("pass"), 20), slow)[0] == 0
-    _, outcomes, _ = check(tmp_path, slow, Step("later", python("pass"), 20))
-    assert [x["status"] for x in outcomes] == ["out of time", "ok"], "but is not borrowed"
+def test_interrupted_check_keeps_what_it_knows(tmp_path: Path) -> None:
+    stop = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(600)"
+    steps = [Step("one", python("print(1)"), 9), Step("two", python(stop), 9)]
+    code, found = check(tmp_path, *steps, Step("three", python("print(3)"), 9))
+    assert code == 1
+    assert [x["status"] for x in found] == ["ok", "interrupted", "not run"]
+    assert found[2]["detail"] == "interrupted in two"
+    steps[1] = Step("two", python("print(2)"), 9)
+    code, found = check(tmp_path, *steps, options=("--from", "two"))
+    assert code == 0
+    assert [x["detail"] for x in found] == ["1", "2"]
+    assert packed(tmp_path, "one.log") == "1\n", "of the earlier call"
+
+
+def test_machine_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    why = {"why_not": "there is no CUDA GPU", "environment": {}}
+    monkeypatch.setattr(gpu_check.Check, "result", lambda self, name: why)
+    todo = [Step("versions", python("raise SystemExit(1)"), 9), Step("check", python(""), 9)]
+    code, steps = check(tmp_path, *todo)
+    assert code == 1
+    assert [x["status"] for x in steps] == ["failed", "not run"]
+    assert steps[1]["detail"] == "there is no CUDA GPU"
+
+
+def test_folders_and_files_that_will_not_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("{}")
+    for options, message in (
+        (["a", "--out", str(tmp_path / "file" / "x")], "file/x cannot be written"),
+        (["a", "--out", str(tmp_path), "--from", "times"], "has no results that --from can keep"),
+        (["show", str(tmp_path / "file")], "file is no result of gpu_check.py"),
+    ):
+        assert gpu_check.main(options) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(["b", "--out", str(tmp_path), "--from", "coffee"])
+    assert "--from: the steps are versions, compile, search" in capsys.readouterr().err
+
+
+@each("part", ["a", "b"])
+def test_part_takes_less_than_ten_minutes(tmp_path: Path, part: str) -> None:
+    steps, rehearsed = (gpu_check.steps(part, tmp_path, tiny) for tiny in (False, True))
+    assert sum(step.limit for step in steps) <= 595
+    assert [x.name for x in steps] == [x.name for x in rehearsed]
+
+
+def test_summary_fits_a_terminal() -> None:
+    cells = [gpu_kernels.cell("t" * 50, f"row {n}", "c" * 99, "7.25") for n in range(200)]
+    step = {"name": "times", "status": "failed", "seconds": 1.0, "detail": "x" * 200}
+    steps = [{**step, "lines": ["WRONG " + "y" * 200] * 50}]
+    document = {"title": "a", "date": "b", "steps": steps, "results": {"times": {"cells": cells}}}
+    lines = gpu_check.summary(document).splitlines()
+    assert len(lines) == 100 and max(map(len, lines)) <= 110
+    assert lines[-1] == "... and 110 lines more, which are in the file of results"
+    table = gpu_summary.table_lines("ps", [("rolled", "4x5", "1.25"), ("slab", "6x7", "10.50")])
+    assert table == ["ps       4x5    6x7", "rolled  1.25      -", "slab       -  10.50"]
 
 
 def test_kernels_are_found_where_nothing_is_installed(tmp_path: Path) -> None:
@@ -331,65 +230,25 @@ def test_kernels_are_found_where_nothing_is_installed(tmp_path: Path) -> None:
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path "
         "if 'editable' not in str(f).lower()]; import ttsr_fast.kernels as k; print(k.__path__[0])"
     )
-    _, outcomes, _ = check(tmp_path, Step("kernels", python(code), 60))
-    assert outcomes[0]["status"] == "ok"
-    assert Path(outcomes[0]["detail"]) == gpu_check.ROOT / "kernels"
-
-
-def test_whole_check_takes_less_than_nine_minutes(tmp_path: Path) -> None:
-    steps = gpu_check.gpu_steps(tmp_path)
-    assert sum(step.limit for step in steps) <= 535
-    names = ["versions", "environment", "build", "tests", "memcheck", "racecheck"]
-    assert [step.name for step in steps] == [
-        *names,
-        *("search", "transfer", "model", "tune", "report"),
-    ]
-    build, tests = steps[2:4]
-    assert build.environment == {"TTSR_FAST_BUILD": "cuda"}
-    assert tests.environment["TTSR_FAST_TEST_DEVICE"] == "cuda"
-    assert not any("pip" in step.command or "venv" in step.command for step in steps)
+    _, steps = check(tmp_path, Step("kernels", python(code), 60))
+    assert Path(steps[0]["detail"]) == gpu_check.ROOT / "kernels"
 
 
 @pytest.mark.compiled
-def test_sanitized_kernels_are_held_to_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(case for case in kernel_smoke.folds() if case.to_one and case.shared)
-    monkeypatch.setattr(kernel_smoke, "folds", lambda: [case])
-    reasons = {"cpp": None, "triton": "not here"}
-    monkeypatch.setattr(kernel_smoke.backends, "why_not", lambda name, *_: reasons[name])
-    assert kernel_smoke.main(["--device", "cpu"]) == 2, "one of the two could not run"
-
-    def wrong(*arguments, **options):
-        return 1.001 * gather_fold(*arguments, **options)
-
-    monkeypatch.setattr(kernel_smoke, "gather_fold", wrong)
-    assert kernel_smoke.run_fold(case, devices.CPU).startswith("WRONG: result is off by 1.0e-03")
-    assert kernel_smoke.main(["--device", "cpu"]) == 1
-
-
-def test_step_that_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        gpu_check.main(["--out", str(tmp_path), "--only", "coffee"])
-    assert "no such step: coffee" in capsys.readouterr().err
-
-
-@pytest.mark.compiled
-def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step but the sanitizers for real, with interpreted kernels at tiny sizes."""
-    monkeypatch.setenv("OUT", str(tmp_path))
-    code = gpu_check.main(["--rehearse"])
-    outcomes = json.loads((tmp_path / "gpu-check.json").read_text())
-    log = (tmp_path / "gpu-check.log").read_text()
-    assert {x["name"]: x["status"] for x in outcomes} == dict.fromkeys(
-        (x["name"] for x in outcomes), "ok"
-    ), log
-    assert code == 0
-    names = {"search", "transfer", "model"}
-    expected = {f"{name}.{kind}" for name in names for kind in ("json", "png")} | {"tune.json"}
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *expected,
-        "gpu-check.log",
-        "gpu-check.json",
-    }
-    rows = json.loads((tmp_path / "search.json").read_text())["sizes"][0]["rows"]
-    assert rows["direct-fp16"]["status"] == "ok" and rows["direct-fp16"]["algorithm"] == "direct"
-    assert "for kernels/tiles.py" in log.lower() and "| 4x5 |" in log
+@each("part", ["a", "b"])
+def test_rehearsal(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step but profiler and sanitizer for real, with interpreted kernels at tiny sizes."""
+    steps, own = (
+        gpu_check.steps,
+        ("search", "transfer", "model"),
+    )  # the others of b are as those of a
+    monkeypatch.setattr(
+        gpu_check, "steps", lambda *x: [s for s in steps(*x) if part == "a" or s.name in own]
+    )
+    code = gpu_check.main([part, "--rehearse", "--out", str(tmp_path)])
+    document = json.loads((tmp_path / f"gpu-check-{part}.json").read_text())
+    assert code == 0, document["steps"]
+    measured = {"a": ("check", "times", "ceilings"), "b": own}
+    assert all(name in document["results"] for name in measured[part])
+    row = "rolled fp16 not lazy" if part == "a" else "direct fp16"
+    assert row in gpu_check.summary(document)
