@@ -187,6 +187,8 @@ class Check:
             finally:
                 end_group(process)
         lines = [x.strip() for x in log.read_text(errors="replace").splitlines() if x.strip()]
+        if any(x.startswith("==WARNING== No kernels") for x in lines):  # of ncu, whose code is 0
+            status = "failed"
         last = shorten(lines[-1], 100) if lines else "it printed nothing"
         words = {"ok": "", "failed": f"exit code {process.returncode}; "}
         prefix = words.get(status, f"after {time.monotonic() - start:.0f} s; last: ")

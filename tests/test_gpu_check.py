@@ -9,7 +9,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for a script of that folder
 
 import devices
+import gpu_bundle
 import gpu_cases
 import gpu_check
 import gpu_kernels
@@ -38,7 +38,7 @@ def run_jobs(out: Path, *jobs: tuple, resume: bool = False) -> int:
 def test_wrong_result_is_told_from_one_that_is_right(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jobs = gpu_cases.jobs(SimpleNamespace(device=devices.CPU, tiny=True, few=True))
+    jobs = gpu_cases.jobs(devices.CPU, few=True)
     name, job = next(pair for pair in jobs if "weighted" in pair[0])
     assert run_jobs(tmp_path / "x.json", (name, job)) == 0
     right = gpu_cases.gather_fold
@@ -75,31 +75,6 @@ def test_jobs_that_fail_do_not_end_the_others(
     monkeypatch.setattr(gpu_kernels.os, "execv", lambda path, command: started.append(command))
     run_jobs(out, bad)
     assert started[0][0] == sys.executable and started[0][-1] == "--resume"
-
-
-FAKE_NCU = """#!/bin/sh
-while [ "$1" != --log-file ]; do shift; done
-cat > "$2" <<END
-==PROF== Connected
-"ID","Kernel Name","Block Size","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","rolled_search_kernel","(256, 1, 1)","GPU Speed Of Light","Duration","ms","1.25"
-"0","rolled_search_kernel","(256, 1, 1)","Launch","Registers Per Thread","","168"
-"0","rolled_search_kernel","(256, 1, 1)","Launch","","",""
-END
-"""
-
-
-def test_metrics_of_the_profiler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = tmp_path / "ncu"
-    tool.write_text(FAKE_NCU)
-    tool.chmod(0o755)
-    options = ["ncu", "--tool", str(tool), "--out", str(tmp_path / "ncu.json")]
-    assert gpu_kernels.main(options) == 1, "there should be six kernels"
-    assert "1 of 6 kernels" in capsys.readouterr().out
-    cells = json.loads((tmp_path / "ncu.json").read_text())["cells"]
-    found = [(x["row"], x["column"], x["cell"]) for x in cells]
-    row = "0 rolled_search_kernel (256, 1, 1)"
-    assert found == [(row, "Duration", "1.25 ms"), (row, "Registers Per", "168")]
 
 
 # --- the whole check ---
@@ -187,6 +162,16 @@ def test_machine_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert code == 1
     assert [x["status"] for x in steps] == ["failed", "not run"]
     assert steps[1]["detail"] == "there is no CUDA GPU"
+
+
+def test_why_a_machine_will_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "there is no CUDA GPU: torch" in gpu_bundle.why_not()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_bundle.backends, "why_not", lambda *x: "it needs Triton 3.6 or newer")
+    assert gpu_bundle.why_not() == "it needs Triton 3.6 or newer"
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu129")
+    assert gpu_bundle.why_not() == "it needs torch 2.11 or newer, this is 2.10.1+cu129"
 
 
 def test_folders_and_files_that_will_not_do(
