@@ -32,9 +32,10 @@ PICOSECONDS = {
     "rolled": {"tensor": 3.5, "tf32": 6.0, "float32": 31.0},
     "slab": {"tensor": 0.8, "tf32": 1.8, "float32": 10.0},
 }
-BOX_PICOSECONDS = 1.2  # per pair of the slab, for what follows its product
+BOX_PICOSECONDS = 1.2  # per pair that the walks of the slab go past
 LAUNCHES = {"direct": 3, "rolled": 4, "slab": 4}
-LAUNCH_SECONDS, BLOCK_SECONDS = 5e-6, 13e-6  # of the CPU, per launch and per block of the slab
+LAUNCH_SECONDS = 5e-6  # of the CPU
+BLOCK_SECONDS = {True: 13e-6, False: 60e-6}  # per block of the slab: by the CUDA library, in Python
 
 
 def search(
@@ -158,13 +159,23 @@ def choose(query: Tensor, key: Tensor, kernel_size: int, padding: int, precision
     if len(able) == 1:
         return able[0]
     sizes = (tuple(query.shape), tuple(key.shape))
-    times = {x: predicted_seconds(x, *sizes, padding, how, tiles.tile(x, how.name)) for x in able}
+    compiled = slab.has_cuda_kernel(query)
+    times = {
+        x: predicted_seconds(x, *sizes, padding, how, tiles.tile(x, how.name), compiled)
+        for x in able
+    }
     return min(times, key=times.__getitem__)
 
 
 @lru_cache(maxsize=1024)
 def predicted_seconds(
-    algorithm: str, query: Size, key: Size, padding: int, how: Operands, tile: Tile
+    algorithm: str,
+    query: Size,
+    key: Size,
+    padding: int,
+    how: Operands,
+    tile: Tile,
+    compiled: bool,  # whether the slab runs in the CUDA library
 ) -> float:
     """Time of a search by patches of 3x3: its launches, and the pairs that it multiplies."""
     unit = how.name if how.name in ("tf32", "float32") else "tensor"
@@ -174,8 +185,8 @@ def predicted_seconds(
     if algorithm != "slab":
         return seconds + pairs * picoseconds * 1e-12
     blocks = slab.Blocks(*layouts(query[2:], key[2:], algorithm, tile, 3, padding), query[0])
-    gpu = pairs * (picoseconds + BOX_PICOSECONDS) * 1e-12
-    return seconds + max(gpu, blocks.count * BLOCK_SECONDS)
+    gpu = (pairs * picoseconds + blocks.walked_pairs * BOX_PICOSECONDS) * 1e-12
+    return seconds + max(gpu, blocks.count * BLOCK_SECONDS[compiled])
 
 
 def why_not(algorithm: str, dtype: torch.dtype, kernel_size: int, precision: str) -> str | None:

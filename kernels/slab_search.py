@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from threading import RLock
 
 import torch
 import triton
@@ -104,6 +105,12 @@ class Blocks:
         """Pairs of pixels that go through the product, halos and overlaps included."""
         return self.count * self.together * self.query_pixels * self.key_pixels
 
+    @property
+    def walked_pairs(self) -> int:
+        """Pairs that walks go past: of every line of queries as many columns as a tile has."""
+        queries = (self.query_rows + HALO) * (QUERY_WIDTH + HALO)
+        return self.count * self.together * queries * self.key_pixels
+
     def ring(self, like: Tensor) -> Tensor:  # [rows, LEADING]
         """Memory for the products, with rows that tiles read beyond them without using them."""
         rows = self.key_pixels * (1 if self._across else self.together)
@@ -131,16 +138,23 @@ def slab_search(
 ) -> None:
     blocks = Blocks(query.layout, key.layout, query.images)
     ring = blocks.ring(query.square)
-    with matmul_precision(operands.input_precision):
-        if has_cuda_kernel(ring):
-            torch.ops.ttsr_fast.cuda_slab_search(
-                *cuda_arguments(query, key, scale, best, ring, operands, blocks)
-            )
+
+    def product(block: Block) -> None:
+        queries = block.queries(query, operands)
+        multiply(block.keys(key, operands), queries.mT, blocks.products(ring))
+
+    with matmul_precision(operands):
+        if not has_cuda_kernel(ring):
+            for block in each(query, key, blocks):
+                product(block)
+                box_max(ring, scale, best, block, tile)
             return
-        for block in each(query, key, blocks):
-            queries = block.queries(query, operands)
-            multiply(block.keys(key, operands), queries.mT, blocks.products(ring))
-            box_max(ring, scale, best, block, tile)
+        arguments = cuda_arguments(query, key, scale, best, ring, operands, blocks)
+        try:
+            torch.ops.ttsr_fast.cuda_slab_search(*arguments)
+        except RuntimeError:
+            product(next(each(query, key, blocks)))  # if it fails too, PyTorch says why
+            raise
 
 
 def cuda_arguments(
@@ -163,10 +177,11 @@ def cuda_arguments(
 
 
 def has_cuda_kernel(x: Tensor) -> bool:
-    """Whether the CUDA library is loaded, and `x` is on a GPU that it is for."""
-    return x.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "ttsr_fast::cuda_slab_search", "CUDA"
-    )
+    """Whether the CUDA library is loaded, and compiled with the CUDA of this torch."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not x.is_cuda or not has_kernel("ttsr_fast::cuda_slab_search", "CUDA"):
+        return False
+    return str(torch.ops.ttsr_fast.cuda_version() // 1000) == str(torch.version.cuda).split(".")[0]
 
 
 @dataclass(frozen=True)
@@ -224,15 +239,31 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 @contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """PyTorch's setting for products of float32 on GPUs, for a while."""
+def matmul_precision(operands: Operands) -> Iterator[None]:
+    """PyTorch's settings for GEMMs on GPUs, as the operands need them.
+
+    A setting is the whole process's: one search at a time may rely on it or change it.
+    """
     setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = precision
-    try:
+    if operands.dtype == torch.float32:
+        name, wanted = "fp32_precision", operands.input_precision
+    elif operands.dtype == torch.float16 and setting.allow_fp16_accumulation:
+        name, wanted = "allow_fp16_accumulation", False
+    else:
         yield
-    finally:
-        setting.fp32_precision = before
+        return
+    with _changing:
+        before = getattr(setting, name)
+        if before == torch.backends.fp32_precision:  # type: ignore[attr-defined]
+            before = "none"  # which follows that one
+        setattr(setting, name, wanted)
+        try:
+            yield
+        finally:
+            setattr(setting, name, before)
+
+
+_changing = RLock()
 
 
 def box_max(

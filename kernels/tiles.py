@@ -32,7 +32,7 @@ class Tile:
 
 # Fits 48 KiB of shared memory on any target, whatever is multiplied.
 SAFE = {
-    "direct": Tile(32, 64, 4, 2),
+    "direct": Tile(16, 64, 4, 2),
     "rolled": Tile(32, 64, 4, 2),
     "slab": Tile(64, 32, 4, 1),
 }

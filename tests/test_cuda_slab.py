@@ -8,7 +8,7 @@ import torch
 from tests import cases, emulated
 from tests.checks import assert_same_choice
 from tests.test_kernels import maps, run
-from ttsr_fast import reference
+from ttsr_fast import Match, reference
 from ttsr_fast.kernels import operands, slab_search
 from ttsr_fast.kernels import search as kernels
 
@@ -66,6 +66,30 @@ def test_strips_blocks_and_walks(monkeypatch, together, rows):
     )
     assert blocks.together == together and blocks.key_rows == 3 and blocks.key.strips == 2
     assert_same_choice(run("slab", query, key), query, key)
+
+
+@each("garbage", [float("inf"), 3.4e38, float("nan")])
+@each(("query", "key"), [((2, 3, 5, 7), (2, 3, 6, 8)), ((1, 3, 5, 70), (1, 3, 6, 70))])
+def test_nothing_is_made_of_what_no_product_wrote(monkeypatch, query, key, garbage):
+    """Memory of the ring is used again, and holds anything; all is read that a walk goes past."""
+    query, key = maps(query, key)
+    ring = slab_search.Blocks.ring
+    monkeypatch.setattr(
+        slab_search.Blocks, "ring", lambda self, like: ring(self, like).fill_(garbage)
+    )
+    n, _, h, w = query.shape
+    guarded = torch.full((n * h * w + 128,), 7)
+    best = guarded[64:-64].view(n, h, w)
+    empty_like = torch.empty_like
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch, "empty_like", lambda x: best if x.dtype == torch.int64 else empty_like(x)
+        )
+        score, index = torch.empty(n, h, w), torch.zeros(n, h, w, dtype=torch.int64)
+        options = (3, 1, "both", 1e-12, False, "fp32")
+        kernels.search(query, key, None, score, index, *options, algorithm="slab")
+    assert guarded[:64].eq(7).all() and guarded[-64:].eq(7).all()
+    assert_same_choice(Match(score, index), query, key)
 
 
 @each("order", [0, 1, 7])

@@ -49,6 +49,22 @@ def test_slab(monkeypatch, size, precision, kernel):
 
 
 @each("algorithm", kernels.ALGORITHMS)
+@each("precision", ["fp32", "fp16x3", "fp16"])
+def test_equal_patches_at_many_places(monkeypatch, precision, algorithm):
+    """In different blocks and strips: the lowest index wins, so all have the same score."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: algorithm)
+    query, key = maps(size=(1, 256, 120, 300))
+    places = [(y, x) for y in range(5, 118, 16) for x in range(5, 298, 29)]
+    patch = torch.randn(1, 256, 3, 3, device="cuda")
+    for y, x in places:
+        key[..., y - 1 : y + 2, x - 1 : x + 2] = patch
+    for y, x in places[::7]:
+        query[..., y - 1 : y + 2, x - 1 : x + 2] = patch
+    index = search(query, key, precision=precision, backend="triton").index[0]
+    assert {index[place].item() for place in places[::7]} == {5 * 300 + 5}
+
+
+@each("algorithm", kernels.ALGORITHMS)
 def test_captured_in_a_graph(monkeypatch, algorithm):
     monkeypatch.setattr(kernels, "choose", lambda *_: algorithm)
     query, key = maps(size=(2, 64, 20, 37))
@@ -83,7 +99,7 @@ def test_on_every_device(device):
     assert_same_choice(match, query, key)
 
 
-@each("algorithm", ["rolled", "direct"])
+@each("algorithm", kernels.ALGORITHMS)
 def test_more_than_two_to_the_31_elements(monkeypatch, algorithm):
     """The last rows match as they do by themselves."""
     monkeypatch.setattr(kernels, "choose", lambda *_: algorithm)

@@ -11,6 +11,7 @@ from ttsr_fast import Match, reference, search
 from ttsr_fast.kernels import direct_search, rolled_search, slab_search, tiles
 from ttsr_fast.kernels import search as kernels
 from ttsr_fast.kernels.best import encode
+from ttsr_fast.kernels.operands import operands
 from ttsr_fast.kernels.tiles import Tile
 
 # What NumPy says, with which the interpreter computes, of a query that a tile holds no key for, and
@@ -377,16 +378,38 @@ def test_compiles_without_a_break():
 
 
 def test_pytorch_settings_are_left_alone():
+    """One that is set, and one that follows another."""
     query, key = maps((1, 4, 5, 6), (1, 4, 5, 6))
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "tf32"
+    setting, general = torch.backends.cuda.matmul, torch.backends
+    before = setting.fp32_precision, general.fp32_precision
     try:
+        setting.fp32_precision = "tf32"
         assert_same_choice(run("slab", query, key), query, key)
         assert_same_choice(search(query, key, backend="torch"), query, key)
         assert setting.fp32_precision == "tf32"
+        setting.fp32_precision, general.fp32_precision = "none", "tf32"
+        assert_same_choice(run("slab", query, key), query, key)
+        general.fp32_precision = "ieee"
+        assert setting.fp32_precision == "ieee"
     finally:
-        setting.fp32_precision = before
+        setting.fp32_precision, general.fp32_precision = before
+
+
+def test_settings_during_products():
+    setting = torch.backends.cuda.matmul
+    how = {name: operands(torch.float32, name) for name in PRECISIONS}
+    before = setting.fp32_precision, setting.allow_fp16_accumulation
+    try:
+        setting.fp32_precision, setting.allow_fp16_accumulation = "tf32", True
+        with slab_search.matmul_precision(how["fp32"]):
+            assert setting.fp32_precision == "ieee" and setting.allow_fp16_accumulation
+        with slab_search.matmul_precision(how["fp16x3"]):
+            assert not setting.allow_fp16_accumulation
+        with slab_search.matmul_precision(how["bf16"]):
+            assert setting.fp32_precision == "tf32" and setting.allow_fp16_accumulation
+        assert setting.fp32_precision == "tf32" and setting.allow_fp16_accumulation
+    finally:
+        setting.fp32_precision, setting.allow_fp16_accumulation = before
 
 
 def test_rolled_reads_by_descriptor_where_there_are_any(monkeypatch):

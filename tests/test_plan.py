@@ -132,7 +132,7 @@ import resource, sys, torch
 from ttsr_fast.plan import keep_freed_memory
 if sys.argv[1:]:
     keep_freed_memory()
-for _ in range(16):
+for _ in range(64):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
@@ -141,7 +141,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         int(subprocess.run([*command, *arguments], check=True, capture_output=True).stdout)
         for arguments in ([], ["keep"])
     )
-    assert fresh - kept > 12 * 2**14  # 4 KiB each
+    assert fresh - kept > 48 * 2**14  # 4 KiB each; small blocks may split a few of the first
 
 
 def test_a_model_that_takes_no_reference():

@@ -35,7 +35,7 @@ struct Slab {
                     sizes.size());
     height = sizes[0], width = sizes[1], strips = sizes[2];
     strip_width = sizes[3], line = sizes[4], rows = sizes[5];
-    STD_TORCH_CHECK(are_sizes({images, height, width, strips, strip_width, line, rows}, 1 << 20) &&
+    STD_TORCH_CHECK(are_sizes({images, height, width, strips, strip_width, line, rows}, 1 << 21) &&
                         rows <= height && strip_width + kHalo <= line && strips * strip_width >= width &&
                         (strips - 1) * strip_width < width,
                     "ttsr_fast: invalid layout of ", name);

@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kSlabWarps* kWarpSize, kBlocks)
     for (int q = 0; q < kQueries; ++q) {
       // From the L2 cache, where the atomics are. It may be outdated, and then too low: they decide.
       const int32_t* upper = reinterpret_cast<const int32_t*>(best + q) + 1;
-      known[q] = column + q < p.query_columns ? decode_score(__ldcg(upper)) : INFINITY;
+      // No query is there in other lanes, and no score is at least NaN, whatever they have read.
+      known[q] = column + q < p.query_columns ? decode_score(__ldcg(upper)) : NAN;
       most[q] = score_of(0, q);
 #pragma unroll
       for (int k = 1; k < kKeys; ++k) most[q] = fmaxf(most[q], score_of(k, q));
