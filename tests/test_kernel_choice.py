@@ -8,7 +8,7 @@ import triton
 
 from ttsr_fast import backends, search
 from ttsr_fast.kernels import search as kernels
-from ttsr_fast.kernels import tiles
+from ttsr_fast.kernels import slab_search, tiles
 
 each = pytest.mark.parametrize
 
@@ -39,7 +39,7 @@ def test_what_an_algorithm_declines():
 
 def test_rocm_has_another_choice(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    large = torch.empty(1).expand(1, 4, 400, 400)
+    large = torch.empty(1).expand(1, 256, 400, 400)
     assert "float32 result on ROCm" in kernels.why_not("slab", torch.float32, 3, "fp16x3")
     assert kernels.choose(large, large, 3, 1, "fp16x3") == "rolled"
     assert kernels.choose(large, large, 3, 1, "fp32") == "slab"
@@ -50,15 +50,18 @@ def test_rocm_has_another_choice(monkeypatch):
 
 
 @each(
-    ("size", "precision", "algorithm"),
+    ("size", "precision", "compiled", "algorithm"),
     [
-        ((540, 960), "fp16", "slab"),
-        ((540, 960), "fp16x3", "slab"),
-        ((540, 960), "fp32", "slab"),
-        ((8, 8), "fp16", "direct"),  # where launches are all there is
+        ((540, 960), "fp16", True, "slab"),
+        ((540, 960), "fp16x3", True, "slab"),
+        ((540, 960), "fp32", True, "slab"),
+        ((540, 960), "fp16", False, "rolled"),  # where Python takes longer than the GPU
+        ((540, 960), "fp32", False, "slab"),
+        ((8, 8), "fp16", True, "direct"),  # where launches are all there is
     ],
 )
-def test_the_choice_by_predicted_time(size, precision, algorithm):
+def test_the_choice_by_predicted_time(monkeypatch, size, precision, compiled, algorithm):
+    monkeypatch.setattr(slab_search, "has_cuda_kernel", lambda x: compiled)
     x = torch.empty(1).expand(1, 256, *size)
     assert kernels.choose(x, x, 3, 1, precision) == algorithm
 
