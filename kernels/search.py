@@ -32,7 +32,7 @@ PICOSECONDS = {
     "rolled": {"tensor": 3.5, "tf32": 6.0, "float32": 31.0},
     "slab": {"tensor": 0.8, "tf32": 1.8, "float32": 10.0},
 }
-BOX_PICOSECONDS = 1.2  # per pair that the walks of the slab go past
+BOX_PICOSECONDS = 1.2  # per pair that the walks of the slab read
 LAUNCHES = {"direct": 3, "rolled": 4, "slab": 4}
 LAUNCH_SECONDS = 5e-6  # of the CPU
 BLOCK_SECONDS = {True: 13e-6, False: 60e-6}  # per block of the slab: by the CUDA library, in Python

@@ -107,7 +107,7 @@ class Blocks:
 
     @property
     def walked_pairs(self) -> int:
-        """Pairs that walks go past: of every line of queries as many columns as a tile has."""
+        """Pairs that the walks read: a line of queries counts as a whole tile of columns."""
         queries = (self.query_rows + HALO) * (QUERY_WIDTH + HALO)
         return self.count * self.together * queries * self.key_pixels
 
@@ -153,7 +153,7 @@ def slab_search(
         try:
             torch.ops.ttsr_fast.cuda_slab_search(*arguments)
         except RuntimeError:
-            product(next(each(query, key, blocks)))  # if it fails too, PyTorch says why
+            product(next(each(query, key, blocks)))  # may raise a clearer error
             raise
 
 

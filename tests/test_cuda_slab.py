@@ -70,8 +70,8 @@ def test_strips_blocks_and_walks(monkeypatch, together, rows):
 
 @each("garbage", [float("inf"), 3.4e38, float("nan")])
 @each(("query", "key"), [((2, 3, 5, 7), (2, 3, 6, 8)), ((1, 3, 5, 70), (1, 3, 6, 70))])
-def test_nothing_is_made_of_what_no_product_wrote(monkeypatch, query, key, garbage):
-    """Memory of the ring is used again, and holds anything; all is read that a walk goes past."""
+def test_unwritten_memory_has_no_effect(monkeypatch, query, key, garbage):
+    """The ring is recycled memory, and walks read columns that no product wrote."""
     query, key = maps(query, key)
     ring = slab_search.Blocks.ring
     monkeypatch.setattr(
