@@ -124,49 +124,12 @@ def test_tails_of_tiles(algorithm, precision):
     assert_same_choice(match, query, key, precision=precision)
 
 
-@each(
-    ("leading", "rows", "together", "query_rows", "key_rows"),
-    [(64, 28, 1, 4, 2), (64, 98, 2, 4, 5), (256, 49, 3, 7, 5)],
-    ids=["overlapping_blocks", "images_below_each_other", "images_beside_each_other"],
-)
-def test_slab_in_blocks(monkeypatch, leading, rows, together, query_rows, key_rows):
-    small_blocks(monkeypatch, leading, rows)
-    blocks = slab_search.Blocks(*slab_search.layouts((7, 13), (5, 9)), images=3)
-    assert (blocks.together, blocks.query_rows, blocks.key_rows) == (together, query_rows, key_rows)
-    assert (blocks.query.strips, blocks.key.strips) == (3, 2)
-    query, key = maps((3, 5, 7, 13), (3, 5, 5, 9))
-    assert_same_choice(run("slab", query, key, tile=SMALL), query, key)
-
-
 def small_blocks(monkeypatch, leading=64, rows=28):
     """Several strips and blocks of small maps."""
     monkeypatch.setattr(slab_search, "QUERY_WIDTH", 6)
     monkeypatch.setattr(slab_search, "KEY_WIDTH", 5)
     monkeypatch.setattr(slab_search, "LEADING", leading)
     monkeypatch.setattr(slab_search, "RING_BYTES", rows * 4 * leading)
-
-
-@each(("query", "key"), [((30, 5), (26, 9)), ((25, 3), (13, 11))])
-@each("precision", ["fp32", "fp16x3"])
-def test_rolled_in_bands(query, key, precision):
-    """Narrow maps beside each other, of which the last band may be shorter."""
-    layouts = rolled_search.layouts(query, key, 1, SMALL)
-    assert any(layout.bands > 1 for layout in layouts)
-    query, key = maps((2, 5, *query), (1, 5, *key))
-    match = run("rolled", query, key, precision=precision, tile=SMALL)
-    assert_same_choice(match, query, key.expand(2, -1, -1, -1), precision=precision)
-
-
-@each("size", [(270, 480), (540, 960), (125, 185), (80, 120), (160, 240), (160, 160), (40, 40)])
-def test_useful_share_of_tiles(size):
-    """Of the pairs that the rolled search multiplies on Hopper, and of the columns of its tiles."""
-    tile = tiles.TABLE["rolled", "sm_90", "tensor"]
-    shape = (1, 256, *size)
-    pairs = kernels.padded_pairs(shape, shape, "rolled", tile)
-    assert (size[0] * size[1]) ** 2 / pairs > (0.60 if size == (40, 40) else 0.79)
-    for layout, block in zip(rolled_search.layouts(size, size, 1, tile), (128, 128), strict=True):
-        columns = -(-layout.line // block) * block
-        assert (layout.bands * size[1] / columns) ** 2 > 0.83
 
 
 @each("programs", [1, 1000])
