@@ -56,7 +56,10 @@ OPTIONS = {  # of a benchmark on a GPU, and in a rehearsal
 SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis")
 NCU = "--clock-control none --profile-from-start off --section LaunchStats --section "
 NCU += " --section ".join(SECTIONS)
-TESTS = {"a": ("gpu", "gpu_transfer"), "b": ("search", "kernels", "gather_fold", "modules")}
+TESTS = {
+    "a": ("gpu", "gpu_transfer"),
+    "b": ("search", "kernels", "layout", "gather_fold", "modules"),
+}
 
 
 class Step(NamedTuple):
