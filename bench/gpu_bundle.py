@@ -162,7 +162,7 @@ def compile_share(number: int, of: int, tiny: bool) -> list[tuple[str, bool]]:
 
     bench = gpu_kernels.Bench(torch.device("meta"), compiling=True)
     parts = [gpu_kernels.PARTS[name](bench) for name in ("check", "times", "ceilings")]
-    others = ("gather", "Search", "540x960 slab", "270x480 slab")  # no kernels of their own
+    others = ("540x960 slab", "270x480 slab")  # no kernels of their own
     jobs = [job for part in parts for job in part if not job[0].startswith(others)]
     with listen, unloaded, mock.patch.object(JITFunction, "run", compile_only):
         CudaUtils()

@@ -137,7 +137,8 @@ def check_search(bench: Bench, size: str, algorithm: str, precision: str) -> Cel
 def check_jobs(bench: Bench) -> Jobs:
     """Transfer first; of a few cases one search of each algorithm."""
     few = bench.few or bench.tiny
-    yield from gpu_cases.jobs(bench.device, few)
+    if not bench.compiling:  # none of them is Triton's
+        yield from gpu_cases.jobs(bench.device, few)
     sizes = (bench.sizes[-1:] if bench.tiny else CASES)[: 1 if few else None]
     precisions = peers.PRECISIONS if not few else ("fp16",)
     for place in itertools.product(sizes, ("rolled", "slab", "direct"), precisions):

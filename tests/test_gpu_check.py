@@ -39,7 +39,7 @@ def test_wrong_result_is_told_from_one_that_is_right(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = gpu_cases.jobs(devices.CPU, few=True)
-    name, job = next(pair for pair in jobs if "weighted" in pair[0])
+    name, job = next(pair for pair in jobs if "weights" in pair[0])
     assert run_jobs(tmp_path / "x.json", (name, job)) == 0
     right = gpu_cases.gather_fold
     monkeypatch.setattr(gpu_cases, "gather_fold", lambda *x, **y: 1.001 * right(*x, **y))
