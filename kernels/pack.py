@@ -64,8 +64,8 @@ def pack(
         layout = to.layout
         blocks = triton.cdiv(layout.piece, BLOCK_X)
         runs = to.images * layout.strips * layout.lines * layout.bands
-        maps += [x, *x.stride(), to.images, *x.shape[2:], *layout.sizes, layout.strips, blocks]
-        maps += [to.rows, to.square, to.amax]
+        maps += [x, *x.stride(), to.images, *x.shape[2:], *layout.sizes[2:]]
+        maps += [layout.strips, blocks, to.rows, to.square, to.amax]
         programs.append(runs * blocks + triton.cdiv(SLACK, BLOCK_X))
     pack_kernel[(sum(programs),)](
         *maps,
@@ -196,9 +196,10 @@ def _amax_block(
 
 @triton.jit(
     do_not_specialize=[
-        *("stride_n", "stride_h", "IMAGES", "H", "W", *size_names(), "STRIPS", "BLOCKS"),
-        *("stride_kn", "stride_kh", "IMAGES_K", "HK", "WK", *size_names("_K")),
-        *("STRIPS_K", "BLOCKS_K", "NUMEL_BEST", "NUMEL_LOST", "QUERY_PROGRAMS", "C"),
+        *("stride_n", "stride_h", "IMAGES", "H", "W", *size_names()[2:]),
+        *("stride_kn", "stride_kh", "IMAGES_K", "HK", "WK", *size_names("_K")[2:]),
+        *("STRIPS", "BLOCKS", "STRIPS_K", "BLOCKS_K"),
+        *("NUMEL_BEST", "NUMEL_LOST", "QUERY_PROGRAMS", "C"),
     ],
     do_not_specialize_on_alignment=["stride_c", "stride_w", "stride_kc", "stride_kw"],
 )
@@ -211,8 +212,6 @@ def pack_kernel(
     IMAGES,
     H,
     W,
-    HEIGHT,
-    WIDTH,
     BAND_HEIGHT,
     STRIP_WIDTH,
     PIECE,
@@ -231,8 +230,6 @@ def pack_kernel(
     IMAGES_K,
     HK,
     WK,
-    HEIGHT_K,
-    WIDTH_K,
     BAND_HEIGHT_K,
     STRIP_WIDTH_K,
     PIECE_K,

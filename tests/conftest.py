@@ -1,5 +1,6 @@
 """Fixtures for all tests: poisoned memory, seeds, threads, the device and backends under test."""
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import emulated
 from tests.processes import Processes
 from ttsr_fast import backends, build, plan
 
@@ -166,6 +168,14 @@ def _device() -> Iterator[None]:
     torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> ctypes.CDLL:
+    """The CUDA library, compiled for the CPU: every access is checked for its alignment."""
+    library = emulated.library()
+    torch.ops.load_library(library)
+    return ctypes.CDLL(str(library))
 
 
 @pytest.fixture

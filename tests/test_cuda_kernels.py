@@ -4,13 +4,12 @@ The tests of `gather_fold` and of `SearchTransfer` with these kernels in place o
 and what is theirs alone: the order in which threads run, long lists, indices outside the grid.
 """
 
-import ctypes
 import itertools
 
 import pytest
 import torch
 
-from tests import cases, emulated
+from tests import cases
 from tests.checks import assert_no_worse
 from tests.test_gather_fold import (  # noqa: F401  # run here as well
     oracle,
@@ -32,14 +31,6 @@ from tests.test_modules import test_dtypes, test_equals_the_oracle  # noqa: F401
 from ttsr_fast import backends, compiled, gather_fold, ops, reference
 
 each = pytest.mark.parametrize
-
-
-@pytest.fixture(scope="session")
-def emulator():
-    """The library, with every access checked for its alignment."""
-    library = emulated.library()
-    torch.ops.load_library(library)
-    return ctypes.CDLL(str(library))
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """The slab search of the CUDA library, run on the CPU thread by thread (see `emulated`)."""
 
-import ctypes
-
 import pytest
 import torch
 
-from tests import cases, emulated
+from tests import cases
 from tests.checks import assert_same_choice
 from tests.test_kernels import maps, run
 from ttsr_fast import Match, reference
@@ -17,13 +15,6 @@ pytestmark = [
     pytest.mark.usefixtures("cuda"),
     pytest.mark.filterwarnings("ignore:All-NaN slice encountered"),
 ]
-
-
-@pytest.fixture(scope="session")
-def emulator():
-    library = emulated.library()
-    torch.ops.load_library(library)
-    return ctypes.CDLL(str(library))
 
 
 @pytest.fixture
@@ -57,7 +48,6 @@ def test_strips_blocks_and_walks(monkeypatch, together, rows):
     monkeypatch.setattr(slab_search, "ROWS", rows)
     monkeypatch.setattr(slab_search, "QUERY_WIDTH", 6)
     monkeypatch.setattr(slab_search, "KEY_WIDTH", 10)
-    monkeypatch.setattr(slab_search, "LEADING", 4096)
     height = {1: 600, 2: 7}[together]  # more lines than a block has, or all in one
     monkeypatch.setattr(slab_search, "RING_BYTES", 60 * 4 * 4096)
     query, key = maps((2, 2, height, 5), (2, 2, 7, 19))

@@ -20,7 +20,7 @@ constexpr int64_t kHalo = 2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether every number is in [1, limit], so that none of their products with each other overflows.
+// Whether every number is in [1, limit).
 bool are_sizes(std::initializer_list<int64_t> sizes, int64_t limit = int64_t(1) << 31) {
   return std::ranges::all_of(sizes, [&](int64_t n) { return 0 < n && n < limit; });
 }
