@@ -32,21 +32,22 @@ LAW: dict[str, set[str]] = {
     "portable": {"torch"},
     "reference": {"torch"},
     "modules": {"functional", "torch"},
-    "model": {"modules", "torch", "safetensors"},
-    "images": {"imagecodecs", "numpy", "PIL", "tifffile", "torch"},
+    "model": {"files", "modules", "torch", "safetensors"},
+    "images": {"files", "imagecodecs", "numpy", "PIL", "tifffile", "torch"},
     "plan": {"model", "torch"},
     "inference": {"model", "plan", "references", "torch"},
     "detail": {"functional", "images", "references", "torch"},
-    "bank": {"detail", "images", "inference", "model", "plan", "safetensors", "torch"},
+    "bank": {"detail", "files", "images", "inference", "model", "plan", "safetensors", "torch"},
     "upscale": {"bank", "detail", "images", "inference", "model", "plan", "references", "torch"},
     "pictures": {"images", "numpy", "PIL", "torch"},
     "metrics": {"numpy", "skimage"},
-    "table": set(),
+    "table": {"files"},
+    "files": set(),
 }
 LAW["environment"] = {"__init__", "backends", "torch"}
-LAW["folders"] = {"images"}
-LAW["pairs"] = {"folders", "images", "numpy"}
-LAW["training"] = {"PIL", "folders", "images", "model", "numpy", "pairs", "torch"}
+LAW["folders"] = {"files", "images"}
+LAW["pairs"] = {"files", "folders", "images", "numpy"}
+LAW["training"] = {"PIL", "files", "folders", "images", "model", "numpy", "pairs", "torch"}
 LAW["evaluation"] = {"bank", "detail", "images", "inference", "metrics", "model", "numpy", "pairs"}
 LAW["evaluation"] |= {"pictures", "plan", "table", "team", "torch"}
 LAW["training"] |= {"accelerate", "omegaconf", "skimage"}

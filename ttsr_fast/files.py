@@ -1,0 +1,139 @@
+"""Files that appear whole or not at all, and errors that name them."""
+
+import errno
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+if sys.platform != "win32":
+    import fcntl
+
+_UNFINISHED = ".part"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+_OLD = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` when all of it is on the disk.
+
+    It is written under an unpredictable name of the same folder, which no other thread, process or
+    machine uses, and follows no link. The name is free again after an error; after a kill the next
+    `replacing` of the same path removes what is left.
+
+    Args:
+        path: a file in a folder that exists. A link there is replaced, not followed.
+
+    Raises:
+        OSError: the file cannot be written, such as on a full disk. The message names `path` and
+            the reason, and says if the file before it is still there.
+    """
+    path = Path(path)
+    unfinished: Path | None = None
+    try:
+        _remove_leftovers(path)
+        unfinished, file = _create(path)
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if sys.platform == "win32":  # which renames no open file
+                file.close()
+            os.replace(unfinished, path)
+            unfinished = None
+    except (OSError, RuntimeError) as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        kept = "; the one before it is still there" if path.is_file() else ""
+        raise _kind_of(error)(f"cannot write {path}: {reason}{kept}") from error
+    finally:
+        if unfinished is not None:
+            with suppress(OSError):
+                unfinished.unlink()
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file by `replacing`."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OSError if no file can be written at `path`, of whatever kind."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    try:
+        unfinished, file = _create(path)
+        file.close()
+        unfinished.unlink()
+    except OSError as error:
+        raise _kind_of(error)(
+            f"cannot write {path}: no file can be made in {path.parent} ({refusal(error)})"
+        ) from error
+
+
+def refusal(error: BaseException | None) -> str | None:
+    """Why the operating system refused, also where a library reports it in words of its own.
+
+    None for an error that does not come from the operating system.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            return "the disk is full" if full else os.strerror(error.errno)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _kind_of(error: BaseException) -> type[OSError]:
+    """PermissionError for a PermissionError, and likewise; OSError for what is none."""
+    return type(error) if isinstance(error, OSError) else OSError
+
+
+def _create(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside `path`, locked as long as it is open."""
+    while True:
+        unfinished = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}{_UNFINISHED}")
+        file = os.fdopen(os.open(unfinished, _NEW | _NO_LINK, 0o666), "wb")
+        _lock(file.fileno())
+        if os.fstat(file.fileno()).st_nlink > 0:  # not taken for a leftover before it was locked
+            return unfinished, file
+        file.close()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove unfinished files of killed processes, which no longer hold their lock."""
+    if sys.platform == "win32":  # nothing tells them from those of living processes
+        return
+    prefix = _prefix(path)
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            if not (name.startswith(prefix) and name.endswith(_UNFINISHED)):
+                continue
+            if len(name) != len(prefix) + 16 + len(_UNFINISHED):
+                continue
+            leftover = path.with_name(name)
+            with suppress(OSError), open(os.open(leftover, _OLD | _NO_LINK), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+
+
+def _lock(descriptor: int) -> None:
+    if sys.platform != "win32":
+        with suppress(OSError):  # a file system without locks, where leftovers stay
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _prefix(path: Path) -> str:
+    """Of the names of its unfinished files, cut so that they are not too long."""
+    encoded = os.fsencode(path.name)[:200]
+    return f".{os.fsdecode(encoded)}."
