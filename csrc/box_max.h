@@ -38,8 +38,13 @@ struct BoxMaxParams {
   void* score;           // best so far, at the tile's first column of row row_begin
   int64_t* index;
   int64_t score_stride;
-  void* workspace;  // WalkLayout::size() elements of the score, aligned to 64
+  void* workspace;      // WalkLayout::size() elements of the score, aligned to 64
+  const int32_t* stop;  // the walk ends when this is no longer 0; may be null
 };
+
+inline __attribute__((always_inline)) bool stopped(const int32_t* stop) {
+  return stop && __atomic_load_n(stop, __ATOMIC_RELAXED) != 0;
+}
 
 // What one instruction set offers.
 struct Isa {

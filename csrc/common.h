@@ -53,11 +53,21 @@ struct Maps {
   }
 };
 
+// Work that is worth a thread: on a busy machine, waking one up can take as long as a slice of its scheduler.
+constexpr double kNanosecondsPerThread = 30e3;
+
+// As many threads as the tasks are worth, which one thread does in so many nanoseconds, roughly.
+inline int64_t threads_for(int64_t tasks, double nanoseconds) {
+  const double worth = std::clamp(nanoseconds / kNanosecondsPerThread, 1.0, double(tasks));
+  return std::min<int64_t>(int64_t(worth), torch::stable::get_num_threads());
+}
+
 // Runs f(task, thread) for every task; threads take the next task as they finish, in ascending order.
 template <class F>
-void parallel_tasks(int64_t tasks, const F& f) {
+void parallel_tasks(int64_t tasks, double nanoseconds, const F& f) {
+  if (tasks <= 0) return;
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  const int64_t threads = threads_for(tasks, nanoseconds);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       for (int64_t task; (task = next.fetch_add(1)) < tasks;) f(task, thread);

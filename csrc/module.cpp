@@ -1,5 +1,6 @@
 // Registers the compiled kernels; their schemas are defined in ttsr_fast/ops.py.
 
+#include "check.h"
 #include "cpu/isa.h"
 #include "ops.h"
 
@@ -8,9 +9,15 @@ namespace {
 
 void cpp_search(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask, Tensor score,
                 Tensor index, int64_t kernel_size, int64_t padding, bool normalize_query, bool normalize_key,
-                double eps, bool add_eps, bool bfloat16) {
+                double eps, bool add_eps, bool bfloat16, const std::optional<Tensor>& stop) {
+  if (stop) {
+    check_type(*stop, ScalarType::Int, "stop");
+    check_shape(*stop, {1}, "stop");
+  }
+  check_patch(kernel_size, padding);
   search(query, key, key_mask, score, index,
-         {int(kernel_size), padding, normalize_query, normalize_key, eps, add_eps, bfloat16});
+         {int(kernel_size), padding, normalize_query, normalize_key, eps, add_eps, bfloat16,
+          stop ? static_cast<const int32_t*>(stop->const_data_ptr()) : nullptr});
 }
 
 void cpp_gather_fold(const Tensor& value, const Tensor& index, const std::optional<Tensor>& weight,

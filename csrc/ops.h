@@ -1,4 +1,5 @@
-// The operators that the library implements; see ttsr_fast/ops.py for their contracts.
+// The operators that the library implements; see ttsr_fast/ops.py for their contracts. All check their
+// arguments.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +15,14 @@ struct SearchOptions {
   bool normalize_query, normalize_key;
   double eps;
   bool add_eps;
-  bool bfloat16;  // round features to bfloat16 where the processor multiplies those
+  bool bfloat16;        // round features to bfloat16 where the processor multiplies those
+  const int32_t* stop;  // another thread sets it to end the search with an error; may be null
 
   // What a patch of that norm is divided by.
   double denominator(double norm) const { return add_eps ? norm + eps : std::max(norm, eps); }
 };
 
-// Fills score and index, both contiguous.
+// Fills score and index.
 void search(const Tensor& query,                    // [N, C, H, W]
             const Tensor& key,                      // [N or 1, C, HK, WK]
             const std::optional<Tensor>& key_mask,  // [N or 1, HKo, WKo]
@@ -34,8 +36,8 @@ struct GatherFoldOptions {
   std::string divisor;
 };
 
-// Sizes of value are multiples of the stride, index is contiguous; value and out of the first two are both
-// contiguous or both channels_last.
+// Values end with whole blocks; the rows of value and out of the first two are both contiguous, or their
+// pixels.
 void gather_fold(const Tensor& value,                  // [N or 1, C, HV, WV]
                  const Tensor& index,                  // [N, Ho, Wo]
                  const std::optional<Tensor>& weight,  // [N, Ho, Wo]

@@ -114,7 +114,7 @@ def test_index_outside_the_grid(backend, monkeypatch, outside):
     options = ([value], index, None, [out], [1], 3, 1, "area")
     with pytest.raises(RuntimeError, match="index outside the key grid"):
         compiled.cuda_gather_fold(*options)
-    monkeypatch.setenv(compiled.CHECK_INDEX_VARIABLE, "0")
+    monkeypatch.setenv(choosers.CHECK_INDEX_VARIABLE, "0")
     compiled.cuda_gather_fold(*options)
     expected = reference.gather_fold(value.double(), index.clamp(0, 11), weight)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)

@@ -163,7 +163,7 @@ print("finite", bool(out.isfinite().all()))
 @each(("check", "stops"), [("1", True), ("0", False)])
 def test_index_outside_the_grid(check, stops):
     """The kernel stops, which ends the process's use of CUDA, unless told not to look."""
-    environment = {**os.environ, compiled.CHECK_INDEX_VARIABLE: check}
+    environment = {**os.environ, choosers.CHECK_INDEX_VARIABLE: check}
     command = [sys.executable, "-c", OUTSIDE]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if stops:

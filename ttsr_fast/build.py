@@ -87,7 +87,10 @@ def compile_library(library: Path, *, cuda: bool = False) -> None:
 
     torch_folder = Path(torch.__file__).parent
     compiler = [*_compiler(cuda), *FLAGS, "-isystem", str(torch_folder / "include")]
-    compiler += [*NVCC_FLAGS, *_architectures()] if cuda else CXX_FLAGS
+    here = f"-fmacro-prefix-map={source_folder()}/="  # messages name a source, not its folder
+    compiler += (
+        [*NVCC_FLAGS, f"-Xcompiler={here}", *_architectures()] if cuda else [*CXX_FLAGS, here]
+    )
     compiler += shlex.split(os.environ.get("NVCCFLAGS" if cuda else "CXXFLAGS", ""))
     link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     library.parent.mkdir(parents=True, exist_ok=True)

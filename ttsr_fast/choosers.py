@@ -1,7 +1,32 @@
-"""The inverse of an index: which queries chose each key."""
+"""The index of a match: its check, and its inverse: which queries chose each key."""
+
+import os
 
 import torch
 from torch import Tensor
+
+CHECK_INDEX_VARIABLE = "TTSR_FAST_CHECK_INDEX"
+
+
+def checks_index() -> bool:
+    """Whether work on a GPU stops at an index outside the key grid."""
+    return os.environ.get(CHECK_INDEX_VARIABLE, "1") != "0"
+
+
+def check_index(index: Tensor, keys: int) -> None:
+    """Stop where an index is outside a grid of so many keys.
+
+    Raises:
+        ValueError: on the CPU. CUDA stops with an assertion, without synchronising the device.
+    """
+    if index.numel() == 0:
+        return
+    if index.device.type == "cpu":
+        low, high = (int(x) for x in index.aminmax())
+        if low < 0 or high >= keys:
+            raise ValueError(f"index must lie in [0, {keys}), got {low} to {high}")
+    elif index.is_cuda and checks_index():
+        torch._assert_async(((index >= 0) & (index < keys)).all())
 
 
 class Choosers:
@@ -41,6 +66,7 @@ class Choosers:
                 f"index and key grid must have less than 2**31 positions in all, got "
                 f"{self.index.numel()} and {rows}"
             )
+        check_index(self.index, keys)
         row = torch.arange(0, rows, keys, dtype=torch.int32, device=device)[:, None]
         row = (row + self.index.reshape(groups, -1).int()).flatten()
         ordered, order = torch.sort(row, stable=True)

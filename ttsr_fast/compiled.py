@@ -4,35 +4,71 @@ The library for the CPU takes rows or channels that lie side by side, as the res
 for CUDA reads channels side by side and writes either.
 """
 
-import os
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ttsr_fast import portable
-from ttsr_fast.choosers import Choosers
+from ttsr_fast.choosers import Choosers, checks_index
 
-CHECK_INDEX_VARIABLE = "TTSR_FAST_CHECK_INDEX"
+_LONG = 2e9  # products of numbers: 20 to 200 ms
+
+
+def _at_once(function: Callable[..., None], *arguments: Any) -> None:
+    function(*arguments, None)
+
+
+def interruptible(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function without holding up signal handlers, such as the one of Ctrl-C.
+
+    Python handles signals in its main thread, between bytecodes. The function therefore runs in
+    another thread, and the main thread waits. An exception out of a handler stops the function and
+    is raised when it has ended.
+
+    Args:
+        function: it releases the lock of the interpreter, and takes after `arguments` an int32
+            tensor [1] that is set to 1 to end it.
+        arguments: of the function.
+
+    Raises: what the function or a signal handler raises.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return _at_once(function, *arguments)
+    stop, ended = torch.zeros(1, dtype=torch.int32), threading.Event()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function(*arguments, stop)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=run, name="ttsr_fast search", daemon=True).start()
+    try:
+        ended.wait()
+    except BaseException:
+        stop.fill_(1)
+        ended.wait()
+        raise
+    if errors:
+        raise errors[0]
 
 
 def search(
     query, key, key_mask, score, index, kernel_size, padding, normalize, eps, add_eps, precision
 ):
-    torch.ops.ttsr_fast.cpp_search(
-        query,
-        key,
-        key_mask,
-        score,
-        index,
-        kernel_size,
-        padding,
-        normalize == "both",
-        normalize != "none",
-        eps,
-        add_eps,
-        precision == "bf16",
-    )
+    normalized = (normalize == "both", normalize != "none")
+    options = (kernel_size, padding, *normalized, eps, add_eps, precision == "bf16")
+    products = query.numel() * math.prod(key.shape[2:])
+    run = interruptible if products > _LONG else _at_once
+    run(torch.ops.ttsr_fast.cpp_search, query, key, key_mask, score, index, *options)
     if precision == "bf16" and query.dtype != torch.bfloat16:
         _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add_eps)
 
@@ -117,7 +153,7 @@ def cuda_gather_fold(values, index, weight, outs, strides, kernel_size, padding,
         padding,
         *_key_grid(values[0], strides[0], kernel_size, padding),
         divisor,
-        _check_index(),
+        checks_index(),
     )
 
 
@@ -137,7 +173,7 @@ def cuda_gather_fold_adjoint(
         begin, order = choosers.of(keys[0] * keys[1], batch)
         torch.ops.ttsr_fast.cuda_gather_fold_adjoint(
             [_channels_last(grads[level]) for level in levels],
-            choosers.index,
+            choosers.index.contiguous(),
             begin,
             order,
             _sum_weight(weight, grads[0]),
@@ -157,13 +193,8 @@ def cuda_gather_dot(value, grad, index, out, *options):
         index.contiguous(),
         out,
         *options,
-        _check_index(),
+        checks_index(),
     )
-
-
-def _check_index() -> bool:
-    """Whether the CUDA kernels stop at an index outside the key grid."""
-    return os.environ.get(CHECK_INDEX_VARIABLE, "1") != "0"
 
 
 def _sum_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ttsr_fast import ops
+from ttsr_fast import ops, transforms
 
 PRECISIONS = ("fp32", "fp16x3", "fp16", "bf16", "tf32")
 NORMALIZATIONS = ("both", "key", "none")
@@ -129,20 +129,9 @@ def search(
     if key_mask is not None:
         grid = [n + 2 * padding - kernel_size + 1 for n in key.shape[2:]]
         _check_mask(key_mask, key, grid)
-    return Match(
-        *ops.search(
-            query,
-            key,
-            key_mask,
-            kernel_size,
-            padding,
-            normalize,
-            float(eps),
-            add_eps,
-            precision,
-            backend,
-        )
-    )
+    run = transforms.Search.apply if transforms.active() else ops.search
+    options = (kernel_size, padding, normalize, float(eps), add_eps, precision, backend)
+    return Match(*run(query, key, key_mask, *options))
 
 
 def gather_fold(
@@ -228,7 +217,8 @@ def gather_fold(
                 f"weight must have the shape {_shape(index)} of index, got {_shape(weight)}"
             )
         _check_device("weight", weight, "value", value)
-    return ops.gather_fold(value, index, weight, stride, kernel_size, padding, divisor, backend)
+    run = transforms.GatherFold.apply if transforms.active() else ops.gather_fold
+    return run(value, index, weight, stride, kernel_size, padding, divisor, backend)
 
 
 def search_transfer(
@@ -270,6 +260,13 @@ def search_transfer(
             )
     if key_mask is not None:
         _check_mask(key_mask, key, list(key.shape[2:]))
+    if transforms.active():
+        options = {"precision": precision, "backend": backend}
+        match = search(query, key, key_mask=key_mask, **options)
+        return match, [
+            gather_fold(value, match.index, stride=stride, backend=backend)
+            for value, stride in zip(values, strides, strict=True)
+        ]
     score, index, textures = ops.search_transfer(
         query, key, key_mask, values, strides, precision, backend
     )
@@ -280,9 +277,10 @@ def _check_pair(query: Tensor, key: Tensor, precision: str | None) -> tuple[Tens
     """Query and key in one dtype, and the precision of their search."""
     _check_map("query", query)
     _check_map("key", key)
-    if torch.is_autocast_enabled(query.device.type):
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         if precision is None and query.dtype == torch.float32 == key.dtype:
-            precision = _LOW_PRECISION.get(torch.get_autocast_dtype(query.device.type))
+            precision = _LOW_PRECISION.get(torch.get_autocast_dtype(device))
         widest = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(widest), key.to(widest)
     _check_same("key", key, "query", query)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ttsr_fast import backends, portable, transfer
 from ttsr_fast.choosers import Choosers
@@ -31,6 +32,10 @@ search_backward = torch.ops.ttsr_fast.search_backward.default
 search_transfer = torch.ops.ttsr_fast.search_transfer.default
 search_transfer_backward = torch.ops.ttsr_fast.search_transfer_backward.default
 
+NO_SECOND_DERIVATIVE = (
+    "ttsr_fast: second derivatives of search and gather_fold are not implemented; "
+    "ttsr_fast.reference has the same operations in plain PyTorch, which differentiates twice"
+)
 # What TTSR fixes for its whole model: kernel_size, padding; normalize, eps, add_eps; divisor.
 TTSR_PATCH, TTSR_SCORE, TTSR_DIVISOR = (3, 1), ("both", 1e-12, False), "area"
 
@@ -210,11 +215,26 @@ def _in_fours(sizes: list[int]) -> list[list[int]]:
     return [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
 
 
+def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
+    """The operators drop tangents; `transforms` calls them where they carry none."""
+    for x in arguments:
+        if isinstance(x, list | tuple):
+            _refuse_tangents(tuple(x))
+        elif isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                "ttsr_fast: the operators of torch.ops.ttsr_fast have no forward-mode derivative, "
+                "and no forward-mode derivative of their gradient; ttsr_fast.search, "
+                "ttsr_fast.gather_fold and, for more, ttsr_fast.reference do"
+            )
+
+
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast has chosen the precision before; here it would round the steps in between."""
 
     @functools.wraps(function)
     def run(x: Tensor, *rest: Any) -> Any:
+        if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+            _refuse_tangents((x, *rest))
         if not torch.amp.is_autocast_available(x.device.type):
             return function(x, *rest)
         with torch.autocast(x.device.type, enabled=False):
@@ -330,10 +350,7 @@ def _no_setup(ctx, inputs, output):
 
 
 def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "ttsr_fast: second derivatives of search and gather_fold are not implemented; "
-        "ttsr_fast.reference has the same operations in plain PyTorch, which differentiates twice"
-    )
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 torch.library.register_autograd(

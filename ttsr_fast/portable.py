@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttsr_fast.choosers import check_index
+
 SLAB_BYTES = 64 << 20  # upper bound for one block of M, where one patch per column allows it
 
 
@@ -256,7 +258,8 @@ def _value_blocks(value: Tensor, index: Tensor, stride: int, kernel_size: int, p
     blocks = padded.unflatten(3, (width, stride)).unflatten(2, (height, stride))
     blocks = blocks.permute(0, 2, 4, 1, 3, 5).reshape(value.shape[0] * height * width, -1)
     shrink = kernel_size - 1 - 2 * padding
-    columns = value.shape[3] // stride - shrink
+    rows, columns = (size // stride - shrink for size in value.shape[2:])
+    check_index(index, rows * columns)
     row = index // columns * width + index % columns
     if value.shape[0] > 1:
         image = torch.arange(value.shape[0], device=index.device)

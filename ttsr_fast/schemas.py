@@ -42,7 +42,7 @@ LIBRARY.define("cpp_isa() -> str")
 LIBRARY.define(
     "cpp_search(Tensor query, Tensor key, Tensor? key_mask, Tensor(a!) score, Tensor(b!) index, "
     f"{_PATCH}, bool normalize_query, bool normalize_key, float eps, bool add_eps, "
-    "bool bfloat16) -> ()"
+    "bool bfloat16, Tensor? stop=None) -> ()"
 )
 LIBRARY.define(
     "cpp_gather_fold(Tensor value, Tensor index, Tensor? weight, Tensor(a!) out, "

@@ -204,7 +204,7 @@ void walk_rows(const BoxMaxParams& p) {
   const int64_t reach = kKernel - 1 - p.padding;
   const int64_t earliest = p.key_begin - p.delta_end + 1;
   const int64_t first = (p.row_begin > earliest ? p.row_begin : earliest) - p.padding;
-  for (int64_t y = first < 0 ? 0 : first; y < p.row_end + reach; ++y) {
+  for (int64_t y = first < 0 ? 0 : first; y < p.row_end + reach && !stopped(p.stop); ++y) {
     for (int64_t delta = p.delta_begin; delta < p.delta_end; ++delta) {
       const int64_t row = y - reach;
       const int64_t low = p.row_begin > p.key_begin - delta ? p.row_begin : p.key_begin - delta;

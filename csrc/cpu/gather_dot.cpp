@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../check.h"
 #include "transfer.h"
 
 namespace ttsr_fast {
@@ -22,6 +23,11 @@ struct Meeting {
 
 void gather_dot(const Tensor& value, const Tensor& grad, const Tensor& index, Tensor out,
                 const GatherFoldOptions& o) {
+  check_level(grad, value, index, o.stride, o);
+  check_index(index, o.key_height * o.key_width);
+  check_type(out, sum_type(value.scalar_type()), "the result");
+  check_shape(out, {index.size(0), index.size(1), index.size(2)}, "the result");
+  STD_TORCH_CHECK(out.is_contiguous(), "ttsr_fast: the result must be contiguous");
   const Transfer t = transfer_of(grad, value, index, o);
   const int64_t* chosen = static_cast<const int64_t*>(index.const_data_ptr());
   const int64_t patches = t.query.patches.size(), chunks = (patches + kPatches - 1) / kPatches;
@@ -30,7 +36,8 @@ void gather_dot(const Tensor& value, const Tensor& grad, const Tensor& index, Te
     using S = Sum<T>;
     const Maps<const T> values(value), grads(grad);
     S* const result = static_cast<S*>(out.mutable_data_ptr());
-    parallel_tasks(index.size(0) * chunks, [&](int64_t task, int64_t) {
+    const double products = double(index.numel()) * o.kernel_size * o.kernel_size * o.stride * o.stride;
+    parallel_tasks(index.size(0) * chunks, products * values.channels, [&](int64_t task, int64_t) {
       const int64_t n = task / chunks, first = task % chunks * kPatches;
       const int64_t count = std::min(kPatches, patches - first);
       std::vector<Meeting> meetings;

@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "../check.h"
 #include "../ops.h"
 #include "transfer.h"
 #include "weighted_sum.h"
@@ -74,7 +75,8 @@ void sum_each(const std::vector<Destination>& destinations, const std::vector<So
   const int64_t count = destinations.size(), tasks = kTasks * torch::stable::get_num_threads();
   // A task is as large as that allows: results that lie together come from one thread.
   const int64_t chunks = std::clamp<int64_t>(tasks / std::max<int64_t>(groups, 1), 1, count);
-  parallel_tasks(chunks * groups, [&](int64_t task, int64_t) {
+  const double nanoseconds = 0.3 * double(sources.size()) * block.size();
+  parallel_tasks(chunks * groups, nanoseconds, [&](int64_t task, int64_t) {
     const int64_t p = task / chunks * planes, chunk = task % chunks;
     const Extent part{std::min(planes, block.planes - p), block.rows, block.columns};
     for (int64_t d = chunk * count / chunks; d < (chunk + 1) * count / chunks; ++d) {
@@ -152,7 +154,7 @@ void fill(const Maps<const T>& in, const Maps<T>& out, int64_t n, const Grid& bl
     }
     sources.resize(size);
     const int64_t count = destinations.size();
-    parallel_tasks((count + kDestinations - 1) / kDestinations, [&](int64_t task, int64_t) {
+    parallel_tasks((count + kDestinations - 1) / kDestinations, 5.0 * size, [&](int64_t task, int64_t) {
       for (int64_t d = task * kDestinations; d < std::min(count, (task + 1) * kDestinations); ++d) {
         int64_t& end = destinations[d].end;
         list(blocks.position(first + d),
@@ -168,6 +170,9 @@ void fill(const Maps<const T>& in, const Maps<T>& out, int64_t n, const Grid& bl
 
 void gather_fold(const Tensor& value, const Tensor& index, const std::optional<Tensor>& weight, Tensor out,
                  const GatherFoldOptions& o) {
+  check_level(out, value, index, o.stride, o);
+  check_weight(weight, index);
+  check_index(index, o.key_height * o.key_width);
   const Transfer t = transfer_of(out, value, index, o);
   const PatchWeights weights(weight);
   const int64_t* chosen = static_cast<const int64_t*>(index.const_data_ptr());
@@ -194,6 +199,9 @@ void gather_fold(const Tensor& value, const Tensor& index, const std::optional<T
 
 void gather_fold_adjoint(const Tensor& grad, const Tensor& index, const std::optional<Tensor>& weight,
                          Tensor out, const GatherFoldOptions& o) {
+  check_level(grad, out, index, o.stride, o);
+  check_weight(weight, index);
+  check_index(index, o.key_height * o.key_width);
   const Transfer t = transfer_of(grad, out, index, o);
   const PatchWeights weights(weight);
   const int64_t* chosen = static_cast<const int64_t*>(index.const_data_ptr());

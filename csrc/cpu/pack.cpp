@@ -64,7 +64,8 @@ Packed::Packed(Side side_, const Tensor& x, Element element_, int kernel_size_, 
     }
     set_tiles(best);
   }
-  const int64_t row_bytes = set_tiles(tile_pixels) * depth * element_bytes(element);
+  for (int64_t t = 0; t < tiles; ++t) offset_.push_back(t ? offset_[t - 1] + stored_pixels(t - 1) : 0);
+  const int64_t row_bytes = (offset_.back() + stored_pixels(tiles - 1)) * depth * element_bytes(element);
   band = std::min(kBandBytes / row_bytes - kernel_size + 1, kBandPatches / grid_width);
   band = std::clamp<int64_t>(band, 1, grid_height);
   const int64_t image_rows = std::min(band + kernel_size - 1, height);
@@ -91,10 +92,8 @@ Tile Packed::tile(int64_t t) const {
   const int64_t first = tile_begin(t) - padding, start = std::max<int64_t>(first, 0);
   tile.left = start - first;
   tile.pixels = std::min(width, stop - padding + kernel_size - 1) - start;
-  int64_t before = 0;
-  for (int64_t u = 0; u < t; ++u) before += stored_pixels(u);
   tile.rows = static_cast<const char*>(rows_.const_data_ptr()) +
-              before * (row_end() - row_begin()) * depth * element_bytes(element);
+              offset_[t] * (row_end() - row_begin()) * depth * element_bytes(element);
   tile.row_stride = stored_pixels(t) * depth;
   return tile;
 }
@@ -121,7 +120,8 @@ void Packed::fill(const Tensor& x, int64_t n, int64_t begin_, int64_t end_) {
   end = end_;
   with_element(x, [&](auto element) {
     const Maps<const decltype(element)> maps(x);
-    parallel_tasks(row_end() - row_begin(),
+    const int64_t rows = row_end() - row_begin();
+    parallel_tasks(rows, double(rows) * width * channels,
                    [&](int64_t row, int64_t) { fill_row(maps, n, row_begin() + row); });
   });
 }

@@ -1,6 +1,8 @@
 // Copies of the features in the order in which the search kernel reads them.
 #pragma once
 
+#include <vector>
+
 #include "../common.h"
 #include "isa.h"
 
@@ -31,8 +33,9 @@ struct Packed {
   double patch_norm(int64_t y, int64_t x) const;  // of the patch at a grid position, as packed
 
  private:
-  Tensor rows_;     // [tiles][image rows of the band], tiles of unlike width
-  Tensor squared_;  // [image rows of the band][width] double: squared norm of every pixel
+  std::vector<int64_t> offset_;  // of every tile, in pixels of a row as stored
+  Tensor rows_;                  // [tiles][image rows of the band], tiles of unlike width
+  Tensor squared_;               // [image rows of the band][width] double: squared norm of every pixel
 
   int64_t row_begin() const { return std::max<int64_t>(begin - padding, 0); }
   int64_t row_end() const { return std::min(end - padding + kernel_size - 1, height); }

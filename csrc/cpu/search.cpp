@@ -3,8 +3,10 @@
 
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <vector>
 
+#include "../check.h"
 #include "../ops.h"
 #include "pack.h"
 
@@ -41,7 +43,8 @@ struct KeyWeights {
     const bool* mask = nullptr;
     if (key_mask) mask = static_cast<const bool*>(key_mask->const_data_ptr()) + n * key_mask->stride(0);
     std::atomic<int64_t> lowest{none};
-    parallel_tasks(key.end - key.begin, [&](int64_t row, int64_t) {
+    const int64_t rows = key.end - key.begin;
+    parallel_tasks(rows, 10.0 * rows * key.grid_width, [&](int64_t row, int64_t) {
       const int64_t y = key.begin + row;
       for (int64_t t = 0; t < key.tiles; ++t) {
         T* scales = static_cast<T*>(scale.mutable_data_ptr()) + begin[t] + row * stride[t];
@@ -81,7 +84,9 @@ void search_band(const Packed& query, const Packed& key, const KeyWeights<T>& we
   const int64_t group = group_of(o.kernel_size), groups = (delta_end - delta_begin + group - 1) / group;
   // A task is one query tile and one group of row offsets; keys ascend within a tile.
   const int64_t tasks = groups * query.tiles;
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  const double pairs = double(query.end - query.begin) * query.width * (key.end - key.begin) * key.width;
+  const double nanoseconds = pairs * (query.channels / 16.0 + 0.5);
+  const int64_t threads = threads_for(tasks, nanoseconds);
 
   const int64_t workspace =
       round_up(WalkLayout(query.tile(0), key.tile(0), o.kernel_size, key.lanes).size(group) * sizeof(T), 64);
@@ -95,7 +100,7 @@ void search_band(const Packed& query, const Packed& key, const KeyWeights<T>& we
     return Found<T>{reinterpret_cast<T*>(indices + patches), indices};
   };
 
-  parallel_tasks(threads, [&](int64_t thread, int64_t) {
+  parallel_tasks(threads, 5.0 * threads * patches, [&](int64_t thread, int64_t) {
     const Found<T> found = found_by(thread);
     for (int64_t j = 0; j < patches; ++j) {
       const double norm = query.patch_norm(query.begin + j / query.grid_width, j % query.grid_width);
@@ -104,7 +109,8 @@ void search_band(const Packed& query, const Packed& key, const KeyWeights<T>& we
     }
   });
 
-  parallel_tasks(tasks, [&](int64_t task, int64_t thread) {
+  parallel_tasks(tasks, nanoseconds, [&](int64_t task, int64_t thread) {
+    if (stopped(o.stop)) return;
     const int64_t q = task % query.tiles;
     const Found<T> found = found_by(thread);
     BoxMaxParams p;
@@ -121,6 +127,7 @@ void search_band(const Packed& query, const Packed& key, const KeyWeights<T>& we
     p.index = found.index + query.tile_begin(q);
     p.score_stride = query.grid_width;
     p.workspace = workspace_of(thread);
+    p.stop = o.stop;
     for (int64_t k = 0; k < key.tiles; ++k) {
       p.key = key.tile(k);
       p.scale = static_cast<const T*>(weights.scale.const_data_ptr()) + weights.begin[k];
@@ -133,7 +140,10 @@ void search_band(const Packed& query, const Packed& key, const KeyWeights<T>& we
     }
   });
 
-  parallel_tasks(query.end - query.begin, [&](int64_t row, int64_t) {
+  STD_TORCH_CHECK(!stopped(o.stop), "ttsr_fast: the search was interrupted");
+
+  const int64_t rows = query.end - query.begin;
+  parallel_tasks(rows, 3.0 * threads * patches, [&](int64_t row, int64_t) {
     for (int64_t j = row * query.grid_width; j < (row + 1) * query.grid_width; ++j) {
       for (int64_t thread = 0; thread < threads; ++thread) {
         const Found<T> found = found_by(thread);
@@ -170,6 +180,7 @@ void search_typed(const Tensor& query, const Tensor& key, const std::optional<Te
         search_band(q, k, weights, o, isa, fresh, scores, indices);
         fresh = false;
       }
+      STD_TORCH_CHECK(!fresh, "ttsr_fast: key_mask must leave at least one key position True in every image");
       if (!o.normalize_query) continue;
       for (int64_t j = 0; j < (q.end - q.begin) * q.grid_width; ++j) {
         const double norm = q.patch_norm(q.begin + j / q.grid_width, j % q.grid_width);
@@ -179,10 +190,38 @@ void search_typed(const Tensor& query, const Tensor& key, const std::optional<Te
   }
 }
 
+void check_search(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask,
+                  const Tensor& score, const Tensor& index, const SearchOptions& o) {
+  check_patch(o.kernel_size, o.padding);
+  check_map(query, "query");
+  check_map(key, "key");
+  check_type(key, query.scalar_type(), "key");
+  check_batch(key, query.size(0), "key");
+  STD_TORCH_CHECK(key.size(1) == query.size(1), "ttsr_fast: key must have the channels of query ",
+                  shape_of(query), ", got ", shape_of(key));
+  const auto grid = [&](const Tensor& x, int64_t axis, const char* name) {
+    return patches_of(x.size(axis), o.kernel_size, o.padding, name);
+  };
+  for (const auto& [out, type, name] :
+       {std::tuple{score, sum_type(query.scalar_type()), "score"}, {index, ScalarType::Long, "index"}}) {
+    check_type(out, type, name);
+    check_shape(out, {query.size(0), grid(query, 2, "query"), grid(query, 3, "query")}, name);
+    STD_TORCH_CHECK(out.is_contiguous(), "ttsr_fast: ", name, " must be contiguous");
+  }
+  const int64_t height = grid(key, 2, "key"), width = grid(key, 3, "key");
+  if (!key_mask) return;
+  check_type(*key_mask, ScalarType::Bool, "key_mask");
+  STD_TORCH_CHECK(key_mask->dim() == 3, "ttsr_fast: key_mask must be [N or 1, ", height, ", ", width,
+                  "], got ", shape_of(*key_mask));
+  check_batch(*key_mask, query.size(0), "key_mask");
+  check_shape(*key_mask, {key_mask->size(0), height, width}, "key_mask");
+}
+
 }  // namespace
 
 void search(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask, Tensor score,
             Tensor index, const SearchOptions& o) {
+  check_search(query, key, key_mask, score, index, o);
   if (query.scalar_type() == ScalarType::Double) {
     search_typed<double>(query, key, key_mask, score, index, o, Element::kDouble);
   } else {

@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "../check.h"
 #include "ops.h"
 #include "transfer.h"
 
@@ -121,6 +122,19 @@ void launch_levels(const std::vector<Tensor>& ins, const std::vector<Tensor>& ou
   }
 }
 
+// Every level of a call, each an output with its value.
+void check_levels(const std::vector<Tensor>& outputs, const std::vector<Tensor>& values, const Tensor& index,
+                  const std::optional<Tensor>& weight, const std::vector<int64_t>& strides,
+                  const PatchOptions& options) {
+  STD_TORCH_CHECK(!values.empty() && values.size() == outputs.size() && values.size() == strides.size(),
+                  "ttsr_fast: there must be a value, an output and a stride for every level, got ",
+                  values.size(), ", ", outputs.size(), " and ", strides.size());
+  for (size_t l = 0; l < values.size(); ++l) check_level(outputs[l], values[l], index, strides[l], options);
+  check_count(index.numel(), kMost, "query patches");
+  check_weight(weight, index);
+  STD_TORCH_CHECK(!weight || weight->is_contiguous(), "ttsr_fast: weight must be contiguous");
+}
+
 template <class T>
 const T* data_of(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
@@ -131,6 +145,7 @@ const T* data_of(const Tensor& x) {
 void gather_fold(const std::vector<Tensor>& values, const Tensor& index, const std::optional<Tensor>& weight,
                  const std::vector<Tensor>& outs, const std::vector<int64_t>& strides,
                  const PatchOptions& options, bool check_index) {
+  check_levels(outs, values, index, weight, strides, options);
   GatherFoldParams params{};
   params.index = data_of<int64_t>(index);
   params.check_index = check_index;
@@ -141,7 +156,18 @@ void gather_fold_adjoint(const std::vector<Tensor>& grads, const Tensor& index, 
                          const Tensor& order, const std::optional<Tensor>& weight,
                          const std::vector<Tensor>& outs, const std::vector<int64_t>& strides,
                          const PatchOptions& options) {
+  check_levels(grads, outs, index, weight, strides, options);
+  check_type(begin, ScalarType::Int, "begin");
+  check_type(order, ScalarType::Int, "order");
+  check_device(begin, index, "begin");
+  check_device(order, index, "order");
+  check_shape(begin, {outs[0].size(0) * options.key_height * options.key_width + 1}, "begin");
+  check_shape(order, {index.numel()}, "order");
+  STD_TORCH_CHECK(begin.is_contiguous() && order.is_contiguous(),
+                  "ttsr_fast: begin and order must be contiguous");
+  for (const Tensor& out : outs) check_batch(out, outs[0].size(0), "the gradient of a value");
   GatherFoldParams params{};
+  params.patches = int32_t(index.numel());
   params.begin = data_of<int32_t>(begin);
   params.order = data_of<int32_t>(order);
   launch_levels(grads, outs, strides, index, weight, options, params);
@@ -149,6 +175,11 @@ void gather_fold_adjoint(const std::vector<Tensor>& grads, const Tensor& index, 
 
 void gather_dot(const Tensor& value, const Tensor& grad, const Tensor& index, const Tensor& out,
                 int64_t stride, const PatchOptions& options, bool check_index) {
+  check_level(grad, value, index, stride, options);
+  check_type(out, sum_type(value.scalar_type()), "the result");
+  check_device(out, index, "the result");
+  check_shape(out, {index.size(0), index.size(1), index.size(2)}, "the result");
+  STD_TORCH_CHECK(out.is_contiguous(), "ttsr_fast: the result must be contiguous");
   const Guard guard(index.get_device_index());
   with_element(value, [&](auto element) {
     using T = decltype(element);

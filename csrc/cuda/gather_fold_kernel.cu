@@ -84,8 +84,8 @@ struct Takers {
         const Position at = keys.patch_of(block, tap / k, tap % k);
         if (block.x < keys.blocks.width && keys.patches.holds(at)) {
           const int32_t* of_key = p.begin + image * keys.patches.size() + keys.patches.index(at);
-          begin[tap] = of_key[0];
-          count = of_key[1] - of_key[0];
+          begin[tap] = min(max(of_key[0], 0), p.patches);
+          count = max(min(of_key[1], p.patches) - begin[tap], 0);
         }
       }
       int32_t sum = count;
@@ -114,6 +114,7 @@ struct Choosers {
     int32_t tap = 0;
     while (takers.before[tap + 1] <= source) ++tap;
     const int32_t patch = p.order[takers.begin[tap] + source - takers.before[tap]];
+    if (uint32_t(patch) >= uint32_t(p.patches)) return {-1, 0};
     const int32_t patches = t.query.patches.size(), image = uint32_t(patch) / uint32_t(patches);
     const Position at = t.output_block(patch - image * patches, tap / k, tap % k);
     if (!t.query.blocks.holds(at)) return {-1, 0};

@@ -25,7 +25,8 @@ struct PatchOptions {
   std::string divisor;
 };
 
-// The weights are of the type that values are summed in, and contiguous as the index is.
+// All check their arguments. The weights are of the type that values are summed in, and contiguous as the
+// index is.
 void gather_fold(const std::vector<Tensor>& values,    // levels of [N or 1, C, HV, WV]
                  const Tensor& index,                  // [N, Ho, Wo]
                  const std::optional<Tensor>& weight,  // [N, Ho, Wo]

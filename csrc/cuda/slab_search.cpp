@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 
+#include "../check.h"
 #include "ops.h"
 
 namespace ttsr_fast {
@@ -78,6 +79,7 @@ struct Search {
   int64_t depth, together, image_stride;
 
   void check(int64_t keys, int64_t walk_rows) const {
+    for (const Tensor* x : {&query_rows, &key_rows, &scale, &ring}) check_device(*x, best, "every tensor");
     STD_TORCH_CHECK((keys == 4 || keys == 8) && walk_rows > 0,
                     "ttsr_fast: a thread has 4 or 8 keys and walks down at least one row");
     STD_TORCH_CHECK(query_rows.scalar_type() == key_rows.scalar_type() &&

@@ -45,6 +45,7 @@ struct GatherFoldParams {
   bool check_index;
   const int32_t* begin;  // adjoint: where the query patches of every key patch begin in `order`;
   const int32_t* order;  // a value that serves the whole batch has one row of key patches, others one each
+  int32_t patches;       // in `order`
   const void* weight;    // Sum<T> of every query patch, or null
   int32_t levels;
   Level level[kMaxLevels];
