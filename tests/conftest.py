@@ -25,6 +25,7 @@ BACKENDS = os.environ.get("TTSR_FAST_TEST_BACKENDS", DEFAULT_BACKENDS).split(","
 # About the CPU, its memory or no device at all: left out where another device is under test.
 CPU_MODULES = {
     "test_backends",
+    "test_bank",
     "test_bench",
     "test_bench_gpu",
     "test_bench_sharded",

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 LAW: dict[str, set[str]] = {
     "__init__": {"bank", "certify", "functional", "modules", "model", "references", "upscale"},
     "__main__": {"cli"},
-    "functional": {"ops", "torch"},
+    "functional": {"ops", "torch", "transforms"},
+    "transforms": {"ops", "portable", "torch"},
     "ops": {"backends", "choosers", "portable", "schemas", "torch", "transfer"},
     "transfer": {"backends", "choosers", "portable", "torch"},
     "backends": {"build", "choosers", "compiled", "portable", "reference", "torch"},
@@ -29,17 +30,21 @@ LAW: dict[str, set[str]] = {
     "team": {"torch"},
     "certify": {"functional", "portable", "torch"},
     "compat": {"functional", "torch"},
-    "portable": {"torch"},
+    "portable": {"choosers", "torch"},
     "reference": {"torch"},
     "modules": {"functional", "torch"},
     "model": {"files", "modules", "torch", "safetensors"},
-    "images": {"files", "imagecodecs", "numpy", "PIL", "tifffile", "torch"},
+    "images": {"files", "image_files", "image_formats", "numpy", "torch"},
+    "image_files": {"files", "image_formats", "numpy"},
+    "image_formats": {"files", "imagecodecs", "numpy", "PIL", "tifffile"},
     "plan": {"model", "torch"},
-    "inference": {"model", "plan", "references", "torch"},
-    "detail": {"functional", "images", "references", "torch"},
-    "bank": {"detail", "files", "images", "inference", "model", "plan", "safetensors", "torch"},
+    "finite": {"torch"},
+    "inference": {"finite", "model", "plan", "references", "torch"},
+    "detail": {"finite", "functional", "images", "references", "torch"},
+    "bank": {"detail", "feature_cache", "images", "inference", "model", "plan", "torch"},
+    "feature_cache": {"files", "torch"},
     "upscale": {"bank", "detail", "images", "inference", "model", "plan", "references", "torch"},
-    "pictures": {"images", "numpy", "PIL", "torch"},
+    "pictures": {"files", "images", "numpy", "PIL", "torch"},
     "metrics": {"numpy", "skimage"},
     "table": {"files"},
     "files": set(),
@@ -49,7 +54,7 @@ LAW["folders"] = {"files", "images"}
 LAW["pairs"] = {"files", "folders", "images", "numpy"}
 LAW["training"] = {"PIL", "files", "folders", "images", "model", "numpy", "pairs", "torch"}
 LAW["evaluation"] = {"bank", "detail", "images", "inference", "metrics", "model", "numpy", "pairs"}
-LAW["evaluation"] |= {"pictures", "plan", "table", "team", "torch"}
+LAW["evaluation"] |= {"finite", "pictures", "plan", "table", "team", "torch"}
 LAW["training"] |= {"accelerate", "omegaconf", "skimage"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tests.test_upscale import LOW, REF, noise, smooth
-from ttsr_fast import inference, reference
-from ttsr_fast.bank import ReferenceBank
+from ttsr_fast import reference
 from ttsr_fast.images import downscale, to_tensor, upscale_bicubic
 from ttsr_fast.inference import super_resolve
 from ttsr_fast.model import TTSR
@@ -141,74 +140,6 @@ def test_progress_ends_every_stage(model):
     assert told[-4:] == [("search", n, 4) for n in (1, 2, 3, 4)]
 
 
-# --- a reference bank ---
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """The references whose features are made, as long as the test runs."""
-    calls = []
-    make = inference.reference_features
-    monkeypatch.setattr(
-        "ttsr_fast.bank.reference_features",
-        lambda model, ref, *rest: calls.append(list(ref.shape[2:])) or make(model, ref, *rest),
-    )
-    return calls
-
-
-def test_features_are_made_once(model, made):
-    bank = ReferenceBank(REFS)
-    first, second = (upscale(low, bank, model=model) for low in (LOW, LOW[2:, 1:]))
-    assert made == [[40, 52], [24, 60], [12, 12]]
-    expected = upscale(LOW[2:, 1:], REFS, model=model)
-    np.testing.assert_array_equal(second.image.pixels, expected.image.pixels)
-    upscale(LOW[..., 0], bank, model=model)  # with the references made grey
-    assert made[6:] == made[:3]
-    assert first.image.pixels.shape == (36, 48, 3)
-
-
-def test_a_cache_serves_the_next_bank(model, made, tmp_path):
-    results = [
-        upscale(LOW, ReferenceBank(REFS, cache=tmp_path / "new" / "cache"), model=model)
-        for _ in range(2)
-    ]
-    assert len(made) == 3 == len(list(tmp_path.rglob("*"))) - 2
-    np.testing.assert_array_equal(*(result.image.pixels for result in results))
-    assert torch.equal(*(result.score for result in results))
-    torch.manual_seed(3)
-    upscale(LOW, ReferenceBank(REFS, cache=tmp_path / "new" / "cache"), model=TTSR((1, 1, 1, 1), 8))
-    assert len(made) == 6, "another model has features of its own"
-
-
-@each("harm", ["torn", "empty", "foreign"])
-def test_files_that_cannot_be_used_are_made_anew(model, made, tmp_path, caplog, harm):
-    expected = upscale(LOW, ReferenceBank(REFS[:2], cache=tmp_path), model=model).image.pixels
-    one, other = tmp_path.iterdir()
-    if harm == "foreign":
-        one.write_bytes(other.read_bytes())
-    else:
-        one.write_bytes(one.read_bytes()[: 1000 if harm == "torn" else 0])
-    result = upscale(LOW, ReferenceBank(REFS[:2], cache=tmp_path), model=model).image.pixels
-    np.testing.assert_array_equal(result, expected)
-    assert len(made) == 3
-    (record,) = caplog.records
-    assert record.getMessage().startswith(f"the cache file {one} is made anew: ")
-    upscale(LOW, ReferenceBank(REFS[:2], cache=tmp_path), model=model)
-    assert len(made) == 3, "it is whole again"
-
-
-def test_a_cache_that_cannot_be_written_costs_no_picture(model, tmp_path, caplog, monkeypatch):
-    def full(*_, **__):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    result = upscale(LOW, ReferenceBank(REF, cache=tmp_path), model=model)
-    expected = upscale(LOW, REF, model=model)
-    np.testing.assert_array_equal(result.image.pixels, expected.image.pixels)
-    assert "could not be written: No space left on device" in caplog.text
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_bands_of_keys_are_searched_as_a_whole():
     query, keys = torch.randn(1, 4, 9, 8), [torch.randn(1, 4, 11, 7)]
     whole, bands = (search_references(query, keys, band=n) for n in (None, 2))
@@ -260,15 +191,8 @@ def test_convolutions_in_bfloat16_leave_the_search_alone(tile):
     assert 0 < off.max() <= 4 and off.mean() < 0.5
 
 
-def test_a_cache_keeps_types_apart(made, tmp_path):
+def test_bad_types_of_convolutions_are_refused():
     model = TTSR((1, 1, 1, 1), 8)
-    results = [
-        upscale(LOW, ReferenceBank(REF, cache=tmp_path), model=model, amp=amp)
-        for amp in (None, "bf16", None, "bf16")
-    ]
-    assert len(made) == 2
-    for first, second in (results[::2], results[1::2]):
-        np.testing.assert_array_equal(first.image.pixels, second.image.pixels)
     with pytest.raises(ValueError, match=r"amp must be None or one of \('bf16', 'fp16'\), got 'x'"):
         upscale(LOW, REF, model=model, amp="x")
     with pytest.raises(ValueError, match="amp is for method 'ttsr'"):

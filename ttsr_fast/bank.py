@@ -1,35 +1,38 @@
-"""References for many pictures: read once, and what a model makes of them once, or never again."""
+"""References for many images: read once, and their features made once, or never again."""
 
 import hashlib
-import logging
 import os
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ttsr_fast import images
 from ttsr_fast.detail import reference_pair
+from ttsr_fast.feature_cache import FeatureCache, Map
 from ttsr_fast.images import SCALE, Image
 from ttsr_fast.inference import Progress, ReferenceFeatures, reference_features
 from ttsr_fast.model import TTSR
-from ttsr_fast.plan import Plan
+from ttsr_fast.model.tiles import empty_map
+from ttsr_fast.plan import LEAST_TILE, Plan
 
-_FORMAT = "ttsr-fast reference features, version 1"
+_FORMAT = "ttsr-fast reference features, version 2"
 _LEAST = 3 * SCALE  # pixels: one patch of the search
-_NAMES = ("key", "lv1", "lv2", "lv3")
-
-_logger = logging.getLogger(__name__)
 
 
 class ReferenceBank:
     """References to give to `upscale` again and again, for the frames of a video or a folder.
 
     Features for method "ttsr" are made at the first use and kept: 8 KB (in float32) for every 4x4
-    pixels. With a `cache` they are written there and read the next time, also by other processes: a
-    safetensors file for each reference, whose name says what it was made from, picture and weights
-    of the texture extractor. Files that are torn, or not what their name says, are made anew, which
-    a log message says.
+    pixels. With a `cache` they are written there and read the next time, also by other processes:
+    a safetensors file for each reference. Results are the same to the bit with a cache and without.
+
+    A file is used only for the same reference image, weights of the texture extractor, type of its
+    convolutions, version of PyTorch, kind of processor and number of threads: each of these can
+    change the last bit of a feature. It is read into memory and its digest verified. A file that
+    is damaged is made again and replaced, with a log message; so a cache can be deleted any time.
+    If the folder cannot be written to, one log message says so.
 
     Args:
         refs: a reference, or several in a list or tuple: whatever `upscale` takes as one.
@@ -38,7 +41,6 @@ class ReferenceBank:
     Raises:
         TypeError, ValueError: no reference, one that is too small; and as `images.as_image`.
         OSError: the folder cannot be made.
-        ImportError: a cache without safetensors.
     """
 
     def __init__(self, refs: Any, *, cache: str | os.PathLike[str] | None = None) -> None:
@@ -56,10 +58,7 @@ class ReferenceBank:
         ]
         self._grey: list[Image] | None = None
         self._features: dict[tuple[Any, ...], list[ReferenceFeatures]] = {}
-        self._cache = None if cache is None else Path(cache)
-        if self._cache is not None:
-            _safetensors()
-            self._cache.mkdir(parents=True, exist_ok=True)
+        self._cache = None if cache is None else FeatureCache(cache)
 
     def pictures(self, *, grey: bool) -> list[Image]:
         """The references, made grey if that is asked for."""
@@ -84,17 +83,22 @@ class ReferenceBank:
         progress: Progress | None = None,
     ) -> list[ReferenceFeatures]:
         """What `model` searches and transfers, on `plan.store`; see `reference_features`."""
-        digest = _digest_of_weights(model)
-        made_from = (grey, amp, digest)
+        common = {
+            "format": _FORMAT,
+            "weights": _digest(model.LTE.state_dict().items()),
+            "convolutions": str(amp),
+            "computed": _numerics(model, plan, self.pictures(grey=grey)),
+        }
+        made_from = (grey, *common.values())
         if made_from not in self._features:
             self._features[made_from] = [
-                self._features_of(image, model, digest, plan, amp, progress)
+                self._features_of(image, model, plan, amp, progress, common)
                 for image in self.pictures(grey=grey)
             ]
         found = self._features[made_from]
         if found[0].key.device != plan.store:
             moved = [
-                ReferenceFeatures(key.to(plan.store), tuple(v.to(plan.store) for v in values))
+                ReferenceFeatures(_on(plan.store, key), tuple(_on(plan.store, v) for v in values))
                 for key, values in found
             ]
             self._features[made_from] = found = moved
@@ -104,27 +108,24 @@ class ReferenceBank:
         self,
         image: Image,
         model: TTSR,
-        digest: str,
         plan: Plan,
         amp: torch.dtype | None,
         progress: Progress | None,
+        common: dict[str, str],
     ) -> ReferenceFeatures:
+        dtype = model.MainNet.SFE.conv_head.weight.dtype
+        ref, refsr = (x.to(dtype) for x in reference_pair(image, (0, 0), torch.device("cpu")))
         if self._cache is None:
-            return _make(image, model, plan, amp, progress)
-        told = {
-            "format": _FORMAT,
-            "picture": _digest_of_picture(image),
-            "weights": digest,
-            "textures": str(amp),
-        }
-        name = hashlib.sha256("".join(told.values()).encode()).hexdigest()[:32]
-        path = self._cache / f"{name}.safetensors"
-        if path.is_file():
-            features = _read(path, told, image, plan)
-            if features is not None:
-                return features
-        features = _make(image, model, plan, amp, progress)
-        _write(path, told, features)
+            return reference_features(model, ref, refsr, plan, amp, progress)
+        made_from = {**common, "image": _digest([("ref", ref), ("refsr", refsr)])}
+        expected = _maps(image, dtype, amp)
+        maps = self._cache.read(made_from, expected)
+        if maps is not None:
+            key, *values = (_on(plan.store, x) for x in maps)
+            return ReferenceFeatures(key, tuple(values))
+        features = reference_features(model, ref, refsr, plan, amp, progress)
+        made = (features.key, *features.values)
+        self._cache.write(made_from, dict(zip(expected, made, strict=True)))
         return features
 
 
@@ -137,69 +138,48 @@ def _checked(image: Image, name: str) -> Image:
     return image
 
 
-def _make(
-    image: Image,
-    model: TTSR,
-    plan: Plan,
-    amp: torch.dtype | None,
-    progress: Progress | None,
-) -> ReferenceFeatures:
-    weight = model.MainNet.SFE.conv_head.weight
-    ref, refsr = (x.to(weight.dtype) for x in reference_pair(image, (0, 0), torch.device("cpu")))
-    return reference_features(model, ref, refsr, plan, amp, progress)
+def _maps(image: Image, dtype: torch.dtype, amp: torch.dtype | None) -> dict[str, Map]:
+    """The features of a reference, in the order of `ReferenceFeatures`."""
+    rows, columns = (size // SCALE for size in image.size)
+    values = amp or dtype
+    return {
+        "key": Map(dtype, 256, rows, columns),
+        "lv1": Map(values, 64, 4 * rows, 4 * columns),
+        "lv2": Map(values, 128, 2 * rows, 2 * columns),
+        "lv3": Map(values, 256, rows, columns),
+    }
 
 
-def _digest_of_picture(image: Image) -> str:
-    pixels = image.pixels
-    told = hashlib.sha256(f"{pixels.dtype} {pixels.shape} ".encode())
-    told.update(pixels.tobytes())
-    return told.hexdigest()
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of names, types, shapes and values."""
+    hasher = hashlib.sha256()
+    for name, x in tensors:
+        hasher.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
+        hasher.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
-def _digest_of_weights(model: TTSR) -> str:
-    """Of the texture extractor, on which alone the features of a reference depend."""
-    told = hashlib.sha256()
-    for name, x in model.LTE.state_dict().items():
-        told.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
-        told.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return told.hexdigest()
+def _numerics(model: TTSR, plan: Plan, references: list[Image]) -> str:
+    """What else the last bit of a feature depends on.
+
+    Windows count only where they are small on the CPU, as `plan.LEAST_TILE` explains. A GPU may
+    round otherwise in other windows, with a cache and without.
+    """
+    device = model.MainNet.SFE.conv_head.weight.device
+    facts = [torch.__version__, device.type]
+    if device.type == "cuda":
+        facts += [torch.cuda.get_device_name(device), str(torch.backends.cudnn.version())]
+        facts.append(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+    if device.type == "cpu":
+        facts.append(torch.backends.cpu.get_cpu_capability())
+        facts.append(f"{torch.get_num_threads()} threads")
+        facts.append(torch.backends.mkldnn.conv.fp32_precision)  # type: ignore[attr-defined]
+        largest = max(max(image.size) for image in references) // SCALE
+        if plan.tiles["LTE"] < min(LEAST_TILE, largest):
+            facts.append(f"windows of {plan.tiles['LTE']}")
+    return ", ".join(facts)
 
 
-def _read(path: Path, told: dict[str, str], image: Image, plan: Plan) -> ReferenceFeatures | None:
-    """Features from a file, None (and a message) if it does not hold them."""
-    grid = [size // SCALE for size in image.size]
-    try:
-        with _safetensors().safe_open(path, "pt") as file:
-            if file.metadata() != told:
-                raise ValueError("it is of another picture or model")
-            tensors = [file.get_tensor(name) for name in _NAMES]
-        for x, scale in zip(tensors, (1, 4, 2, 1), strict=True):
-            if list(x.shape[2:]) != [scale * size for size in grid]:
-                raise ValueError("it holds maps of another size")
-    except Exception as error:  # what safetensors raises is no subclass of anything else
-        _logger.warning("the cache file %s is made anew: %s", path, error)
-        return None
-    key, *values = (x.to(plan.store) for x in tensors)
-    return ReferenceFeatures(key, tuple(values))
-
-
-def _write(path: Path, told: dict[str, str], features: ReferenceFeatures) -> None:
-    """The file appears whole or not at all; features are of use without it, too."""
-    maps = (features.key, *features.values)
-    tensors = {name: x.cpu().contiguous() for name, x in zip(_NAMES, maps, strict=True)}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        _safetensors().torch.save_file(tensors, unfinished, metadata=told)
-        os.replace(unfinished, path)
-    except Exception as error:  # as above; a full disk, for one
-        _logger.warning("the cache file %s could not be written: %s", path, error)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("a cache needs safetensors: pip install 'ttsr-fast[cli]'") from error
-    return safetensors
+def _on(store: torch.device, x: Tensor) -> Tensor:
+    """A map on `store`, laid out as if it had been made there: kernels round by layout."""
+    return x if x.device == store else empty_map(tuple(x.shape), x.dtype, store).copy_(x)

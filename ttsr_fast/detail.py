@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttsr_fast import images
+from ttsr_fast.finite import check_finite
 from ttsr_fast.functional import gather_fold, search
 from ttsr_fast.images import SCALE, Image
 from ttsr_fast.references import ReferenceMatch
@@ -31,6 +32,9 @@ def detail(
     What a place of a reference looks like when reduced depends on how it lies on the grid of 4x4
     pixels. So `refsr` is made and searched for every offset of that grid, and every patch takes the
     best match of all. The index of the match is that of a pixel of its reference.
+
+    Raises:
+        ValueError: the image or its scores hold NaN or infinity.
     """
     lr = source.to_tensor()
     lrsr = images.to_tensor(images.upscale_bicubic(source.pixels)).to(device)
@@ -71,6 +75,7 @@ def detail(
     for _ in range(_BACK_PROJECTIONS):
         sr = sr.clamp(-1, 1)
         sr = sr + images.resize_tensor(lr - images.resize_tensor(sr, source.size), size)
+    check_finite("the result holds", sr, score)
     return sr, ReferenceMatch(score, index, number)
 
 

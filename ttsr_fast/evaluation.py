@@ -15,6 +15,7 @@ from torch import Tensor
 from ttsr_fast import images, metrics
 from ttsr_fast.bank import ReferenceBank
 from ttsr_fast.detail import detail
+from ttsr_fast.finite import check_finite
 from ttsr_fast.images import SCALE, Image
 from ttsr_fast.inference import super_resolve
 from ttsr_fast.model import TTSR
@@ -79,7 +80,8 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: arguments that do not fit; a picture that is none, is damaged or too
-            small, with its name; no pair that could be evaluated; processes that do not agree.
+            small, with its name; NaN or infinity in weights or a result, with the likely reason;
+            no pair that could be evaluated; processes that do not agree.
         OSError: a file is missing, or a drawing cannot be written.
         RuntimeError: the backend asked for cannot run here; another process raised an error, which
             the message tells, or has ended.
@@ -247,7 +249,9 @@ def _enlarge(
         weight = model.MainNet.SFE.conv_head.weight
         lr, lrsr = (images.to_tensor(x).to(weight.dtype) for x in (low, bicubic))
         if not model.hard_attention:
-            return _pixels(model(lr.to(weight.device))[0]), None
+            (sr,) = model(lr.to(weight.device))
+            check_finite("the result holds", sr, model=model)
+            return _pixels(sr), None
         plan = plan_ttsr(model, size, sizes, max_memory=job.max_memory)
         sr, match = super_resolve(
             model,
@@ -268,8 +272,6 @@ def _enlarge(
 
 
 def _pixels(sr: Tensor) -> np.ndarray:  # [1, 3, H, W] -> [H, W, 3] uint8
-    if sr.isnan().any():
-        raise ValueError("the result holds NaN")
     return images.from_tensor(sr, np.empty((0, 0, 3), np.uint8))
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ttsr_fast.finite import check_finite
 from ttsr_fast.model import TTSR
 from ttsr_fast.model.tiles import Window, lte_in_tiles, main_net_in_tiles, windows
 from ttsr_fast.plan import Plan
@@ -41,11 +42,15 @@ def reference_features(
     """Features of a reference in [-1, 1], whose sides are multiples of 4, kept on `plan.store`.
 
     Textures are made and kept in the type `amp`, where it is given, and what is searched is not.
+
+    Raises:
+        ValueError: the features hold NaN or infinity, as `check_finite` explains.
     """
     stage = "references"
     (key,) = _features(model, refsr, [3], plan, plan.store, stage, progress)
     with _mixed(model, amp):
         values = _features(model, ref, [1, 2, 3], plan, plan.store, stage, progress, amp)
+    check_finite("the features of the reference hold", key, *values, model=model, amp=amp)
     return ReferenceFeatures(key, tuple(values))
 
 
@@ -65,6 +70,9 @@ def super_resolve(
     """The picture in [-1, 1], kept on `plan.store`, and where each of its details comes from.
 
     What `TTSR.forward` computes, with the best of several references.
+
+    Raises:
+        ValueError: the image or its scores hold NaN or infinity, as `check_finite` explains.
     """
     device = model.MainNet.SFE.conv_head.weight.device
     (query,) = _features(model, lrsr, [3], plan, device, "features", progress)
@@ -100,6 +108,7 @@ def super_resolve(
                 store=plan.store,
                 step=step,
             )
+    check_finite("the result holds", sr, match.score, model=model, amp=amp)
     return sr, match
 
 

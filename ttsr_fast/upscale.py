@@ -1,5 +1,6 @@
 """Pictures in, a picture out: x4 super-resolution with the help of references."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Result(NamedTuple):
     """An enlarged picture, and where its details come from.
 
     Attributes:
-        image: four times the size of `lr`, with its channels, depth, transparency, colour profile.
+        image: four times the size of `lr`, with its channels, depth, transparency, colour information.
         score: `[h, w]`, float32: for every pixel of `lr`, the cosine of the angle between its patch
             and the most similar one of all references, whose details it got.
         index: `[h, w]`, int64: the upper left one of the 4x4 pixels at the centre of that patch, as
@@ -94,8 +95,9 @@ def upscale(
         `Result(image, score, index, reference)`, on the CPU.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, a `max_memory` that is not enough; and all
-            that `images.as_image` raises.
+        TypeError, ValueError: arguments that do not fit, a `max_memory` that is not enough; NaN or
+            infinity in weights or result, with the likely reason, such as float16 that overflows;
+            and all that `images.as_image` raises.
         RuntimeError: the backend asked for cannot run here.
         ImportError: Pillow is not installed.
     """
@@ -132,10 +134,10 @@ def upscale(
         )
         kind = None if amp is None else AMP[amp]
         sr, match = _ttsr(source, bank, model, plan, precision, backend, kind, progress)
-    image = Image(
-        images.from_tensor(sr, source.pixels),
-        None if source.alpha is None else images.upscale_bicubic(source.alpha),
-        source.icc_profile,
+    image = replace(  # colour information is kept
+        source,
+        pixels=images.from_tensor(sr, source.pixels),
+        alpha=None if source.alpha is None else images.upscale_bicubic(source.alpha),
     )
     return Result(image, *(x[0].cpu() for x in match))
 
