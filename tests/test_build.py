@@ -4,6 +4,7 @@ What nvcc makes of the kernels in CUDA is in `test_cuda_library.py`; here it is 
 """
 
 import ctypes
+import os
 import re
 import shlex
 import sys
@@ -192,3 +193,28 @@ def test_sources_of_the_repository() -> None:
     together = {*build.sources(), *build.sources(cuda=True)}
     assert {folder / "module.cpp", folder / "cuda/gather_fold_kernel.cu"} < together
     assert together == {path for path in folder.rglob("*.c*") if path.is_file()}
+
+
+def test_a_library_that_others_can_write_is_neither_loaded_nor_built(
+    write_source: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(f"{ANSWER} return 1; }}")
+    before = os.umask(0o002)  # where a group is a user's own by default
+    try:
+        library = build.build_library()
+    finally:
+        os.umask(before)
+    assert build.cached_library() == library
+    for path in (library, library.parent, library.parent.parent):
+        path.chmod(0o775)
+        with pytest.warns(UserWarning, match=f"{path} can be written to by other users"):
+            assert build.cached_library() is None
+        with pytest.raises(RuntimeError, match="other users; name another folder in TORCH_EXT"):
+            build.build_library()
+        path.chmod(0o755)
+    if os.getuid() == 0:  # whose files everyone trusts
+        os.chown(library, 1, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: library.stat().st_uid + 1)
+    with pytest.warns(UserWarning, match="belongs to another user"):
+        assert build.cached_library() is None

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -120,18 +121,49 @@ def build_library(*, cuda: bool = False) -> Path:
         The library, where `cached_library` finds it from then on.
 
     Raises:
-        RuntimeError: as `compile_library`.
+        RuntimeError: as `compile_library`; or other users can write to that place.
     """
     library = _cache_path(cuda)
+    for folder in (library.parent.parent, library.parent):
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    reason = _why_not_trusted(library)
+    if reason is not None:
+        raise RuntimeError(f"{reason}; name another folder in TORCH_EXTENSIONS_DIR")
     if not library.is_file():
         compile_library(library, cuda=cuda)
+        library.chmod(0o755)
     return library
 
 
 def cached_library(*, cuda: bool = False) -> Path | None:
-    """What `build_library` has compiled from these very sources, None if it has not."""
+    """What `build_library` has compiled from these very sources.
+
+    None if it has not, or if other users can write to the file or its folders, with a warning:
+    loading a library runs its code.
+    """
     library = _cache_path(cuda)
-    return library if library.is_file() else None
+    if not library.is_file():
+        return None
+    reason = _why_not_trusted(library)
+    if reason is None:
+        return library
+    warnings.warn(f"ttsr-fast does not load {library}: {reason}", stacklevel=2)
+    return None
+
+
+def _why_not_trusted(library: Path) -> str | None:
+    """Why a library in the cache may be the work of another user, None if it cannot be."""
+    if not hasattr(os, "getuid"):
+        return None
+    for path in (library.parent.parent, library.parent, library):
+        if not path.exists():
+            continue
+        status = path.stat()
+        if status.st_uid not in (0, os.getuid()):
+            return f"{path} belongs to another user"
+        if status.st_mode & 0o022:
+            return f"{path} can be written to by other users"
+    return None
 
 
 def _cache_path(cuda: bool) -> Path:

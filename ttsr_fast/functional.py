@@ -129,7 +129,7 @@ def search(
     if key_mask is not None:
         grid = [n + 2 * padding - kernel_size + 1 for n in key.shape[2:]]
         _check_mask(key_mask, key, grid)
-    run = transforms.Search.apply if transforms.active() else ops.search
+    run = transforms.search if transforms.active() else ops.search
     options = (kernel_size, padding, normalize, float(eps), add_eps, precision, backend)
     return Match(*run(query, key, key_mask, *options))
 
@@ -217,7 +217,7 @@ def gather_fold(
                 f"weight must have the shape {_shape(index)} of index, got {_shape(weight)}"
             )
         _check_device("weight", weight, "value", value)
-    run = transforms.GatherFold.apply if transforms.active() else ops.gather_fold
+    run = transforms.gather_fold if transforms.active() else ops.gather_fold
     return run(value, index, weight, stride, kernel_size, padding, divisor, backend)
 
 
@@ -261,10 +261,11 @@ def search_transfer(
     if key_mask is not None:
         _check_mask(key_mask, key, list(key.shape[2:]))
     if transforms.active():
-        options = {"precision": precision, "backend": backend}
-        match = search(query, key, key_mask=key_mask, **options)
+        options = (*ops.TTSR_PATCH, *ops.TTSR_SCORE, precision, backend)
+        match = Match(*transforms.search(query, key, key_mask, *options))
+        options = (*ops.TTSR_PATCH, ops.TTSR_DIVISOR, backend)
         return match, [
-            gather_fold(value, match.index, stride=stride, backend=backend)
+            transforms.gather_fold(value, match.index, None, stride, *options)
             for value, stride in zip(values, strides, strict=True)
         ]
     score, index, textures = ops.search_transfer(

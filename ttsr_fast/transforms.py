@@ -2,7 +2,7 @@
 
 PyTorch has no way to register a forward-mode derivative for an operator of a library, and its
 reverse-mode one does not work under torch.func. `autograd.Function` has both, so under these
-transforms the operators are called through the classes below; `functional` does that.
+transforms `functional` calls the two functions below.
 """
 
 from typing import Any
@@ -17,9 +17,19 @@ from ttsr_fast import ops, portable
 
 def active() -> bool:
     """Whether tensors may carry tangents or belong to a transform of torch.func."""
-    if torch.compiler.is_compiling():
-        return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+@torch.compiler.disable  # whose tracer knows tangents of operators alone
+def search(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`ops.search` under a transform."""
+    return Search.apply(*arguments)
+
+
+@torch.compiler.disable
+def gather_fold(*arguments: Any) -> Tensor:
+    """`ops.gather_fold` under a transform."""
+    return GatherFold.apply(*arguments)
 
 
 class Search(autograd.Function):

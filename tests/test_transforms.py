@@ -1,0 +1,180 @@
+"""Forward-mode derivatives and torch.func, held to autograd through the reference."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tests import cases
+from ttsr_fast import SearchTransfer, gather_fold, ops, reference, search
+
+each = pytest.mark.parametrize
+SEARCHES = {
+    "ttsr": {},
+    "one_key": {"key_batch": 1},
+    "key": {"normalize": "key", "kernel_size": 5},
+    "none": {"normalize": "none", "padding": 0},
+    "added_eps": {"eps": 0.3, "add_eps": True},
+    "norm_below_eps": {"eps": 2.0},
+}
+
+
+def doubles(*size: int) -> Tensor:
+    return torch.randn(size, dtype=torch.float64)
+
+
+@pytest.fixture(params=SEARCHES.values(), ids=SEARCHES.keys())
+def functions(request, backend):
+    """`search` and the oracle as functions of query and key, and these."""
+    options = {"kernel_size": 3, **request.param}
+    key_batch = options.pop("key_batch", 2)
+    plain = {"padding": options["kernel_size"] // 2, **options}
+    return (
+        lambda q, k: search(q, k, backend=backend, **options).score,
+        lambda q, k: reference.search(q, k, **plain)[0],
+        (doubles(2, 3, 6, 7), doubles(key_batch, 3, 5, 8)),
+    )
+
+
+def test_tangent_of_search(functions):
+    ours, oracle, maps = functions
+    tangents = tuple(torch.randn_like(x) for x in maps)
+    for function in (
+        lambda f: f,
+        lambda f: lambda q, k: f(q, maps[1]),
+        lambda f: lambda q, k: f(maps[0], k),
+    ):
+        actual = torch.func.jvp(function(ours), maps, tangents)
+        expected = torch.func.jvp(function(oracle), maps, tangents)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+        assert expected[1].abs().max() > 0.1
+
+
+def test_gradient_of_search_by_torch_func(functions):
+    ours, oracle, maps = functions
+    weight = doubles(*oracle(*maps).shape)
+    actual, expected = (
+        torch.func.grad(lambda q, k, f=f: (f(q, k) * weight).sum(), argnums=(0, 1))(*maps)
+        for f in (ours, oracle)
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+@each("stride, divisor", [(1, "area"), (2, "overlap")])
+def test_tangent_and_gradient_of_gather_fold(backend, stride, divisor):
+    value, weight = doubles(1, 2, 5 * stride + 1, 6 * stride), doubles(2, 4, 3)
+    index = cases.random_index(value.shape, (2, 4, 3), stride)
+    options = {"stride": stride, "divisor": divisor}
+    plain = {"kernel_size": 3, "padding": 1, **options}
+    inputs, tangents = (value, weight), (torch.randn_like(value), torch.randn_like(weight))
+
+    def ours(v: Tensor, w: Tensor) -> Tensor:
+        return gather_fold(v, index, weight=w, backend=backend, **options)
+
+    def oracle(v: Tensor, w: Tensor) -> Tensor:
+        return reference.gather_fold(v, index, w, **plain)
+
+    actual, expected = (torch.func.jvp(f, inputs, tangents) for f in (ours, oracle))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    actual, expected = (
+        torch.func.grad(lambda v, w, f=f: f(v, w).square().sum(), argnums=(0, 1))(*inputs)
+        for f in (ours, oracle)
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+def test_dual_numbers_through_the_module(backend):
+    """forward_ad without torch.func; the module's one operator becomes several."""
+    maps = [doubles(1, 3, 5, 6), doubles(1, 3, 4, 7)]
+    levels = [doubles(1, 2, 4 * s, 7 * s) for s in (4, 2, 1)]
+    inputs = (maps[0], maps[1], *levels)
+    tangents = [torch.randn_like(x) for x in inputs]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        outs = SearchTransfer(backend=backend)(*duals)
+        actual = [forward_ad.unpack_dual(out).tangent for out in outs]
+        score, texture_3, texture_2, texture_1 = outs
+
+    def oracle(q: Tensor, k: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        score, index = reference.search(q, k)
+        folds = [
+            reference.gather_fold(v, index, stride=s)
+            for v, s in zip(values, (4, 2, 1), strict=True)
+        ]
+        return score.unsqueeze(1), *folds[::-1]
+
+    expected = torch.func.jvp(oracle, inputs, tuple(tangents))
+    for x, y in zip((score, texture_3, texture_2, texture_1), expected[0], strict=True):
+        torch.testing.assert_close(forward_ad.unpack_dual(x).primal, y, rtol=0, atol=1e-11)
+    torch.testing.assert_close(actual, list(expected[1]), rtol=0, atol=1e-11)
+
+
+def test_tangents_of_lower_precision():
+    query, key = torch.randn(1, 8, 6, 7), torch.randn(1, 8, 5, 5)
+    tangent = torch.randn_like(query)
+    index = search(query.bfloat16(), key.bfloat16()).index
+
+    def oracle(q: Tensor) -> Tensor:
+        products = reference.gather_dot(key.bfloat16().double(), q, index, divisor="none")
+        q_norm, k_norm = (
+            torch.nn.functional.unfold(x, 3, padding=1).norm(dim=1)
+            for x in (q, key.bfloat16().double())
+        )
+        return products / q_norm.view_as(products) / k_norm[0][index]
+
+    def ours(q: Tensor) -> Tensor:
+        return search(q, key.bfloat16()).score
+
+    actual = torch.func.jvp(ours, (query.bfloat16(),), (tangent.bfloat16(),))[1]
+    rounded = query.bfloat16().double(), tangent.bfloat16().double()
+    expected = torch.func.jvp(oracle, rounded[:1], rounded[1:])[1]
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-3)
+
+
+def test_what_has_no_derivative_says_so(backend):
+    query, key = doubles(1, 2, 5, 6), doubles(1, 2, 4, 5)
+    index = search(query, key, backend=backend).index
+
+    def loss(q: Tensor) -> Tensor:
+        return search(q, key, backend=backend).score.square().sum()
+
+    for twice in (
+        lambda: torch.func.jvp(torch.func.grad(loss), (query,), (torch.ones_like(query),)),
+        lambda: torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(query),
+    ):
+        with pytest.raises(RuntimeError, match="second derivatives of search and gather_fold"):
+            twice()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        for call in (
+            lambda: ops.search(dual, key, None, 3, 1, "both", 1e-12, False, "fp64", backend),
+            lambda: ops.gather_dot(key, dual, index, 1, 3, 1, "area", backend),
+            lambda: ops.search_transfer(
+                query, key, None, [dual[..., :4, :5]], [1], "fp64", backend
+            ),
+        ):
+            with pytest.raises(RuntimeError, match="have no forward-mode derivative"):
+                call()
+
+
+def test_compiled_function_under_a_transform():
+    query, key = torch.randn(1, 2, 5, 6), torch.randn(1, 2, 4, 5)
+    tangent = torch.randn_like(query)
+
+    def tangent_of(q: Tensor) -> Tensor:
+        return torch.func.jvp(lambda x: search(x, key).score, (q,), (tangent,))[1]
+
+    expected = tangent_of(query)
+    torch._dynamo.reset()
+    actual = torch.compile(tangent_of, backend="aot_eager")(query)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_meta_tensors():
+    query, key = torch.empty(2, 4, 6, 7, device="meta"), torch.empty(1, 4, 5, 8, device="meta")
+    score, index = search(query, key, kernel_size=5, padding=0)
+    assert (score.shape, score.dtype, score.device.type) == ((2, 2, 3), torch.float32, "meta")
+    assert (index.shape, index.dtype, index.device.type) == ((2, 2, 3), torch.int64, "meta")
+    value = torch.empty(1, 3, 10, 17, dtype=torch.float16, device="meta")
+    out = gather_fold(value, index, stride=2, kernel_size=5, padding=0)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 3, 12, 14), torch.float16, "meta")
