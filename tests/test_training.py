@@ -1,5 +1,7 @@
 """The trainer: what its steps compute, by whatever search and in however many processes."""
 
+import math
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -238,6 +240,7 @@ def test_validation_is_the_psnr_of_bytes(config, data):
     trainer.run()
     assert trainer.state.validation.bicubic == pytest.approx(sum(expected) / len(items), rel=1e-5)
     assert psnr(items[0]["hr"], items[0]["hr"]) == float("inf")
+    assert math.isnan(psnr(torch.full_like(items[0]["hr"], torch.nan), items[0]["hr"]))
 
 
 def test_processes_share_every_batch():

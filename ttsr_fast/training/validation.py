@@ -56,9 +56,11 @@ def psnr(
     x: Tensor,  # [3, H, W]
     y: Tensor,  # [3, H, W]
 ) -> float:
-    """In dB, of images in [-1, 1]; infinite for equal ones."""
+    """In dB, of images in [-1, 1]; infinite for equal ones, NaN for one that holds NaN."""
     from skimage.metrics import peak_signal_noise_ratio
 
+    if x.isnan().any() or y.isnan().any():  # 8 bits would hide it
+        return float("nan")
     with np.errstate(divide="ignore"):
         return float(peak_signal_noise_ratio(to_bytes(y), to_bytes(x), data_range=255))
 
