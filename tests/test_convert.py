@@ -2,6 +2,8 @@
 
 import os
 import re
+import resource
+import signal
 
 import pytest
 import torch
@@ -150,14 +152,18 @@ def test_bad_input_is_refused_and_nothing_is_written(folder, arguments, message)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_full_disk_leaves_the_older_file(folder, monkeypatch):
-    (folder / "out.pt").write_text("older")
-
-    def fail(content, path):
-        path.write_text("half of it")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    assert_refused(run("official.pt", "out.pt"), "No space left on device")
-    assert (folder / "out.pt").read_text() == "older"
+@each("name", ["out.pt", "out.safetensors"])
+def test_a_file_that_cannot_be_written_leaves_the_older(folder, name):
+    """The kernel refuses to write more than 16 KiB, as it would on a full disk."""
+    (folder / name).write_text("older")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, before[1]))
+    try:
+        result = run("official.pt", name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert_refused(result, f"cannot write {name}: File too large; the one before it is still there")
+    assert (folder / name).read_text() == "older"
     assert len(list(folder.iterdir())) == 4

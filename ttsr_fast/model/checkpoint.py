@@ -3,17 +3,20 @@
 Files are read as tensors only (`weights_only=True` or safetensors): no code in a file is ever run.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ttsr_fast.model import tensor_files
 from ttsr_fast.model.ttsr import TTSR
+
+_logger = logging.getLogger(__name__)
 
 # How names start, official and mmagic's; what follows is the same in both.
 _MMAGIC_NAMES = {
@@ -68,7 +71,20 @@ _IGNORED = (
     "perceptual_loss.",
     "transferal_perceptual_loss.",
     "step_counter",
+    "n_averaged",
 )
+
+# Where files keep the tensors, first choice first. In BasicSR's, and in those with `g_ema`, the
+# average is the result by convention; elsewhere it is not.
+_CONTAINERS = (
+    *("state_dict", "params_ema", "params", "model_state_dict", "model", "generator", "net_g"),
+    *("g_ema", "g", "net", "network", "module", "weights", "ema", "model_ema", "state_dict_ema"),
+)
+_DEPTH = 4  # containers in containers
+
+# What wrappers put before all names of a model, and before those of a part.
+_WRAPPERS = {"module", "model", "net", "network"}
+_PART_WRAPPERS = r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 
 
 def load_model(
@@ -81,9 +97,10 @@ def load_model(
 ) -> TTSR:
     """A trained model in evaluation mode, on the CPU, in the default dtype.
 
-    Takes the official file (with or without `module.` before its names), mmagic's, and what
-    `save_model` writes. Channels, numbers of residual blocks, and whether there are hard attention
-    and CSFI, are read off the tensors.
+    Takes the official file, mmagic's, and what `save_model` writes. Names may have the prefixes of
+    wrappers (`module.`, `_orig_mod.`), and the tensors may lie in a container, see `read_tensors`.
+    Channels, numbers of residual blocks, and whether there are hard attention and CSFI, are read
+    off the tensors.
 
     Args:
         path: `.safetensors`, or any other suffix for a file written by `torch.save`.
@@ -93,14 +110,17 @@ def load_model(
         backend: as for `ttsr_fast.search`.
 
     Raises:
-        RuntimeError: the file cannot be read, or safetensors is not installed.
+        RuntimeError: the file cannot be read or is damaged, or safetensors is not installed.
         ValueError: the file holds something else than the tensors of a TTSR; the message says which
-            are missing, superfluous or of the wrong shape.
+            are missing, superfluous or of the wrong shape, or hold NaN or infinity.
     """
     state = _official(read_tensors(path))
     options = {"soft_attention": soft_attention, "precision": precision, "backend": backend}
     model = _empty_model(state, path, res_scale=res_scale, **options)
     model.to_empty(device="cpu").load_state_dict(state)
+    bad = [name for name, x in model.state_dict().items() if not x.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path} holds NaN or infinity in {len(bad)} tensors ({_some(bad)})")
     return model.eval()
 
 
@@ -115,13 +135,14 @@ def save_model(model: TTSR, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: `model` is no TTSR.
         ValueError: another suffix, or no such folder.
+        OSError: the file cannot be written; the message names it and the reason.
         RuntimeError: safetensors is not installed.
     """
     if not isinstance(model, TTSR):
         raise TypeError(f"model must be a TTSR, unwrapped, got {type(model).__name__}")
     path = _checked_path(path)
     state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    _write(state, path)
+    tensor_files.save(state, path)
 
 
 def convert_checkpoint(
@@ -164,7 +185,7 @@ def convert_checkpoint(
     state = {name: state[name].clone(memory_format=torch.contiguous_format) for name in names}
     if half:
         state = {name: _halved(name, x) for name, x in state.items()}
-    _write(state if to == "official" else {"state_dict": to_mmagic(state)}, path)
+    tensor_files.save(state if to == "official" else {"state_dict": to_mmagic(state)}, path)
     return [name for name in _unwrapped(tensors) if name.startswith(_IGNORED)]
 
 
@@ -173,36 +194,55 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Args:
         path: `.safetensors`, or any other suffix for a file written by `torch.save`: a dict of
-            tensors, or a dict with one under `"state_dict"`.
+            tensors, or a dict with one under `"state_dict"`, `"params_ema"`, `"params"`, `"model"`
+            or another usual name. Of several a warning says which was taken.
 
     Raises:
-        RuntimeError: the file cannot be read, or safetensors is not installed.
+        RuntimeError: the file cannot be read or is damaged, or safetensors is not installed.
         ValueError: the file holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise RuntimeError(f"cannot read {path}: no such file")
-    safetensors = _safetensors() if path.suffix == ".safetensors" else None
-    try:
-        if safetensors:
-            content = safetensors.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise almost anything
-        raise RuntimeError(
-            f"cannot read {path}: it is damaged, is no checkpoint, or holds Python objects beside "
-            "tensors, which are not loaded because they can run code"
-        ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
-    ):
+    content, place = _contained(tensor_files.load(path), path)
+    if not _is_state(content):
         raise ValueError(
-            f"{path} must hold a dict of tensors by name, alone or under 'state_dict', "
-            f"got a {type(content).__name__} of something else"
+            f"{path} must hold a dict of tensors by name, alone or under 'state_dict', 'params', "
+            f"'model' or the like, got {_described(content)}{place}"
         )
+    odd = [name for name, x in content.items() if not _is_plain(x)]
+    if odd:
+        raise ValueError(f"{path} must hold dense tensors with values, got others ({_some(odd)})")
     return dict(content)
+
+
+def _contained(content: Any, path: str | os.PathLike[str]) -> tuple[Any, str]:
+    """What the containers of a file hold, and words for where it was."""
+    place = ""
+    for _ in range(_DEPTH):
+        if not isinstance(content, dict) or _is_state(content):
+            break
+        found = [name for name in _CONTAINERS if isinstance(content.get(name), dict)]
+        if not found:
+            break
+        if len(found) > 1:
+            _logger.warning("%s: '%s' is taken, not '%s'", path, found[0], "', '".join(found[1:]))
+        content, place = content[found[0]], f" under '{found[0]}'"
+    return content, place
+
+
+def _is_state(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.layout == torch.strided and not (x.is_meta or x.is_quantized or x.is_nested)
+
+
+def _described(content: Any) -> str:
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    keys = [f"{str(key)[:60]!r}: {type(value).__name__}" for key, value in content.items()]
+    return f"a dict of {len(keys)} ({_some(keys)})"
 
 
 def to_mmagic(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -233,6 +273,7 @@ def _official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _empty_model(state: Mapping[str, Tensor], path: str | os.PathLike[str], **options: Any) -> TTSR:
     """A model on "meta" that fits these tensors, or an error that says why none does."""
+    _check_sizes(state, path)
     num_res_blocks, n_feats = _sizes(state)
     with torch.device("meta"):
         model = TTSR(
@@ -248,11 +289,32 @@ def _empty_model(state: Mapping[str, Tensor], path: str | os.PathLike[str], **op
     return model
 
 
+def _check_sizes(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse tensors with more values than the file has for them, before memory is taken."""
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.values()
+    }
+    sizes = {name: x.numel() * x.element_size() for name, x in state.items()}
+    large = [n for n, x in state.items() if sizes[n] > x.untyped_storage().nbytes()]
+    if large or sum(sizes.values()) > sum(storages.values()):
+        claims = [f"{name} {list(state[name].shape)}" for name in large or sizes]
+        raise ValueError(
+            f"{path} holds {sum(storages.values())} bytes of tensors, and its shapes need more "
+            f"({_some(claims)})"
+        )
+
+
 def _unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Without `module.` before the names, if it is before all."""
-    if all(name.startswith("module.") for name in state):
-        return {name.removeprefix("module."): x for name, x in state.items()}
-    return state
+    """Without what wrappers put before all names, or before those of a part."""
+    names = [re.sub(_PART_WRAPPERS, "", name) for name in state]
+    while True:
+        parts = {name.partition(".")[0] for name in names if not name.startswith(_IGNORED)}
+        if len(parts) != 1 or not parts <= _WRAPPERS:
+            break
+        names = [name.removeprefix(f"{min(parts)}.") for name in names]
+    if len(set(names)) < len(names):  # two of one name, of which none is to be lost
+        return state
+    return dict(zip(names, state.values(), strict=True))
 
 
 def _halved(name: str, x: Tensor) -> Tensor:
@@ -269,19 +331,6 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     if not path.parent.is_dir():
         raise ValueError(f"path must lie in an existing folder, got {path}")
     return path
-
-
-def _write(content: Mapping[str, Any], path: Path) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".safetensors":  # whose save_file hides the file from others
-            temporary.write_bytes(_safetensors().save(content))
-        else:
-            torch.save(content, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sizes(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], int]:
@@ -321,13 +370,3 @@ def _some(names: Iterable[str]) -> str:
     first, *rest = names
     shown = [first, *rest[:2]]
     return ", ".join(shown + ["..."] * (len(rest) > 2))
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise RuntimeError(
-            "a .safetensors file needs the package safetensors: pip install safetensors"
-        ) from error
-    return safetensors.torch
