@@ -5,8 +5,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 
 from ttsr_fast.model import MainNet
+from ttsr_fast.model.main_net import _CompiledUp, _up
 
 
 def plain_main_net(weights, blocks, res_scale, lr, s, t3, t2, t1, hard=True, soft=True, csfi=True):
@@ -167,3 +171,49 @@ def test_published_size():
 def test_sizes_that_make_no_network(blocks, n_feats, message):
     with pytest.raises(ValueError, match=message):
         MainNet(blocks, n_feats)
+
+
+# --- compiled ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_enlargement_for_the_compiler_is_bicubic(factor, layout):
+    """Bit for bit, with both of its gradients."""
+    x = torch.randn(2, 3, 4, 5).to(memory_format=layout).requires_grad_()
+    y, plain = _CompiledUp.apply(x, factor), F.interpolate(x, scale_factor=factor, mode="bicubic")
+    assert torch.equal(y, plain)
+    into = torch.randn_like(y)
+    assert torch.equal(*(torch.autograd.grad(out, x, into)[0] for out in (y, plain)))
+    x = x.detach()[:1].double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: _CompiledUp.apply(x, factor), x)
+
+
+def test_no_gradient_is_compiled_to_scatters():
+    """Inductor of torch 2.13 sums some of them before they are filled."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    net = MainNet((0, 0, 0, 0), 4)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table())
+    inputs = [x.float().requires_grad_() for x in random_inputs(1, 4, 5)]
+    out = torch.compile(net, backend=backend, fullgraph=True)(*inputs)
+    ours = torch.autograd.grad(out.sum(), list(net.parameters()))
+    theirs = torch.autograd.grad(net(*inputs).sum(), list(net.parameters()))
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    forward, backward = graphs
+    assert not [name for name in forward + backward if "index_put" in name or "scatter" in name]
+    assert backward.count("aten.upsample_bicubic2d_backward.default") == 8
+
+
+def test_compiled_gradients_are_those_of_eager():
+    x = torch.randn(1, 2, 3, 4, requires_grad=True)
+    ours, theirs = (
+        torch.autograd.grad(up(x, 2).square().sum(), x)[0]
+        for up in (torch.compile(_up, fullgraph=True), _up)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

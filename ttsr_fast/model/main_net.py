@@ -8,6 +8,7 @@ it comes first, on a quarter or a sixteenth of the pixels.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -284,4 +285,34 @@ def _res_blocks(count: int, n_feats: int, res_scale: float) -> nn.Sequential:
 
 
 def _up(x: Tensor, factor: int) -> Tensor:
-    return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="bicubic")
+    if factor == 1:
+        return x
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return _CompiledUp.apply(x, factor)
+    return _bicubic(x, factor)
+
+
+def _bicubic(x: Tensor, factor: int) -> Tensor:
+    return F.interpolate(x, scale_factor=factor, mode="bicubic")
+
+
+class _CompiledUp(torch.autograd.Function):
+    """`_bicubic` with PyTorch's own kernel for the gradient.
+
+    Inductor makes 16 scatters and their sum of the gradient. Up to torch 2.13 its scheduler can
+    lose the order of the two: here it computed sums before their scatters, which gave zeros.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, factor: int) -> Tensor:
+        return _bicubic(x, factor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        x, ctx.factor = inputs
+        ctx.sizes = output.shape[2:], x.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        backward, factor = torch.ops.aten.upsample_bicubic2d_backward, float(ctx.factor)
+        return backward(grad, *ctx.sizes, False, factor, factor), None
