@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from ttsr_fast.files import check_writable, refusal, replacing, write_bytes
+from ttsr_fast import files
+from ttsr_fast.files import check_writable, refusal, replacing, shown, write_bytes
 
 each = pytest.mark.parametrize
 
@@ -127,6 +129,43 @@ def test_longest_name(tmp_path: Path) -> None:
     path = tmp_path / ("é" * 127)  # 254 bytes
     write_bytes(path, b"x")
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_name_that_is_too_long_is_found_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"^cannot write .*/a+: no file can be made in .* name too"):
+        check_writable(tmp_path / ("a" * 256))
+
+
+def test_a_check_may_meet_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one takes the closed file of the check for a leftover."""
+    create = files._create
+
+    def create_and_lose(path: Path) -> tuple[Path, BinaryIO]:
+        unfinished, file = create(path)
+        unfinished.unlink()
+        return unfinished, file
+
+    monkeypatch.setattr(files, "_create", create_and_lose)
+    check_writable(tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+
+
+@each(
+    ("name", "expected"),
+    [
+        ("caf\xe9 \U0001f600 \u5199\u771f.png", "caf\xe9 \U0001f600 \u5199\u771f.png"),
+        (Path("a\nb\t\x1b[2J\x7f\x9b"), r"a\nb\t\x1b[2J\x7f\x9b"),
+        ("\u202egnp.\u2066", r"\u202egnp.\u2066"),
+        (os.fsdecode(b"\xff\x80"), r"\xff\x80"),
+        ("\ud800\u2028", r"\ud800\u2028"),
+    ],
+)
+def test_names_are_shown_in_one_harmless_line(name: str | Path, expected: str) -> None:
+    assert shown(name) == expected
+    assert shown(expected) == expected
+    with pytest.raises(FileNotFoundError) as caught:
+        check_writable(Path("no") / name)
+    assert str(caught.value) == f"cannot write no/{expected}: there is no folder no"
 
 
 def test_refusals_name_the_file(tmp_path: Path) -> None:

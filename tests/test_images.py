@@ -1,8 +1,8 @@
-"""Pictures: every mode and depth there and back, every kind of source, and every bad file."""
+"""Images: every mode and depth there and back, every kind of source, and what is refused."""
 
+import errno
 import struct
 import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -10,29 +10,12 @@ import tifffile
 import torch
 from PIL import Image as pillow
 
+from tests.image_samples import noise, png
 from ttsr_fast import images
-from ttsr_fast.images import Image, as_image, check_output, read_image
+from ttsr_fast.images import Image, as_image, check_output, read_image, why_not_in
+from ttsr_fast.upscale import upscale
 
 each = pytest.mark.parametrize
-
-
-def noise(*shape, dtype=np.uint8):
-    top = np.iinfo(dtype).max
-    return np.random.default_rng(7).integers(0, top, shape, dtype, endpoint=True)
-
-
-def png(array, colour_type, *chunks, size=None):
-    """A PNG of `[H, W, C]` samples, unfiltered, with `chunks` before its pixels."""
-
-    def chunk(kind, data):
-        checksum = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
-    width, height = size or (array.shape[1], array.shape[0])
-    header = struct.pack(">2I5B", width, height, 8 * array.itemsize, colour_type, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in array)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def assert_same(image, array):
@@ -237,6 +220,7 @@ def test_tensors_are_kept_to_16_bits(shape):
         (torch.zeros(2, 3, 4, 4), ValueError, r"lr must be .* got \[2, 3, 4, 4\]"),
         (torch.zeros(3, 0, 4), ValueError, r"lr must be a non-empty .* got \[3, 0, 4\]"),
         (torch.full((3, 2, 2), torch.nan), ValueError, r"lr \[3, 2, 2\] holds NaN"),
+        (torch.full((3, 2, 2), -torch.inf), ValueError, r"lr \[3, 2, 2\] holds infinity"),
         (pillow.new("CMYK", (4, 4)), ValueError, "lr: mode CMYK is not supported"),
         (pillow.new("RGB", (0, 4)), ValueError, "lr: it has no pixels"),
         (4, TypeError, "lr must be a path, .* got int"),
@@ -247,64 +231,12 @@ def test_other_sources_are_refused(source, error, message):
         as_image(source, "lr")
 
 
-# --- bad files ------------------------------------------------------------------------------------
-
-
-def save_frames(path):
-    frames = [pillow.new("L", (4, 4), value) for value in (0, 255)]
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-
-
-def save_multiplied(path):
-    pixels = noise(8, 8, 4, dtype=np.uint16)
-    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=["assocalpha"])
-
-
-def save_cut(path):
-    planes = noise(3, 8, 8, dtype=np.uint16)
-    tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate")
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-GOOD = png(noise(30, 30, 3), 2)
-DEEP_GOOD = png(noise(30, 30, 3, dtype=np.uint16), 2)
-BAD_FILES = {  # message, and the content or what writes it
-    "ink.tif": ("mode CMYK is not supported", pillow.new("CMYK", (4, 4)).save),
-    "frames.gif": ("it holds 2 frames", save_frames),
-    "multiplied.tif": ("16-bit colour multiplied by its alpha", save_multiplied),
-    "cut.tif": ("truncated|failed to read", save_cut),
-    "deep.png": ("image file is truncated", DEEP_GOOD[: len(DEEP_GOOD) // 2]),
-    "tail.png": ("truncated|too small", DEEP_GOOD[:-30]),
-    "damaged.png": ("data stream|CRC", DEEP_GOOD[:1000] + b"\xff" * 99 + DEEP_GOOD[1099:]),
-    "text.png": ("it is no picture", b"not a picture"),
-    "empty.png": ("it is no picture", b""),
-    "header.png": ("Truncated", GOOD[:20]),
-    "cut.png": ("image file is truncated", GOOD[: len(GOOD) // 2]),
-    "changed.png": ("data stream", GOOD[:1000] + b"\xff" * 99 + GOOD[1099:]),
-    "zero.png": ("it is no picture", png(noise(1, 1, 3), 2, size=(0, 5))),
-    "bomb.png": ("178956970 pixels, .* crop it", png(noise(1, 1), 0, size=(20000, 9000))),
-}
-
-
-@each("name", BAD_FILES)
-def test_bad_files_are_refused_in_one_line(tmp_path, name):
-    message, content = BAD_FILES[name]
-    path = tmp_path / name
-    content(path) if callable(content) else path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"^cannot read {path}: .*{message}") as caught:
-        read_image(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_files_are_named(tmp_path):
-    for path in (tmp_path / "none.png", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"^cannot read {path}: no such file$"):
-            read_image(path)
+# --- missing packages ----------------------------------------------------------------------------
 
 
 def test_pillow_is_asked_for_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ImportError, match="pictures need Pillow: pip install 'ttsr-fast"):
+    with pytest.raises(ImportError, match="images need Pillow: pip install 'ttsr-fast"):
         images.downscale(noise(8, 8))
 
 
@@ -345,7 +277,7 @@ DEEP = noise(4, 4, 3, dtype=np.uint16)
         ("none/a.png", Image(COLOUR), FileNotFoundError, "there is no folder .*none$"),
         ("file/a.png", Image(COLOUR), FileNotFoundError, "there is no folder .*file$"),
         ("folder.png", Image(COLOUR), IsADirectoryError, "it is a folder"),
-        ("/proc/a.png", Image(COLOUR), PermissionError, "no file can be made in /proc "),
+        ("/proc/a.png", Image(COLOUR), OSError, "no file can be made in /proc "),
     ],
 )
 def test_bad_outputs_are_refused_before_the_work(tmp_path, name, image, error, message):
@@ -360,21 +292,104 @@ def test_bad_outputs_are_refused_before_the_work(tmp_path, name, image, error, m
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
-def test_a_failure_leaves_the_existing_file_alone(tmp_path):
+def test_a_failure_leaves_the_existing_file_alone(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("encoder error -2")
+
+    monkeypatch.setattr(pillow.Image, "save", fail)
     (tmp_path / "a.jpg").write_bytes(b"before")
-    with pytest.raises(ValueError, match="cannot write .*a.jpg: "):
-        Image(np.zeros((1, 70000, 1), np.uint8)).save(
-            tmp_path / "a.jpg"
-        )  # more than JPEG can count
+    with pytest.raises(ValueError, match="^cannot write .*a.jpg: encoder error -2$"):
+        Image(COLOUR).save(tmp_path / "a.jpg")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a.jpg": b"before"}
 
 
 def test_a_full_disk_leaves_the_existing_file_alone(tmp_path, monkeypatch):
     def fail(*_):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "")
 
     (tmp_path / "a.png").write_bytes(b"before")
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match=r"cannot write .*/a.png: the disk is full; the one before"):
         Image(COLOUR).save(tmp_path / "a.png")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a.png": b"before"}
+
+
+@each(
+    ("suffix", "size", "depth", "message"),
+    [
+        (".webp", (2, 4095), np.uint8, None),
+        (".webp", (2, 4096), np.uint8, "WEBP holds 16383 pixels along a side, not 16384; use .png"),
+        (".WEBP", (4096, 1), np.uint8, "WEBP holds 16383 pixels along a side, not 16384; use .png"),
+        (".jpg", (16375, 1), np.uint8, None),
+        (".jpg", (1, 16376), np.uint8, "JPEG holds 65500 pixels along a side, not 65504; use .png"),
+        (".png", (1, 250000), np.uint16, None),
+        (".png", (250001, 1), np.uint8, "PNG holds 1000000 pixels along a side, not 1000004"),
+        (".tif", (9000, 9000), np.uint8, None),
+        (".tif", (9500, 9500), np.uint8, "TIFF holds 4 GiB, not 4.03; use .png"),
+        (".bmp", (9500, 9500), np.uint8, "BMP holds 4 GiB, not 4.03; use .png"),
+    ],
+)
+def test_a_result_that_is_too_large_is_refused_before_the_work(
+    tmp_path, suffix, size, depth, message
+):
+    channels = 1 if depth == np.uint16 else 3
+    image = Image(np.broadcast_to(np.zeros(channels, depth), (*size, channels)))
+    assert why_not_in(suffix, image, 4) == message
+    assert why_not_in(suffix, image) is None
+    if message is None:
+        check_output(tmp_path / f"a{suffix}", image, 4)
+    else:
+        with pytest.raises(ValueError, match=f"^cannot write .*/a{suffix}: {message}$"):
+            check_output(tmp_path / f"a{suffix}", image, 4)
+
+
+@each(("name", "longest"), [("a.webp", 16383), ("a.jpg", 65500)])
+def test_the_largest_side_can_be_written(tmp_path, name, longest):
+    Image(np.zeros((1, longest, 3), np.uint8)).save(tmp_path / name)
+    assert read_image(tmp_path / name).size == (1, longest)
+
+
+# --- colour information ---------------------------------------------------------------------------
+
+LINEAR = b"gAMA", struct.pack(">I", 100000)
+HDR = b"cICP", bytes((9, 16, 0, 1))
+SRGB = (b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 45455))
+P3 = b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+
+
+@each("depth", [np.uint8, np.uint16])
+@each("chunks", [(LINEAR,), (LINEAR, P3), (HDR, (b"mDCV", bytes(24)), (b"cLLI", bytes(8))), SRGB])
+def test_colour_chunks_of_a_png_are_kept(tmp_path, depth, chunks):
+    pixels = noise(4, 5, 3, dtype=depth)
+    (tmp_path / "a.png").write_bytes(png(pixels, 2, *chunks, (b"tEXt", b"a\0b"), chunks[0]))
+    image = read_image(tmp_path / "a.png")
+    assert image.colour_chunks == chunks
+    upscale(image, noise(16, 16, 3)).image.save(tmp_path / "b.png")
+    assert read_image(tmp_path / "b.png").colour_chunks == chunks
+    with pillow.open(tmp_path / "b.png") as opened:
+        opened.load()
+        assert opened.info.get("gamma") == {LINEAR[1]: 1.0, SRGB[1][1]: 0.45455}.get(
+            dict(chunks).get(b"gAMA")
+        )
+
+
+@each(
+    ("name", "profile", "chunks", "message"),
+    [
+        ("a.bmp", b"icc", (), "BMP holds no colour profile, which is left out; .png keeps it"),
+        ("a.jpg", None, (LINEAR,), "JPEG holds no gAMA, which says how colours are meant; .png"),
+        ("a.tif", None, (LINEAR, P3), "TIFF holds no gAMA, cHRM, which says how"),
+        ("a.webp", b"icc" * 50, (HDR,), "WEBP holds no cICP, which says how colours are meant"),
+        ("a.jpg", b"icc", (LINEAR, P3), None),
+        ("a.bmp", None, SRGB, None),
+        ("a.png", b"icc", (HDR, LINEAR), None),
+    ],
+)
+def test_colour_information_that_is_lost_is_said(tmp_path, caplog, name, profile, chunks, message):
+    Image(COLOUR, None, profile, chunks).save(tmp_path / name)
+    assert (tmp_path / name).is_file()
+    if message is None:
+        assert caplog.messages == []
+    else:
+        assert len(caplog.messages) == 1
+        assert caplog.messages[0].startswith(f"{tmp_path / name}: {message}")

@@ -41,7 +41,7 @@ LAW: dict[str, set[str]] = {
     "finite": {"torch"},
     "inference": {"finite", "model", "plan", "references", "torch"},
     "detail": {"finite", "functional", "images", "references", "torch"},
-    "bank": {"detail", "feature_cache", "images", "inference", "model", "plan", "torch"},
+    "bank": {"detail", "feature_cache", "files", "images", "inference", "model", "plan", "torch"},
     "feature_cache": {"files", "torch"},
     "upscale": {"bank", "detail", "images", "inference", "model", "plan", "references", "torch"},
     "pictures": {"files", "images", "numpy", "PIL", "torch"},
@@ -54,13 +54,13 @@ LAW["folders"] = {"files", "images"}
 LAW["pairs"] = {"files", "folders", "images", "numpy"}
 LAW["training"] = {"PIL", "files", "folders", "images", "model", "numpy", "pairs", "torch"}
 LAW["evaluation"] = {"bank", "detail", "images", "inference", "metrics", "model", "numpy", "pairs"}
-LAW["evaluation"] |= {"finite", "pictures", "plan", "table", "team", "torch"}
-LAW["training"] |= {"accelerate", "omegaconf", "skimage"}
+LAW["evaluation"] |= {"files", "finite", "folders", "pictures", "plan", "table", "team", "torch"}
+LAW["training"] |= {"accelerate", "omegaconf", "skimage", "yaml"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
 LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setuptools", "skimage"}
 LEFT_ALONE |= {"imagecodecs", "safetensors", "tifffile", "triton", "typer"}
-LEFT_ALONE |= {"accelerate", "omegaconf", "tensorboard"}
+LEFT_ALONE |= {"accelerate", "omegaconf", "tensorboard", "yaml"}
 
 PACKAGE = sorted((ROOT / "ttsr_fast").rglob("*.py"))
 TRITON = sorted((ROOT / "kernels").glob("*.py"))  # installed as ttsr_fast.kernels

@@ -1,5 +1,6 @@
 """Pairs on disk: every layout, what is missing, and 8-bit RGB of every kind of picture."""
 
+import os
 import re
 
 import numpy as np
@@ -132,8 +133,8 @@ def test_names_are_unlike_each_other(make):
             None,
             ".*/a.png has 0 references in .*, one is expected .the first of 2 such pictures.",
         ),
-        ("input/x.txt ref/a.png", "cufed", None, ".*input holds no pictures .*"),
-        ("1_1.png", "cufed5", None, ".* holds no pictures named NNN_0"),
+        ("input/x.txt ref/a.png", "cufed", None, ".*input holds no images .*"),
+        ("1_1.png", "cufed5", None, ".* holds no images named NNN_0"),
         ("1_0.png 1_1.png", "cufed5", (1, 2), ".*1_0.png has no reference 1_2, or several .*"),
         ("1_0.png 1_1.png", "cufed5", 6, "references must be among 1 to 5, got 6"),
         ("1_0.png 1_1.png", "cufed5", 0, "references must be numbers from 1 on, got 0"),
@@ -177,6 +178,53 @@ def test_a_list_that_does_not_fit(make, text, message):
     (root / "list.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         find_pairs(root, "manga109", references=root / "list.txt")
+
+
+@each("end", ["\n", "\r\n", "\r"])
+@each("mark", ["", "\ufeff"])
+def test_a_list_is_utf_8_with_any_line_end(make, mark, end):
+    """Wide blanks and other separators of Unicode may be part of a name."""
+    names = ("a.png", "b.png", "c\u3000d.png", "e\x0bf\u2028.png")
+    root = make("")
+    for name in names:
+        (root / name).write_bytes(b"")
+    lines = [f"{name}  {names[0]}\t{names[2]}" for name in names]
+    (root / "list.txt").write_bytes((mark + end.join(lines) + 2 * end).encode())
+    pairs = find_pairs(root, "urban100", references=root / "list.txt")
+    assert [pair.hr.name for pair in pairs] == sorted(names)
+    assert {pair.references for pair in pairs} == {(root / names[0], root / names[2])}
+
+
+@each(
+    ("content", "message"),
+    [
+        (b"a.png b.png\r\nb.png \xff.png", "list.txt must be a text in UTF-8, line 2 is not$"),
+        ("a.png b.png".encode("utf-16"), "list.txt must be a text in UTF-8, line 1 is not$"),
+        (b"a.png /etc/b.png", "list.txt, line 1: /etc/b.png leads out of the folder$"),
+        (b"\na.png ../b.png", "list.txt, line 2: ../b.png leads out of the folder$"),
+        (b"a.png sub/../../b.png", "line 1: sub/../../b.png leads out of the folder$"),
+        (b"a.png \x1b[2J.png\nb.png a.png", r"a reference that is not there: .*/\\x1b\[2J.png$"),
+    ],
+)
+def test_a_list_stays_in_its_folder(make, content, message):
+    root = make("a.png b.png")
+    (root / "list.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        find_pairs(root, "urban100", references=root / "list.txt")
+
+
+def test_a_list_is_a_plain_file_of_some_size(make):
+    root = make("a.png")
+    with open(root / "list.txt", "wb") as file:
+        file.truncate(2**40)
+    os.mkfifo(root / "pipe.txt")
+    for name, error, message in (
+        ("list.txt", ValueError, "must have at most 16777216 bytes"),
+        ("pipe.txt", OSError, "no such file, or no regular one"),
+        ("none.txt", FileNotFoundError, "cannot read .*none.txt: no such file"),
+    ):
+        with pytest.raises(error, match=message):
+            find_pairs(root, "urban100", references=root / name)
 
 
 def test_no_such_root(tmp_path):

@@ -255,7 +255,7 @@ def test_small_and_damaged_photographs(write):
     dataset = Photographs(folder, size=24, unrelated=0)
     with pytest.raises(ValueError, match="1.png must have at least 24x24 pixels, got 40x20"):
         dataset[1]
-    with pytest.raises(ValueError, match="cannot read .*2.png: it is no picture"):
+    with pytest.raises(ValueError, match="cannot read .*2.png: it is no PNG"):
         dataset[2]
     patient = Photographs(folder, size=24, unrelated=0, on_error="skip")
     for draw in (1, 2):
@@ -292,7 +292,7 @@ def test_bad_warps(options, message):
 
 
 def test_no_photographs(tmp_path):
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         Photographs(tmp_path)
     with pytest.raises(ValueError, match="source must be at least one photograph, got none"):
         Photographs([])

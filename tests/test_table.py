@@ -1,9 +1,9 @@
 """Tables of an evaluation: means, and files that another program reads."""
 
 import csv
+import errno
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -54,12 +54,43 @@ def test_a_file_appears_whole_or_not(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot write .*/none/a\.csv: No such file"):
         table.to_csv(tmp_path / "none" / "a.csv")
 
-    def fail(self, text, **options):
-        self.touch()
-        raise OSError(28, "No space left on device")
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "")
 
-    monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(OSError, match=r"cannot write .*/a\.csv: No space left on device"):
-        table.to_csv(tmp_path / "a.csv")
+    monkeypatch.setattr("os.fsync", fail)
+    for write in (table.to_csv, table.to_json):
+        with pytest.raises(
+            OSError, match=r"cannot write .*/a\.csv: the disk is full; the one befo"
+        ):
+            write(tmp_path / "a.csv")
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
     assert (tmp_path / "a.csv").read_text() == "older"
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("=HYPERLINK(1)", "'=HYPERLINK(1)"),
+        ("+1", "'+1"),
+        ("-1", "'-1"),
+        ("@SUM", "'@SUM"),
+        ("\uff1d1", "'\uff1d1"),
+        ("\t=1", "\\t=1"),
+        ("\r=1", "\\r=1"),
+        ("a\n=1", "a\\n=1"),
+        ("caf\xe9 \U0001f600", "caf\xe9 \U0001f600"),
+        ("\udcff\x1b[2J", "\\xff\\x1b[2J"),
+    ],
+)
+def test_names_are_harmless_in_a_spreadsheet(tmp_path, name, cell):
+    rows = [Row(name, -3.5, -0.25, 0.5, (name, "b.png"))]
+    table = Table("ttsr", "c2", "all", rows, [Failure(name, name)])
+    table.to_csv(tmp_path / "a.csv")
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        first, failed, _ = csv.reader(file.readlines()[1:])
+    assert first == [cell, "-3.5", "-0.25", "0.5", f"{cell} b.png", ""]
+    assert failed == [cell, "", "", "", "", cell]
+    table.to_json(tmp_path / "a.json")
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["images"][0]["references"] == [name, "b.png"]
+    assert content["failures"] == [{"name": name, "message": name}]

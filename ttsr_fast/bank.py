@@ -11,6 +11,7 @@ from torch import Tensor
 from ttsr_fast import images
 from ttsr_fast.detail import reference_pair
 from ttsr_fast.feature_cache import FeatureCache, Map
+from ttsr_fast.files import shown
 from ttsr_fast.images import SCALE, Image
 from ttsr_fast.inference import Progress, ReferenceFeatures, reference_features
 from ttsr_fast.model import TTSR
@@ -132,7 +133,7 @@ class ReferenceBank:
 def _checked(image: Image, name: str) -> Image:
     if min(image.size) < _LEAST:
         raise ValueError(
-            f"{name} must have at least one patch of {_LEAST}x{_LEAST} pixels, "
+            f"{shown(name)} must have at least one patch of {_LEAST}x{_LEAST} pixels, "
             f"got {image.size[1]}x{image.size[0]}"
         )
     return image

@@ -15,7 +15,9 @@ from torch import Tensor
 from ttsr_fast import images, metrics
 from ttsr_fast.bank import ReferenceBank
 from ttsr_fast.detail import detail
+from ttsr_fast.files import shown
 from ttsr_fast.finite import check_finite
+from ttsr_fast.folders import identities, identity
 from ttsr_fast.images import SCALE, Image
 from ttsr_fast.inference import super_resolve
 from ttsr_fast.model import TTSR
@@ -167,15 +169,14 @@ def _check(
     missing = [path for path in files if not path.is_file()]
     if missing and on_error == "raise":
         others = f" (the first of {len(missing)} that are missing)" if len(missing) > 1 else ""
-        raise FileNotFoundError(f"cannot read {missing[0]}: no such file{others}")
+        raise FileNotFoundError(f"cannot read {shown(missing[0])}: no such file{others}")
     if pictures is not None:
         if len(set(names)) < len(names):
             raise ValueError("pairs must have different names for pictures of them")
-        read = {path.resolve() for path in files}
-        taken = [name for name in names if _drawing(pictures, name).resolve() in read]
-        if taken:
-            path = _drawing(pictures, taken[0])
-            raise ValueError(f"cannot write {path}: it is an input; take another folder")
+        read = identities(files)
+        for path in (_drawing(pictures, name) for name in names):
+            if path.exists() and identity(path) in read:
+                raise ValueError(f"cannot write {shown(path)}: it is an input; take another folder")
         Path(pictures).mkdir(parents=True, exist_ok=True)
     return (job.protocol, job.references, on_error, names)
 
@@ -205,7 +206,7 @@ def _measure(job: _Job, pair: Pair) -> _Outcome:
     hr = read_rgb(pair.hr)
     height, width = (n // SCALE * SCALE for n in hr.shape[:2])
     if not height or not width:
-        raise ValueError(f"{pair.hr} must be at least {SCALE}x{SCALE} pixels")
+        raise ValueError(f"{shown(pair.hr)} must be at least {SCALE}x{SCALE} pixels")
     hr = hr[:height, :width]
     low, bicubic = degrade(hr)
     files = pair.references if job.helped else ()
@@ -220,8 +221,8 @@ def _measure(job: _Job, pair: Pair) -> _Outcome:
     for name, ref in zip(names, refs, strict=False):
         if min(ref.size) < _LEAST:
             raise ValueError(
-                f"{pair.name}: reference {name} must be at least {_LEAST}x{_LEAST} pixels, "
-                f"got {ref.size[1]}x{ref.size[0]}"
+                f"{shown(pair.name)}: reference {shown(name)} must be at least "
+                f"{_LEAST}x{_LEAST} pixels, got {ref.size[1]}x{ref.size[0]}"
             )
     start = time.perf_counter()
     try:
@@ -229,7 +230,7 @@ def _measure(job: _Job, pair: Pair) -> _Outcome:
         seconds = time.perf_counter() - start
         psnr, ssim = (f(sr, hr, job.protocol) for f in (metrics.psnr, metrics.ssim))
     except ValueError as error:
-        raise ValueError(f"{pair.name}: {error}") from error
+        raise ValueError(f"{shown(pair.name)}: {error}") from error
     row = Row(pair.name, psnr, ssim, seconds, names)
     return _Outcome(row, hr, sr, bicubic, refs, served)
 
@@ -281,7 +282,8 @@ def _stacked(refs: list[Image], files: Sequence[Path]) -> Image:
         height, width = ref.size
         if max(height, width) > CANVAS:
             raise ValueError(
-                f"{path} must fit into {CANVAS}x{CANVAS} pixels to be stacked, got {width}x{height}"
+                f"{shown(path)} must fit into {CANVAS}x{CANVAS} pixels to be stacked, "
+                f"got {width}x{height}"
             )
         square[:height, :width] = ref.pixels
     return Image(canvas.reshape(-1, CANVAS, 3))

@@ -51,7 +51,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if reason is None:
             raise
         kept = "; the one before it is still there" if path.is_file() else ""
-        raise _kind_of(error)(f"cannot write {path}: {reason}{kept}") from error
+        raise _kind_of(error)(f"cannot write {shown(path)}: {reason}{kept}") from error
     finally:
         if unfinished is not None:
             with suppress(OSError):
@@ -67,18 +67,42 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise OSError if no file can be written at `path`, of whatever kind."""
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    folder = shown(path.parent)
     try:
+        if path.is_dir():
+            raise IsADirectoryError(f"cannot write {shown(path)}: it is a folder")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {shown(path)}: there is no folder {folder}")
+        with suppress(FileNotFoundError):
+            path.lstat()  # finds a name that is too long
         unfinished, file = _create(path)
         file.close()
-        unfinished.unlink()
+        unfinished.unlink(missing_ok=True)  # others may take it for a leftover, once it is closed
     except OSError as error:
+        if error.errno is None:  # one from above
+            raise
         raise _kind_of(error)(
-            f"cannot write {path}: no file can be made in {path.parent} ({refusal(error)})"
+            f"cannot write {shown(path)}: no file can be made in {folder} ({refusal(error)})"
         ) from error
+
+
+def shown(name: str | os.PathLike[str]) -> str:
+    r"""A name as messages show it, in one line: `\x1b` for a character that is not printable.
+
+    These are control characters, which a terminal obeys, marks that turn the direction of text,
+    and bytes that are no UTF-8.
+    """
+    text = os.fspath(name)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that was not decoded
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def refusal(error: BaseException | None) -> str | None:

@@ -1,50 +1,62 @@
-"""Which files a command reads, and where it writes: pictures, folders of them, names of results."""
+"""Which files a command reads, and where it writes: images, folders of them, names of results."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ttsr_fast import images
-from ttsr_fast.images import SUFFIXES, Image
+from ttsr_fast.files import shown
+from ttsr_fast.images import SCALE, SUFFIXES, Image
 
 ENDINGS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 
 
 def pictures_in(path: Path) -> list[Path]:
-    """A picture by itself, or those of a folder, frame 10 after frame 9.
+    """An image by itself, or the images of a folder, frame 10 after frame 9.
+
+    Of a folder, names that begin with a dot are left out, and what is no regular file.
 
     Raises:
         FileNotFoundError: there is nothing.
-        ValueError: a folder without pictures.
+        ValueError: a folder without images.
     """
     if not path.exists():
-        raise FileNotFoundError(f"cannot read {path}: no such file or folder")
+        raise FileNotFoundError(f"cannot read {shown(path)}: no such file or folder")
     if not path.is_dir():
         return [path]
-    found = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
+    found = [file for file in path.iterdir() if _is_image(file)]
     if not found:
-        raise ValueError(f"{path} holds no pictures ({ENDINGS})")
+        raise ValueError(f"{shown(path)} holds no images ({ENDINGS})")
     return sorted(found, key=_natural)
 
 
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """A key that compares runs of digits as numbers."""
+def _is_image(path: Path) -> bool:
+    """By its name alone. What begins with a dot is hidden, or what macOS leaves beside a file."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """A key that compares runs of decimal digits, of any script, as numbers; unique for a name."""
     parts = re.split(r"(\d+)", path.name)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+    return [(int(part) if n % 2 else 0, part) for n, part in enumerate(parts)]
 
 
 def namesake(source: Path, folder: Path) -> Path:
-    """The picture in a folder with the name of `source`, at least without its suffix.
+    """The image in a folder with the name of `source`, at least without its suffix.
 
     Raises:
         ValueError: there is none, or there are several.
     """
     if (folder / source.name).is_file():
         return folder / source.name
-    found = [folder / (source.stem + suffix) for suffix in SUFFIXES]
-    found = [path for path in found if path.is_file()]
-    if len(found) != 1:
-        raise ValueError(f"{source} has {len(found)} references in {folder}, one is expected")
+    endings = [case(suffix) for suffix in SUFFIXES for case in (str.lower, str.upper)]
+    paths = [folder / (source.stem + ending) for ending in endings]
+    found = [path for path in paths if path.is_file()]
+    count = len(identities(found))  # some file systems take both cases for one name
+    if count != 1:
+        raise ValueError(
+            f"{shown(source)} has {count} references in {shown(folder)}, one is expected"
+        )
     return found[0]
 
 
@@ -54,12 +66,28 @@ def result_path(source: Path, low: Image, output: Path | None, suffix: str, ext:
         return output
     ending = f".{ext}"
     if ext == "auto":
-        ending = ".png" if images.why_not_in(source.suffix, low) else source.suffix
+        ending = ".png" if images.why_not_in(source.suffix, low, SCALE) else source.suffix
     return (output or source.parent) / (source.stem + suffix + ending)
 
 
 def check_result(path: Path, low: Image, read: Sequence[Path], written: Sequence[Path]) -> None:
     """Raise before the work is done if a result cannot be written, or is a file of this run."""
-    if path.resolve() in {other.resolve() for other in (*read, *written)}:
-        raise ValueError(f"cannot write {path}: it is an input or another result")
-    images.check_output(path, low)
+    check_other_file(path, [*read, *written], "an input or another result")
+    images.check_output(path, low, SCALE)
+
+
+def check_other_file(path: Path, files: Iterable[Path], what: str = "an input") -> None:
+    """Raise ValueError if `path` is one of these files, also by another name or a link to it."""
+    if path.exists() and identity(path) in identities(files):
+        raise ValueError(f"cannot write {shown(path)}: it is {what}")
+
+
+def identities(files: Iterable[Path]) -> set[tuple[int, int]]:
+    """`identity` of the files that exist."""
+    return {identity(file) for file in files if file.exists()}
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Device and number of a file, equal for all its names."""
+    status = path.stat()
+    return status.st_dev, status.st_ino

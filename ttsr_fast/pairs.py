@@ -4,6 +4,7 @@ What training and evaluation share: where the files are, 8-bit RGB of them, TTSR
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ttsr_fast import images
+from ttsr_fast.files import shown
 from ttsr_fast.folders import namesake, pictures_in
 from ttsr_fast.images import SCALE
 
+_LONGEST_LIST = 2**24  # bytes
 LAYOUTS = ("cufed", "cufed5", "sun80", "urban100", "manga109", "folders")
 
 
@@ -63,9 +66,9 @@ def find_pairs(
         layout: one of the above.
         references: for `cufed5` and `sun80` the number of the reference, or several, from 1 on in
             natural order (defaults: 1, and all of them). For `urban100` and `manga109` a text file
-            whose lines are the name of a picture and of its references in the same folder,
-            separated by blanks; the default is none, as the paper has it. For `folders` the folder
-            of references, which must be given. `cufed` takes none.
+            in UTF-8 whose lines are the name of an image and of its references in the same folder,
+            separated by blanks or tabs; the default is none, as the paper has it. For `folders` the
+            folder of references, which must be given. `cufed` takes none.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root`, or a folder of references.
@@ -124,7 +127,7 @@ def _cufed5(root: Path, references: object) -> tuple[list[Path], _Finder]:
     folder = _inside(root, "test/CUFED5", "CUFED5", ".")
     pictures = [path for path in pictures_in(folder) if path.stem.endswith("_0")]
     if not pictures:
-        raise ValueError(f"{folder} holds no pictures named NNN_0")
+        raise ValueError(f"{shown(folder)} holds no images named NNN_0")
     if max(numbers) > 5:
         raise ValueError(f"references must be among 1 to 5, got {max(numbers)}")
 
@@ -133,7 +136,9 @@ def _cufed5(root: Path, references: object) -> tuple[list[Path], _Finder]:
         try:
             return namesake(hr.with_name(name + hr.suffix), folder)
         except ValueError:
-            raise ValueError(f"{hr} has no reference {name}, or several of that name") from None
+            raise ValueError(
+                f"{shown(hr)} has no reference {shown(name)}, or several of that name"
+            ) from None
 
     def find(hr: Path) -> tuple[Path, ...]:
         return tuple(numbered(hr, number) for number in numbers)
@@ -148,7 +153,9 @@ def _sun80(root: Path, references: object) -> tuple[list[Path], _Finder]:
     def find(hr: Path) -> tuple[Path, ...]:
         found = _of_that_name(folder, hr)
         if numbers is not None and max(numbers) > len(found):
-            raise ValueError(f"{hr} has {len(found)} references, and no number {max(numbers)}")
+            raise ValueError(
+                f"{shown(hr)} has {len(found)} references, and no number {max(numbers)}"
+            )
         return found if numbers is None else tuple(found[n - 1] for n in numbers)
 
     return pictures_in(_existing(root / "Sun_Hays_SR_groundtruth")), find
@@ -162,19 +169,50 @@ def _alone(root: Path, references: object) -> tuple[list[Path], _Finder]:
         return pictures, lambda hr: ()
     if not isinstance(references, str | os.PathLike):
         raise TypeError(f"references must be a text file or None, got {references!r}")
-    lines = Path(references).read_text().splitlines()
-    listed = {words[0]: words[1:] for words in map(str.split, lines) if words}
+    listed = _listed(Path(references))
 
     def find(hr: Path) -> tuple[Path, ...]:
         found = tuple(folder / name for name in listed.get(hr.name, ()))
         if not found:
-            raise ValueError(f"{hr} has no reference in {references}")
+            raise ValueError(f"{shown(hr)} has no reference in {shown(references)}")
         for path in found:
             if not path.is_file():
-                raise ValueError(f"{hr} has a reference that is not there: {path}")
+                raise ValueError(f"{shown(hr)} has a reference that is not there: {shown(path)}")
         return found
 
     return pictures, find
+
+
+def _listed(path: Path) -> dict[str, list[str]]:
+    """The lines of a list: first words and the others of their lines.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, no UTF-8, or has a name that leads out of the folder.
+    """
+    if not path.is_file():
+        missing = FileNotFoundError if not path.exists() else OSError
+        raise missing(f"cannot read {shown(path)}: no such file, or no regular one")
+    with open(path, "rb") as file:
+        content = file.read(_LONGEST_LIST + 1)
+    if len(content) > _LONGEST_LIST:
+        raise ValueError(f"{shown(path)} must have at most {_LONGEST_LIST} bytes as a list")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = len(re.findall(b"\r\n|\r|\n", content[: error.start])) + 1
+        raise ValueError(f"{shown(path)} must be a text in UTF-8, line {number} is not") from error
+    listed = {}
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
+        words = re.findall(r"[^ \t]+", line)
+        for name in words:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(
+                    f"{shown(path)}, line {number}: {shown(name)} leads out of the folder"
+                )
+        if words:
+            listed[words[0]] = words[1:]
+    return listed
 
 
 def _folders(root: Path, references: object) -> tuple[list[Path], _Finder]:
@@ -193,9 +231,9 @@ def _of_that_name(folder: Path, hr: Path) -> tuple[Path, ...]:
 
 def _existing(folder: Path) -> Path:
     if not folder.exists():
-        raise FileNotFoundError(f"cannot read {folder}: no such folder")
+        raise FileNotFoundError(f"cannot read {shown(folder)}: no such folder")
     if not folder.is_dir():
-        raise NotADirectoryError(f"cannot read {folder}: it is no folder")
+        raise NotADirectoryError(f"cannot read {shown(folder)}: it is no folder")
     return folder
 
 
@@ -204,7 +242,7 @@ def _inside(root: Path, *names: str) -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
-    raise FileNotFoundError(f"{root} holds no folder {' or '.join(names)}")
+    raise FileNotFoundError(f"{shown(root)} holds no folder {' or '.join(names)}")
 
 
 def _numbers(references: object) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ttsr_fast.files import shown
 from ttsr_fast.images import SCALE, Image, from_tensor
 
 _PANEL = 480  # width of a panel; its height follows the low-resolution picture
@@ -52,9 +53,9 @@ def draw_match(
     lowest = min(float(np.quantile(score.numpy(), 0.02)), 0.95)
     heat = (score.numpy() - lowest) / (1 - lowest)
     panels = [
-        (f"low resolution, {lr.size[1]} x {lr.size[0]}", _shown(lr)),
+        (f"low resolution, {lr.size[1]} x {lr.size[0]}", _pixels(lr)),
         _reference_panel(refs, served, height),
-        (f"result, {image.size[1]} x {image.size[0]}", _shown(image)),
+        (f"result, {image.size[1]} x {image.size[0]}", _pixels(image)),
         ("where each patch came from", _flow_colours(offset / reach)),
         ("how similar it is", _heat_colours(heat)),
     ]
@@ -98,17 +99,17 @@ def draw_comparison(
     size = panels[0][1].size
     scale = min(_PANEL / size[1], 1.5 * _PANEL / size[0])
     height, width = (max(1, round(n * scale)) for n in size)
-    shown = [(caption, _shown(picture)) for caption, picture in panels]
-    region = _worst_region(shown[0][1], shown[-1][1])
+    drawn = [(caption, _pixels(image)) for caption, image in panels]
+    region = _worst_region(drawn[0][1], drawn[-1][1])
     frame = [round(scale * at) for at in (region[1].start, region[0].start)]
     frame += [round(scale * at) - 1 for at in (region[1].stop, region[0].stop)]
     if refs:
-        shown.append(_reference_panel(refs, served, height))
+        drawn.append(_reference_panel(refs, served, height))
     step = _PANEL + _GAP
-    corner = len(shown) * step + _GAP, 2 * (height + _GAP) + _CAPTION + _GAP
+    corner = len(drawn) * step + _GAP, 2 * (height + _GAP) + _CAPTION + _GAP
     sheet = pillow.new("RGB", corner, _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for number, (caption, pixels) in enumerate(shown):
+    for number, (caption, pixels) in enumerate(drawn):
         x, y = _GAP + number * step, _GAP + _CAPTION
         draw.text((x, _GAP), _short(caption), _INK, _font(20))
         sheet.paste(_fit(pixels, height), (x, y))
@@ -138,7 +139,7 @@ def _reference_panel(
 ) -> tuple[str, np.ndarray]:
     """Caption and pixels of the reference, or of all with the share of patches each served."""
     if len(refs) == 1 or served is None:
-        return f"reference, {refs[0].size[1]} x {refs[0].size[0]}", _shown(refs[0])
+        return f"reference, {refs[0].size[1]} x {refs[0].size[0]}", _pixels(refs[0])
     counts = np.bincount(served.ravel(), minlength=len(refs))
     return f"{len(refs)} references, and their shares", _contact_sheet(refs, counts, height)
 
@@ -173,7 +174,7 @@ def _contact_sheet(refs: Sequence[Image], counts: np.ndarray, height: int) -> np
     for number, (ref, colour) in enumerate(zip(refs, _colours(len(refs)), strict=True)):
         x, y = number % columns * cell[0], number // columns * cell[1]
         room = max(1, cell[0] - 2 * _FRAME), max(1, cell[1] - 2 * _FRAME)
-        picture = pillow.fromarray(_shown(ref))
+        picture = pillow.fromarray(_pixels(ref))
         picture.thumbnail((room[0] - 2, room[1] - 2))
         corner = x + picture.width + 2 * _FRAME - 1, y + picture.height + 2 * _FRAME - 1
         draw.rectangle((x, y, *corner), tuple(map(int, colour)))
@@ -226,7 +227,7 @@ def _oklch_to_srgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -
     return (encoded * 255).round().astype(np.uint8)
 
 
-def _shown(image: Image) -> np.ndarray:  # [H, W, 3] uint8
+def _pixels(image: Image) -> np.ndarray:  # [H, W, 3] uint8
     return from_tensor(image.to_tensor(), np.empty((0, 0, 3), np.uint8))
 
 
@@ -269,8 +270,12 @@ def _draw_legend(
 
 
 def _short(caption: str) -> str:
-    """As much of it as a panel is wide."""
-    return caption if _font(20).getlength(caption) <= _PANEL else _short(caption[:-4] + "...")
+    """One line, as much of it as a panel is wide."""
+    line = shortened = shown(caption)
+    while _font(20).getlength(shortened) > _PANEL:
+        line = line[:-1]
+        shortened = line + "..."
+    return shortened
 
 
 def _font(size: int) -> Any:

@@ -6,8 +6,11 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from ttsr_fast.files import shown, write_bytes
+
+_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # the last four are wide forms
 
 
 class Row(NamedTuple):
@@ -74,7 +77,11 @@ class Table:
         return math.fsum(row.seconds for row in self.rows) / len(self.rows)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write a line for every pair and the mean as the last; the file appears whole or not.
+        r"""Write a line for every pair and the mean as the last; the file appears whole or not.
+
+        Names and messages are made harmless for spreadsheets: characters that are not printable are
+        escaped (`\n`), and an apostrophe comes before a leading `=`, `+`, `-` or `@`, which would
+        begin a formula. `to_json` keeps them as they are.
 
         Raises:
             OSError: it cannot be written.
@@ -83,11 +90,11 @@ class Table:
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow((*Row._fields, "error"))
         for row in self.rows:
-            lines.writerow((*row[:-1], " ".join(row.references), ""))
+            lines.writerow((_cell(row.name), *row[1:-1], _cell(" ".join(row.references)), ""))
         for failure in self.failures:
-            lines.writerow((failure.name, "", "", "", "", failure.message))
+            lines.writerow((_cell(failure.name), "", "", "", "", _cell(failure.message)))
         lines.writerow(("mean", self.psnr, self.ssim, self.seconds, "", ""))
-        _write(Path(path), text.getvalue())
+        write_bytes(path, text.getvalue().encode())
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the same as one object, an infinite PSNR as the string "inf".
@@ -106,19 +113,15 @@ class Table:
             "images": [row._replace(psnr=_number(row.psnr))._asdict() for row in self.rows],
             "failures": [failure._asdict() for failure in self.failures],
         }
-        _write(Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        write_bytes(path, text.encode())
 
 
 def _number(x: float) -> Any:
     return x if math.isfinite(x) else str(x)
 
 
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(text, encoding="utf-8", newline="")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _cell(text: str) -> str:
+    """A text that a spreadsheet shows: in one line, and with ' before what would be a formula."""
+    text = shown(text)
+    return f"'{text}" if text.startswith(_FORMULA) else text

@@ -3,10 +3,11 @@
 A command is a file of its name; `common` is what they share.
 """
 
+import logging
 from typing import Annotated
 
 import ttsr_fast
-from ttsr_fast.cli.common import typer
+from ttsr_fast.cli.common import OneLineHandler, typer
 from ttsr_fast.cli.convert import convert_command
 from ttsr_fast.cli.env import env_command
 from ttsr_fast.cli.eval import eval_command
@@ -30,6 +31,7 @@ app.command("env")(env_command)
 
 def main() -> None:
     """The program `ttsr-fast`."""
+    logging.getLogger("ttsr_fast").addHandler(OneLineHandler())
     app(prog_name="ttsr-fast")
 
 

@@ -1,5 +1,7 @@
-"""What the commands share: options, the bar of progress, an error in one line."""
+"""What the commands share: options, the bar of progress, output in harmless lines."""
 
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ import torch
 
 from ttsr_fast import backends, environment, plan
 from ttsr_fast.bank import ReferenceBank
+from ttsr_fast.files import shown
 from ttsr_fast.folders import namesake, pictures_in
 from ttsr_fast.functional import PRECISIONS
 from ttsr_fast.images import Image
@@ -80,7 +83,7 @@ class ReferenceOptions:
         if bool(ref) == (pairs is not None):
             raise ValueError("either --ref or --pairs is needed, and not both")
         if pairs is not None and not pairs.is_dir():
-            raise ValueError(f"--pairs must be a folder, got {pairs}")
+            raise ValueError(f"--pairs must be a folder, got {shown(pairs)}")
         self._pairs, self._cache = pairs, cache
         self._all = [file for path in ref or () for file in pictures_in(path)]
         self._bank: ReferenceBank | None = None
@@ -129,7 +132,7 @@ def device_named(name: str | None) -> str:
 def report(path: Path, image: Image, start: float, quiet: bool) -> None:
     if not quiet:
         height, width = image.size
-        typer.echo(f"{path} ({width} x {height}, {time.perf_counter() - start:.1f} s)")
+        say(f"{shown(path)} ({width} x {height}, {time.perf_counter() - start:.1f} s)")
 
 
 @contextmanager
@@ -141,7 +144,8 @@ def progress_bar(
     Gives a function for every picture that is done, and one that makes, of a picture's name, what
     `upscale` tells of its progress.
     """
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description}", markup=False)  # `[red]` may be part of a name
+    columns = (SpinnerColumn(), text, BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     disable = quiet or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
@@ -149,7 +153,7 @@ def progress_bar(
 
         def tell(name: str) -> Callable[[str, int, int], None]:
             def told(stage: str, done: int, of: int) -> None:
-                progress.update(task, description=f"{name}: {stage} {done}/{of}")
+                progress.update(task, description=f"{shown(name)}: {stage} {done}/{of}")
 
             return told
 
@@ -165,7 +169,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return shown((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def memory_limit(text: str | None) -> int | None:
@@ -176,5 +180,19 @@ def memory_limit(text: str | None) -> int | None:
 
 
 def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+    say(f"error: {message}", err=True)
     raise typer.Exit(code)
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """Print a line, without what a terminal obeys, in the encoding of the stream."""
+    stream = sys.stderr if err else sys.stdout
+    encoding = stream.encoding or "utf-8"
+    typer.echo(shown(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+class OneLineHandler(logging.Handler):
+    """Log messages as the commands print errors."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}", err=True)

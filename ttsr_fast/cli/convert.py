@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ttsr_fast.cli.common import Quiet, errors_in_one_line, one_of
+from ttsr_fast.cli.common import Quiet, errors_in_one_line, one_of, say
+from ttsr_fast.files import shown
 from ttsr_fast.model import convert_checkpoint
 
 
@@ -32,7 +33,7 @@ def convert_command(
         left_out = convert_checkpoint(source, target, to=to or "official", half=half)
     if quiet:
         return
-    typer.echo(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    say(f"{shown(target)} ({target.stat().st_size / 1e6:.1f} MB)")
     if left_out:
         kinds = sorted({name.split(".")[0] for name in left_out})
-        typer.echo(f"left out {len(left_out)} tensors: {', '.join(kinds)}")
+        say(f"left out {len(left_out)} tensors: {', '.join(kinds)}")

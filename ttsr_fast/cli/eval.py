@@ -11,10 +11,9 @@ import torch.distributed as dist
 import typer
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as Sheet
+from rich.text import Text
 
-from ttsr_fast import images
 from ttsr_fast.cli.common import (
     SOME_FAILED,
     Backend,
@@ -29,8 +28,11 @@ from ttsr_fast.cli.common import (
     memory_limit,
     one_of,
     progress_bar,
+    say,
 )
 from ttsr_fast.evaluation import METHODS, MODES, evaluate
+from ttsr_fast.files import check_writable, shown
+from ttsr_fast.folders import check_other_file
 from ttsr_fast.metrics import PROTOCOLS
 from ttsr_fast.model import load_model
 from ttsr_fast.pairs import LAYOUTS, find_pairs
@@ -85,10 +87,16 @@ def eval_command(
     with errors_in_one_line(), _processes() as rank:
         if (weights is None) == (method is None):
             raise ValueError("either --weights or --method is needed, and not both")
-        for path in (csv, json):
-            if path is not None:
-                images.check_place(path)
+        tables = [path for path in (csv, json) if path is not None]
+        for path in tables:
+            check_writable(path)
         pairs = find_pairs(root, layout or "folders", references=_references(layout, references))
+        read = [file for pair in pairs for file in (pair.hr, *pair.references)]
+        read += [Path(name) for name in (weights, references) if name is not None]
+        for path in tables:
+            check_other_file(path, read)
+        if len({path.resolve() for path in tables}) < len(tables):
+            raise ValueError("--csv and --json must be two files")
         where = torch.device(device_named(device or _own_gpu()))
         model = load_model(weights).to(where) if weights is not None else str(method)
         with progress_bar("evaluating", len(pairs), quiet or rank > 0) as (step, tell):
@@ -119,7 +127,7 @@ def eval_command(
     if not quiet:
         _show(table)
     for failure in table.failures:
-        typer.echo(f"error: {failure.message}", err=True)
+        say(f"error: {failure.message}", err=True)
     if table.failures:
         total = len(table.rows) + len(table.failures)
         fail(f"{len(table.failures)} of {total} pictures failed", SOME_FAILED)
@@ -165,7 +173,8 @@ def _show(table: Table) -> None:
     sheet.add_column("references", overflow="fold")
     for row in table.rows:
         numbers = f"{row.psnr:.3f}", f"{row.ssim:.4f}"
-        sheet.add_row(escape(row.name), *numbers, escape(" ".join(row.references)))
+        # Text, because a string is taken for markup.
+        sheet.add_row(Text(shown(row.name)), *numbers, Text(shown(" ".join(row.references))))
     Console().print(sheet)
     counted, failed = len(table.rows), len(table.failures)
     if failed:

@@ -25,13 +25,14 @@ from ttsr_fast.cli.common import (
     report,
     upscale_options,
 )
+from ttsr_fast.folders import check_other_file
 from ttsr_fast.images import Image
 from ttsr_fast.pictures import draw_match
 from ttsr_fast.upscale import upscale
 
 
 def match_command(
-    lr: Annotated[Path, typer.Argument(metavar="LR", help="Picture to enlarge.")],
+    lr: Annotated[Path, typer.Argument(metavar="LR", help="Image to upscale.")],
     ref: References,
     output: Annotated[Path, typer.Option("--output", "-o", help="File for the drawing.")],
     weights: Weights = None,
@@ -43,12 +44,14 @@ def match_command(
     precision: Precision = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw where every patch of a picture came from, and how similar it is."""
+    """Draw where every patch of an image came from, and how similar it is."""
     start = time.perf_counter()
     with errors_in_one_line():
+        references = ReferenceOptions(ref, None, None)
+        check_other_file(output, [lr, *references.files(lr), *([weights] if weights else [])])
         images.check_output(output, Image(np.empty((1, 1, 3), np.uint8)))
         options = upscale_options(weights, method, phases, device, backend, precision)
-        low, bank = images.read_image(lr), ReferenceOptions(ref, None, None).bank(lr)
+        low, bank = images.read_image(lr), references.bank(lr)
         with progress_bar("matching", 1, quiet) as (_, tell):
             result = upscale(
                 low, bank, max_memory=memory_limit(max_memory), progress=tell(lr.name), **options

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from torch import distributed
 
-from ttsr_fast.cli.common import Quiet, errors_in_one_line, fail
+from ttsr_fast.cli.common import Quiet, errors_in_one_line, fail, say
 from ttsr_fast.training.config import PRESETS, SETTINGS, Config, load_config, to_yaml
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def train_command(
         fail(f"{name} after step {state.step}: --resume goes on from there", 128 + state.signal)
     if tell.called and not quiet:
         took = f"{state.step} steps, {time.perf_counter() - start:.1f} s"
-        typer.echo(f"{config.run.out}/{MODELS[0]} ({took}{_quality(state)})")
+        say(f"{config.run.out}/{MODELS[0]} ({took}{_quality(state)})")
 
 
 def _config(
@@ -84,12 +84,9 @@ def _config(
 ) -> Config:
     if source is None and resume and out is not None and (out / SETTINGS).is_file():
         source = str(out / SETTINGS)
-    config = load_config("ttsr" if source is None else source, settings)
-    if data is not None:
-        config.data.root = str(data)
-    if out is not None:
-        config.run.out = str(out)
-    return config
+    paths = {"data.root": data, "run.out": out}
+    values = {key: str(path) for key, path in paths.items() if path is not None}
+    return load_config("ttsr" if source is None else source, settings, values=values)
 
 
 class _Teller:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ttsr_fast import images
+from ttsr_fast.files import shown
 from ttsr_fast.images import SCALE
 from ttsr_fast.pairs import Pair, degrade, read_rgb
 
@@ -66,7 +67,8 @@ class Pictures:
         if min(height, width) < least:
             reduced = "" if self._longest is None else f" with longest {self._longest}"
             raise UnusablePicture(
-                f"{path} must have at least {least}x{least} pixels, got {width}x{height}{reduced}"
+                f"{shown(path)} must have at least {least}x{least} pixels, "
+                f"got {width}x{height}{reduced}"
             )
         return pixels
 
