@@ -1,6 +1,7 @@
 """The configuration: presets, files, overrides, official names, and what is refused."""
 
 import re
+import time
 
 import pytest
 
@@ -127,7 +128,11 @@ def test_what_is_shown_is_what_is_read(preset, tmp_path):
         ("run={num_init_epochs: 0, num_epochs: 0}", "run.num_epochs must be positive, .*"),
         ("reset=True", "reset is an option of the official program only: nothing is ever .*"),
         ("num_gpu=4", "num_gpu is an option of the official program only: .*accelerate launch.*"),
-        ("out=${nothing}", ".*Interpolation key 'nothing' not found"),
+        ("out=${nothing}", "run.out must not refer to other values .*, got '\\${nothing}'"),
+        ("n_feats=???", ".*missing mandatory value: n_feats"),
+        ("lr_rate=!!float 1", "lr_rate has a value that is no YAML: tag .*:float in line 1"),
+        ("n_feats=&a 4", "n_feats has a value that is no YAML: anchor or alias in line 1"),
+        ("n_feats=" + 5000 * "9", "n_feats has a value that is no YAML: Exceeds the limit .*"),
     ],
 )
 def test_the_impossible_is_refused(override, message):
@@ -135,10 +140,96 @@ def test_the_impossible_is_refused(override, message):
         load_config("ttsr", [override])
 
 
+LAUGHS = ["a: &a0 [x, x, x, x, x, x, x, x, x]"] + [
+    f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]" for n in range(1, 9)
+]
+
+
 @each(
     ("content", "message"),
     [
-        ("model: [1", "{file} is not a YAML file: while parsing a flow sequence"),
+        ("\n".join(LAUGHS), "anchor or alias in line 1"),
+        ("model:\n  weights: !!python/object/apply:os.system [ls]", "tag .*os.system in line 2"),
+        ("model: !!python/name:os.system", "tag tag:yaml.org,2002:python/name:os.system in line 1"),
+        ("data: !include /etc/passwd", "tag !include in line 1"),
+        (10_000 * "[", "too deep a nesting in line 1"),
+        (10_000 * "{a: ", "too deep a nesting in line 1"),
+        ("n_feats: 4\nn_feats: 8", "duplicate or impossible key 'n_feats' in line 2"),
+        ("model:\n  n_feats: 4\n  n_feats: 8", "duplicate or impossible key 'n_feats' in line 3"),
+        ("<<: {n_feats: 4}", "duplicate or impossible key '<<' in line 1"),
+        ("[1, 2]: 3", "duplicate or impossible key 'sequence' in line 1"),
+        ("a: 1\n---\nb: 2", "but found another document in line 2"),
+        ("n_feats: 4\0", "unacceptable character #x0000: special characters are not allowed"),
+        ("#" * 2**16 + "\n", " of settings: it has more than 65536 bytes"),
+        ("seed: " + "1:" * 20_000 + "1", "^run.seed must have at most 63 bits, got 118"),
+    ],
+    ids=lambda x: x[:20],
+)
+def test_hostile_files_are_refused_at_once(content, message, tmp_path):
+    (tmp_path / "bad.yaml").write_text(content)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(tmp_path / "bad.yaml")
+    assert time.monotonic() - start < 5
+    assert "\n" not in str(caught.value)
+
+
+@each(
+    ("text", "key"),
+    [
+        ('data: {root: "${oc.env:SECRET_TOKEN}"}', "data.root"),
+        ("model:\n  weights: x${oc.env:SECRET_TOKEN}", "model.weights"),
+        ("n_feats: ${oc.decode:${oc.env:SECRET_TOKEN}}", "model.n_feats"),
+        ('data: {references: [1, {a: ["${data.root}"]}]}', "data.references"),
+        ('data: {references: {"${oc.env:SECRET_TOKEN}": 1}}', "data.references"),
+        ("out: ${", "run.out"),
+        ("num_res_blocks: ${oc.env:SECRET_TOKEN}+1", "model.num_res_blocks"),
+    ],
+)
+def test_nothing_is_looked_up_elsewhere(text, key, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"^{key} must not refer to other values with") as caught:
+        load_config(tmp_path / "own.yaml")
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(ValueError, match=rf"^{key} must not refer to other values with"):
+        load_config(None, [f"{key}=${{oc.env:SECRET_TOKEN}}"])
+
+
+def test_values_are_taken_as_they_are():
+    config = load_config("tiny", ["run.out=a"], values={"run.out": "[1, 2", "data.root": "1e5"})
+    assert (config.run.out, config.data.root) == ("[1, 2", "1e5")
+    with pytest.raises(ValueError, match=r"^run.out must not refer to other values"):
+        load_config("tiny", values={"run.out": "${oc.env:HOME}"})
+
+
+@each("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@each("end", ["\n", "\r\n"])
+def test_encodings_and_line_ends(encoding, end, tmp_path):
+    lines = ["preset: tiny", "run:", "  out: größe", "  seed: 4", ""]
+    (tmp_path / "own.yaml").write_bytes(end.join(lines).encode(encoding))
+    config = load_config(tmp_path / "own.yaml")
+    assert (config.run.out, config.run.seed) == ("größe", 4)
+
+
+def test_other_encodings_are_refused(tmp_path):
+    (tmp_path / "own.yaml").write_bytes("out: größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"own\.yaml is not a YAML file: it is not in UTF-8$"):
+        load_config(tmp_path / "own.yaml")
+
+
+def test_a_date_is_a_name(tmp_path):
+    (tmp_path / "own.yaml").write_text("out: 2026-11-28")
+    assert load_config(tmp_path / "own.yaml").run.out == "2026-11-28"
+
+
+@each(
+    ("content", "message"),
+    [
+        (
+            "model: [1",
+            "{file} is not a YAML file: expected ',' or ']', but got '<stream end>' in line 1",
+        ),
         ("- 1\n- 2", "{file} must hold keys and values, got a list"),
         ("preset: best", "preset must be one of tiny, ttsr, ttsr-rec, got best"),
         ("widths: 3", "unknown key widths"),

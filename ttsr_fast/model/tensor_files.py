@@ -109,7 +109,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode("utf-8", "surrogatepass"))
-        digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ttsr_fast.training import yaml_files
+from ttsr_fast.training.yaml_files import check_plain
+
 PRESET_FOLDER = Path(__file__).parent / "presets"
 SETTINGS = "training.yaml"  # in the folder of a training: what it was asked for
 PRESETS = tuple(sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml")))
@@ -211,20 +214,28 @@ _INSTEAD = {
 
 
 def load_config(
-    source: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+    source: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    values: Mapping[str, Any] | None = None,
 ) -> Config:
     """A preset or a YAML file with overrides, checked.
+
+    No file but `source` is read, and no variable of the environment.
 
     Args:
         source: the name of a preset (`PRESETS`) or a YAML file, which may name one that it starts
             from as `preset: NAME`; None for the defaults.
         overrides: `key=value`, the later the stronger; values are written as in YAML.
+        values: keys with values that are taken as they are, the strongest.
 
     Raises:
-        ValueError: no such preset or file, no YAML, an unknown key, a value that is impossible.
+        ValueError: no such preset or file, no plain YAML, an unknown key, a value that is
+            impossible or refers to others (`${...}`).
         ImportError: OmegaConf is missing.
     """
     given = [*_read(source), *(pair for text in overrides for pair in _override(text))]
+    given += _flat(values or {})
     return _merged({_full_key(key): _converted(key, value) for key, value in given})
 
 
@@ -245,6 +256,7 @@ def _merged(settings: Mapping[str, Any]) -> Config:
     omegaconf = _omegaconf()
     merged = omegaconf.OmegaConf.structured(Config)
     for key, value in settings.items():
+        check_plain(key, value)
         try:
             omegaconf.OmegaConf.update(merged, key, value)
         except omegaconf.errors.OmegaConfBaseException as error:
@@ -262,11 +274,7 @@ def _read(source: str | os.PathLike[str] | None) -> Iterator[tuple[str, Any]]:
     path = PRESET_FOLDER / f"{source}.yaml" if str(source) in PRESETS else Path(source)
     if not path.is_file():
         raise ValueError(f"no preset ({', '.join(PRESETS)}) and no file has the name {source}")
-    omegaconf = _omegaconf()
-    try:
-        content = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(path), resolve=True)
-    except Exception as error:  # YAML's, OmegaConf's and those of decoding
-        raise ValueError(f"{path} is not a YAML file: {_first_line(error)}") from error
+    content = yaml_files.load(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, got a {type(content).__name__}")
     preset = content.pop("preset", None)
@@ -282,10 +290,10 @@ def _override(text: str) -> Iterator[tuple[str, Any]]:
     if not equals:
         raise ValueError(f"an override must be key=value, got {text!r}")
     try:
-        read = _omegaconf().OmegaConf.from_dotlist([f"x={value}"])
-    except Exception as error:  # those of YAML
-        raise ValueError(f"{key} has a value that is no YAML: {_first_line(error)}") from error
-    yield from _flat({key: _omegaconf().OmegaConf.to_container(read)["x"]})
+        read = yaml_files.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{key} has a value that is no YAML: {error}") from error
+    yield from _flat({key: read})
 
 
 def _flat(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
