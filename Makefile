@@ -25,7 +25,7 @@ CUDA_WARNINGS := -Xcompiler='$(WARNINGS)' $(if $(filter -Werror,$(WARNINGS)),-We
 SANITIZED := build/sanitized/$(LIBRARY)
 SANITIZER := g++
 SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-SANITIZER_TESTS := tests/test_search.py tests/test_gather_fold.py tests/test_ops.py
+SANITIZER_TESTS := tests/test_search.py tests/test_gather_fold.py tests/test_ops.py tests/test_broken_calls.py
 
 .DEFAULT_GOAL := help
 .PHONY: help env build demo train-demo test test-oldest-triton check format sanitize docs bench wheel clean
@@ -86,7 +86,7 @@ format: env  ## rewrite the sources as `make check` wants them
 
 sanitize: $(SANITIZED)  ## run the tests of the operators under AddressSanitizer and UBSan
 	LD_PRELOAD="$$($(SANITIZER) -print-file-name=libasan.so) $$($(SANITIZER) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	TTSR_FAST_LIBRARY=$(SANITIZED) TTSR_FAST_TEST_BACKENDS=cpp OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest --quiet --capture=no $(SANITIZER_TESTS)
 

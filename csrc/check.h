@@ -103,10 +103,11 @@ void check_level(const Tensor& output, const Tensor& value, const Tensor& index,
       {index.size(0), value.size(1), (index.size(1) + shrink) * stride, (index.size(2) + shrink) * stride},
       "the output or its gradient");
   // A value whose last block was completed holds one more block than its key grid counts.
-  const int64_t beyond_y = value.size(2) / stride - shrink - o.key_height;
-  const int64_t beyond_x = value.size(3) / stride - shrink - o.key_width;
-  STD_TORCH_CHECK(o.key_height > 0 && o.key_width > 0 && (beyond_y == 0 || beyond_y == 1) &&
-                      (beyond_x == 0 || beyond_x == 1),
+  const auto fits = [&](int64_t size, int64_t keys) {
+    const int64_t most = size / stride - shrink;
+    return keys > 0 && (keys == most || keys == most - 1);
+  };
+  STD_TORCH_CHECK(fits(value.size(2), o.key_height) && fits(value.size(3), o.key_width),
                   "ttsr_fast: the key grid of value ", shape_of(value), " at stride ", stride, " is not ",
                   o.key_height, " x ", o.key_width);
 }

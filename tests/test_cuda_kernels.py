@@ -28,7 +28,7 @@ from tests.test_gather_fold import (  # noqa: F401  # run here as well
     test_weight_of_another_dtype,
 )
 from tests.test_modules import test_dtypes, test_equals_the_oracle  # noqa: F401  # the same
-from ttsr_fast import backends, compiled, gather_fold, ops, reference
+from ttsr_fast import backends, choosers, compiled, gather_fold, ops, reference
 
 each = pytest.mark.parametrize
 
@@ -126,11 +126,34 @@ def test_index_outside_the_grid(backend, monkeypatch, outside):
     torch.testing.assert_close(dot.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_more_positions_than_a_patch_has(backend):
+def test_arguments_that_would_reach_outside(backend):
     """What the checks above the operators never let through."""
     value, index = torch.randn(1, 4, 9, 9), torch.zeros(1, 9, 9, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="can have 49 positions in a patch, got 81"):
+    with pytest.raises(RuntimeError, match="kernel_size must be 1, 3, 5 or 7, got 9"):
         ops.gather_fold(value, index, None, 1, 9, 4, "area", backend)
+    maps = value.contiguous(memory_format=torch.channels_last)
+    begin, order = choosers.Choosers(index).of(81, 1)
+    run, end = torch.ops.ttsr_fast.cuda_gather_fold_adjoint, (3, 1, 9, 9, "area")
+    out = torch.empty_like(value)
+    run([maps], index, begin, order, None, [out], [1], *end)
+    torch.testing.assert_close(out, reference.gather_fold_adjoint(value, index, None, [1, 4, 9, 9]))
+    for broken, message in (
+        ((index, begin[:-1], order, None, [out], [1]), r"begin must be \[82\], got \[81\]"),
+        ((index, begin.long(), order, None, [out], [1]), "begin must be Int, got Long"),
+        ((index, begin, order[:-1], None, [out], [1]), r"order must be \[81\], got \[80\]"),
+        ((index[:, 1:], begin, order, None, [out], [1]), "must be contiguous|gradient must be"),
+        ((index, begin, order, torch.ones(1, 1, 1), [out], [1]), "weight must be"),
+        ((index, begin, order, None, [out.double()], [1]), "must be Double, got Float"),
+        ((index, begin, order, None, [out, out], [1]), "for every level, got 2, 1 and 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run([maps], *broken, *end)
+    # Numbers that do not belong to the index add nothing from elsewhere.
+    for wrong in (-(2**31), 2**31 - 1):
+        run([maps], index, begin.clone().fill_(wrong), order, None, [out], [1], *end)
+        assert torch.equal(out, torch.zeros_like(out))
+        run([maps], index, begin, order.clone().fill_(wrong), None, [out], [1], *end)
+        assert torch.equal(out, torch.zeros_like(out))
 
 
 def test_weight_of_another_sum(backend):

@@ -77,6 +77,10 @@ def search_gradient(
     the patches has gradient g / (n_i n_j) in each factor, and a norm that n varies with pulls on
     every pixel x of its patch by -g score x / (n norm), summed over the patches that hold x.
     """
+    patches = choosers.index.shape
+    if not (patches == score.shape == grad_score.shape and _fit(query, key, patches, *patch)):
+        shapes = [list(x.shape) for x in (grad_score, query, key, score, choosers.index)]
+        raise ValueError(f"shapes of grad_score, query, key, score and index do not fit: {shapes}")
     grad_query, grad_key = query.new_empty(0), key.new_empty(0)
     if not any(needed):
         return grad_query, grad_key
@@ -118,6 +122,15 @@ def search_gradient_outputs(
         like(key, list(query.shape)) if needed[0] else query.new_empty(0),
         like(query, list(key.shape)) if needed[1] else key.new_empty(0),
     )
+
+
+def _fit(query: Tensor, key: Tensor, grid: torch.Size, kernel_size: int, padding: int) -> bool:
+    """Whether the patches of the query are that grid, and those of the key may be its matches."""
+    if query.dim() != 4 or key.dim() != 4 or key.shape[0] not in (1, query.shape[0]):
+        return False
+    shrink = kernel_size - 1 - 2 * padding
+    patches = (query.shape[0], *(size - shrink for size in query.shape[2:]))
+    return grid == patches and query.shape[1] == key.shape[1]
 
 
 def _spread(x: Tensor, pull: Tensor, kernel_size: int, padding: int) -> Tensor:

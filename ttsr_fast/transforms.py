@@ -5,6 +5,7 @@ reverse-mode one does not work under torch.func. `autograd.Function` has both, s
 transforms `functional` calls the two functions below.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,16 +21,21 @@ def active() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-@torch.compiler.disable  # whose tracer knows tangents of operators alone
 def search(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`ops.search` under a transform."""
-    return Search.apply(*arguments)
+    return _untraced(Search.apply, *arguments)
 
 
-@torch.compiler.disable
 def gather_fold(*arguments: Any) -> Tensor:
     """`ops.gather_fold` under a transform."""
-    return GatherFold.apply(*arguments)
+    return _untraced(GatherFold.apply, *arguments)
+
+
+def _untraced(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The tracer of torch.compile does not get through these functions with tangents."""
+    if torch.compiler.is_compiling():
+        function = torch.compiler.disable(function)  # imports the compiler: not when this is loaded
+    return function(*arguments)
 
 
 class Search(autograd.Function):
