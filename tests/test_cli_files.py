@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tests.test_cli import LOW, REF, assert_refused, folder, names, program, run  # noqa: F401
-from ttsr_fast.cli import common
+from ttsr_fast.cli import app, common
 from ttsr_fast.images import Image, read_image
 
 each = pytest.mark.parametrize
@@ -134,6 +134,17 @@ def test_lines_fit_the_encoding_of_the_stream(monkeypatch):
     common.say("\U0001f600 caf\xe9 \x1b[2J")
     sys.stdout.flush()
     assert raw.getvalue().decode("ascii") == rf"\U0001f600 caf\xe9 \x1b[2J{os.linesep}"
+
+
+def test_tables_fit_the_encoding_of_the_stream(folder, monkeypatch):  # noqa: F811
+    Path("set").mkdir()
+    Image(REF).save("set/\U0001f600.png")
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors="strict"))
+    command = ["eval", "set", "--layout", "urban100", "--method", "bicubic"]
+    app(command, standalone_mode=False)
+    sys.stdout.flush()
+    assert b" \\U0001f600 " in raw.getvalue()
 
 
 def test_log_messages_are_lines_of_output(capsys):

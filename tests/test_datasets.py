@@ -11,6 +11,7 @@ import torch
 from PIL import Image as pillow
 from torch.utils.data import DataLoader
 
+from tests.test_image_files import save_two_directories, save_wide_tiles
 from ttsr_fast.images import Image
 from ttsr_fast.pairs import Pair
 from ttsr_fast.training import datasets
@@ -242,6 +243,16 @@ def test_an_unusable_picture_is_named_in_one_line_by_a_loader(damaged):
     assert len(text.splitlines()) > 9
     assert str(again) == str(error)
     assert re.fullmatch(r"cannot read \S*/1.png: [^\n]+", str(again))
+
+
+@each("save", [save_two_directories, save_wide_tiles])
+def test_whatever_a_decoder_raises_is_skipped(three_pairs, tmp_path, caplog, save):
+    save(tmp_path / "bad.tif")
+    pairs = [Pair("bad", tmp_path / "bad.tif", ()), three_pairs[0]]
+    dataset = PairDataset(pairs, size=48, on_error="skip")
+    assert_same(dataset[0], dataset[1])
+    (message,) = caplog.messages
+    assert message.startswith(f"left out: cannot read {tmp_path}/bad.tif: it is damaged (")
 
 
 def test_an_unusable_picture_is_skipped_if_asked(damaged, caplog):

@@ -136,6 +136,15 @@ def test_a_name_that_is_too_long_is_found_beforehand(tmp_path: Path) -> None:
         check_writable(tmp_path / ("a" * 256))
 
 
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    for write in (check_writable, lambda path: write_bytes(path, b"")):
+        with pytest.raises(OSError, match=r"^cannot write .*/a: it is no regular file$"):
+            write(tmp_path / "a")
+    assert (tmp_path / "a").is_fifo()
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_a_check_may_meet_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one takes the closed file of the check for a leftover."""
     create = files._create

@@ -26,15 +26,17 @@ SHORT = 3  # type of tags
 
 @each("compressed", [False, True])
 @each("order", "<>")
-@each("bits", [8, 9, 10, 12, 14, 16])
+@each("bits", [1, 2, 4, 8, 9, 10, 12, 14, 16])
 @each(("photometric", "channels"), [(0, 1), (1, 1), (2, 3)])
 def test_tiff_is_read_to_its_full_range(tmp_path, photometric, channels, bits, order, compressed):
+    if bits < 8 and channels == 3:
+        return  # refused, see below
     top = 2**bits - 1
     array = np.random.default_rng(1).integers(0, top, (6, 5, channels), endpoint=True)
     array[0, 0], array[-1, -1] = 0, top
     content = tiff(array, bits, photometric, order=order, compressed=compressed)
     (tmp_path / "a.tif").write_bytes(content)
-    dtype = np.uint8 if bits == 8 else np.uint16
+    dtype = np.uint8 if bits <= 8 else np.uint16
     levels = (array / top * np.iinfo(dtype).max).round().astype(dtype)
     expected = np.iinfo(dtype).max - levels if photometric == 0 else levels
     assert_same(read_image(tmp_path / "a.tif"), expected)
@@ -96,8 +98,8 @@ SIGNED = "signed and floating-point samples are not supported"
         (16, 1, 1, [(339, SHORT, (2,))], f"{SIGNED}|mode I is not supported"),
         (16, 2, 3, [(339, SHORT, (2, 2, 2))], SIGNED),
         (16, 1, 1, [(339, SHORT, (3,))], SIGNED),
-        (16, 2, 4, [(338, SHORT, (1,))], "16-bit colour multiplied by its alpha"),
-        (16, 1, 2, [(338, SHORT, (1,))], "16-bit colour multiplied by its alpha"),
+        (16, 2, 4, [(338, SHORT, (1,))], "samples multiplied by their alpha"),
+        (16, 1, 2, [(338, SHORT, (1,))], "samples multiplied by their alpha"),
         (12, 1, 2, [], "2 samples for a pixel are not supported"),
         (16, 5, 4, [], "mode CMYK is not supported"),
         (16, 8, 3, [], "photometric 8 of TIFF is not supported"),
@@ -149,6 +151,22 @@ def test_the_content_decides_on_the_format(tmp_path, name, suffix):
     assert_same(read_image(tmp_path / f"other{suffix}"), expected)
 
 
+def test_runs_of_single_pixels_are_no_damage(tmp_path, monkeypatch):
+    """Pillow reads each of them from the file."""
+    monkeypatch.setattr(image_files, "_MOST_READS", 100)
+    array = noise(40, 40, 1)
+    rows = [b"".join(bytes((1, x)) for x in row) for row in array[::-1, :, 0]]
+    pixels = b"\0\0".join(rows) + b"\0\1"
+    palette = b"".join(bytes((x, x, x, 0)) for x in range(256))
+    head = struct.pack("<IiiHHIIiiII", 40, 40, 40, 1, 8, 1, len(pixels), 0, 0, 256, 0)
+    start = struct.pack("<2sIHHI", b"BM", 54 + 1024 + len(pixels), 0, 0, 54 + 1024)
+    (tmp_path / "a.bmp").write_bytes(start + head + palette + pixels)
+    expected = np.broadcast_to(array, (40, 40, 3))
+    assert_same(
+        as_image(read_image(tmp_path / "a.bmp").to_tensor()), expected.astype(np.uint16) * 257
+    )
+
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
 
 
@@ -197,6 +215,7 @@ def save_two_directories(path):
 
 GOOD = png(noise(30, 30, 3), 2)
 DEEP = png(noise(30, 30, 3, dtype=np.uint16), 2)
+DEFLATED = tiff(noise(30, 30, 3), 8, 2, compressed=True)
 HUGE = struct.pack("<2sIHHI", b"BM", 99, 0, 0, 54) + struct.pack("<IiiHH", 40, 2**31 - 1, 1, 1, 24)
 BAD_FILES = {  # message, and the content or what writes it
     "ink.tif": ("mode CMYK is not supported", pillow.new("CMYK", (4, 4)).save),
@@ -204,6 +223,7 @@ BAD_FILES = {  # message, and the content or what writes it
     "frames.tif": ("it holds 2 frames", save_frames),
     "frames.webp": ("it holds 2 frames", save_frames),
     "cut.tif": ("it is truncated|failed to read", save_cut),
+    "strip.tif": ("decoder error -2", DEFLATED[:60] + b"\xff" * 99 + DEFLATED[159:]),
     "tiles.tif": ("it is damaged .OverflowError", save_wide_tiles),
     "two.tif": ("it is damaged|it holds 2 frames", save_two_directories),
     "deep.png": ("image file is truncated", DEEP[: len(DEEP) // 2]),

@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     unfinished: Path | None = None
     try:
+        _check_kind(path)
         _remove_leftovers(path)
         unfinished, file = _create(path)
         with file:
@@ -64,13 +66,35 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         file.write(content)
 
 
+def keep_as(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Let a file stay under a second name of its folder, which appears whole.
+
+    Both names can be replaced by `replacing` without changing the other's content; on file systems
+    with hard links they share the disk until then.
+
+    Raises:
+        OSError: the file cannot be read, or the second not be written.
+    """
+    path, target = Path(path), Path(target)
+    with path.open("rb") as file:
+        linked = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}{_UNFINISHED}")
+        _lock(file.fileno())  # so that the link is not taken for a leftover
+        try:
+            os.link(path, linked)
+            os.replace(linked, target)
+        except OSError:  # such as a file system without hard links
+            with replacing(target) as copy:
+                shutil.copyfileobj(file, copy)
+        finally:
+            linked.unlink(missing_ok=True)
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise OSError if no file can be written at `path`, of whatever kind."""
     path = Path(path)
     folder = shown(path.parent)
     try:
-        if path.is_dir():
-            raise IsADirectoryError(f"cannot write {shown(path)}: it is a folder")
+        _check_kind(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"cannot write {shown(path)}: there is no folder {folder}")
         with suppress(FileNotFoundError):
@@ -84,6 +108,14 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise _kind_of(error)(
             f"cannot write {shown(path)}: no file can be made in {folder} ({refusal(error)})"
         ) from error
+
+
+def _check_kind(path: Path) -> None:
+    """Raise OSError for a folder, and for a pipe or a device, which a file would replace."""
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {shown(path)}: it is a folder")
+    if path.exists() and not path.is_file():
+        raise OSError(f"cannot write {shown(path)}: it is no regular file")
 
 
 def shown(name: str | os.PathLike[str]) -> str:

@@ -18,7 +18,7 @@ _EXTRA, _SAMPLES, _PROFILE = 338, 339, 34675
 _TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _READ = ["PNG", "TIFF", "JPEG", "WEBP", "BMP"]  # for others Pillow may start a program
 _TIFF_COMPRESSIONS = (1, 5, 8, 32773, 32946, 34925, 50000)  # lossless, for samples of 16 bits
-_MOST_READS = 2**22  # of one file; sound files need less than a tenth
+_MOST_READS = 2**22  # of a file, beside its pixels; sound files need less than a tenth
 
 
 class Decoded(NamedTuple):
@@ -38,11 +38,13 @@ class Decoded(NamedTuple):
 class _File(io.BufferedReader):
     """A file with a limited number of reads: parsers skip what is damaged byte by byte."""
 
-    _reads = 0
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self.reads_left = _MOST_READS
 
     def read(self, size: int | None = -1, /) -> bytes:
-        self._reads += 1
-        if self._reads > _MOST_READS:
+        self.reads_left -= 1
+        if self.reads_left < 0:
             raise ValueError("it is damaged: its parts are too many or too small")
         return super().read(size)
 
@@ -126,6 +128,7 @@ def _decode(file: _File) -> Decoded:
         return _decode_tiff(file)
     with pil.Image.open(file, formats=_READ) as opened:
         _check_frames(getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1)
+        file.reads_left += 4 * opened.width * opened.height  # BMP has runs of single pixels
         profile = opened.info.get("icc_profile")
         if opened.format != "PNG":
             return Decoded(to_array(opened), profile)
@@ -200,7 +203,7 @@ def _check_page(page: Any, size: int) -> tuple[int, ...]:
     if page.bitspersample not in range(8, 17):
         raise ValueError(f"samples of {page.bitspersample} bits are not supported")
     if page.compression not in _TIFF_COMPRESSIONS:
-        raise ValueError(f"compression {int(page.compression)} of 16-bit TIFF is not supported")
+        raise ValueError(f"compression {int(page.compression)} is not supported for such a TIFF")
     colours = 3 if page.photometric == 2 else 1
     extra = tuple(map(int, page.tags.valueof(_EXTRA, ())))
     if not extra and page.samplesperpixel == 4 and colours == 3:
@@ -208,7 +211,7 @@ def _check_page(page: Any, size: int) -> tuple[int, ...]:
     if page.samplesperpixel != colours + len(extra) or len(extra) > 4:
         raise ValueError(f"{page.samplesperpixel} samples for a pixel are not supported")
     if 1 in extra:
-        raise ValueError("16-bit colour multiplied by its alpha is not supported")
+        raise ValueError("samples multiplied by their alpha are not supported")
     parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
     if len(parts) < np.prod(page.chunked) or not all(
         start > 0 < count and start + count <= size for start, count in parts

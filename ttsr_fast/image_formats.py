@@ -9,6 +9,7 @@ import io
 import logging
 import struct
 import zlib
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -174,10 +175,10 @@ def _keep_quiet(name: str) -> None:
 @cache
 def _keep_libtiff_quiet(extension: str) -> None:
     """Remove its printing of what it finds wrong; Pillow raises an error all the same."""
-    library = ctypes.CDLL(extension)
-    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
-        set_handler = getattr(library, name, None)  # not found where libtiff is linked statically
-        if set_handler is not None:
+    with suppress(OSError, AttributeError):  # where libtiff is linked statically
+        library = ctypes.CDLL(extension)
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            set_handler = getattr(library, name)
             set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
             set_handler(None)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import torch
 
@@ -186,9 +186,13 @@ def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
 
 def say(line: str, *, err: bool = False) -> None:
     """Print a line, without what a terminal obeys, in the encoding of the stream."""
-    stream = sys.stderr if err else sys.stdout
+    typer.echo(fitting(line, sys.stderr if err else sys.stdout), err=err)
+
+
+def fitting(text: str, stream: TextIO) -> str:
+    """A text in one line, of characters that a terminal prints and the stream encodes."""
     encoding = stream.encoding or "utf-8"
-    typer.echo(shown(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
+    return shown(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 class OneLineHandler(logging.Handler):

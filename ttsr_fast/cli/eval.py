@@ -1,6 +1,7 @@
 """`ttsr-fast eval`: PSNR and SSIM over a data set."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +26,14 @@ from ttsr_fast.cli.common import (
     device_named,
     errors_in_one_line,
     fail,
+    fitting,
     memory_limit,
     one_of,
     progress_bar,
     say,
 )
 from ttsr_fast.evaluation import METHODS, MODES, evaluate
-from ttsr_fast.files import check_writable, shown
+from ttsr_fast.files import check_writable
 from ttsr_fast.folders import check_other_file
 from ttsr_fast.metrics import PROTOCOLS
 from ttsr_fast.model import load_model
@@ -173,8 +175,7 @@ def _show(table: Table) -> None:
     sheet.add_column("references", overflow="fold")
     for row in table.rows:
         numbers = f"{row.psnr:.3f}", f"{row.ssim:.4f}"
-        # Text, because a string is taken for markup.
-        sheet.add_row(Text(shown(row.name)), *numbers, Text(shown(" ".join(row.references))))
+        sheet.add_row(_literal(row.name), *numbers, _literal(" ".join(row.references)))
     Console().print(sheet)
     counted, failed = len(table.rows), len(table.failures)
     if failed:
@@ -186,3 +187,8 @@ def _show(table: Table) -> None:
         f"{table.method}, protocol {table.protocol}{used}: {counted} pictures, "
         f"{table.seconds:.2f} s each"
     )
+
+
+def _literal(text: str) -> Text:
+    """A cell; a string would be taken for markup."""
+    return Text(fitting(text, sys.stdout))
