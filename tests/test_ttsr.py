@@ -258,3 +258,24 @@ def test_sr_stands_alone_and_nothing_may_be_missing():
         model(sr=image[:, :, :3])
     with pytest.raises(TypeError, match=r"refsr must be a \[N, 3, H, W\] tensor, got NoneType"):
         model(torch.zeros(1, 3, 4, 4), image, image)
+
+
+def test_exported_program_is_for_all_sizes(tmp_path):
+    """Saved and loaded; the operators check what it calls them with."""
+    torch.manual_seed(0)
+    model = TTSR((1, 1, 1, 1), 4).eval()
+
+    def maps(height, width, ref_height, ref_width):
+        sizes = ((height, width), (4 * height, 4 * width), (ref_height, ref_width))
+        return tuple(torch.rand(1, 3, *size) * 2 - 1 for size in (*sizes, sizes[2]))
+
+    names = ("h", "w", "key_h", "key_w")
+    h, w, key_h, key_w = (torch.export.Dim(name, min=3, max=1024) for name in names)
+    sizes = ({2: h, 3: w}, {2: 4 * h, 3: 4 * w}, *[{2: 4 * key_h, 3: 4 * key_w}] * 2)
+    inputs = maps(12, 7, 20, 24)
+    with torch.no_grad():
+        program = torch.export.export(model, maps(8, 10, 12, 16), dynamic_shapes=sizes)
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        for actual, expected in zip(loaded(*inputs), model(*inputs), strict=True):
+            assert torch.equal(actual, expected)

@@ -293,7 +293,8 @@ def _up(x: Tensor, factor: int) -> Tensor:
 
 
 def _bicubic(x: Tensor, factor: int) -> Tensor:
-    return F.interpolate(x, scale_factor=factor, mode="bicubic")
+    # By a factor, an exported program would not be for open sizes: they would become floats.
+    return F.interpolate(x, size=[factor * n for n in x.shape[2:]], mode="bicubic")
 
 
 class _CompiledUp(torch.autograd.Function):
@@ -309,10 +310,9 @@ class _CompiledUp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        x, ctx.factor = inputs
-        ctx.sizes = output.shape[2:], x.shape
+        ctx.sizes = output.shape[2:], inputs[0].shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        backward, factor = torch.ops.aten.upsample_bicubic2d_backward, float(ctx.factor)
-        return backward(grad, *ctx.sizes, False, factor, factor), None
+        backward = torch.ops.aten.upsample_bicubic2d_backward
+        return backward(grad, *ctx.sizes, False, None, None), None
