@@ -132,7 +132,66 @@ def test_a_missing_strip_is_not_black(tmp_path):
             read_image(tmp_path / "a.tif")
 
 
+@each(("bits", "channels"), [(8, 1), (8, 3), (16, 1), (16, 3)])
+@each("compressed", [False, True])
+def test_missing_rows_are_not_black(tmp_path, bits, channels, compressed):
+    """Pillow leaves them so where nothing is compressed."""
+    array = noise(30, 20, channels, dtype=np.uint8 if bits == 8 else np.uint16)
+    content = bytearray(tiff(array, bits, 1 if channels == 1 else 2, compressed=compressed))
+    start = struct.unpack_from("<I", content, 4)[0]
+    for place in range(start + 2, len(content) - 12, 12):
+        if struct.unpack_from("<H", content, place)[0] == 278:
+            struct.pack_into("<I", content, place + 8, 10)  # rows of the only strip
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read .*a.tif: (it is truncated|decoder error)"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_planes_of_an_opened_tiff_are_not_misread(tmp_path):
+    planes, options = noise(2, 6, 5), {"planarconfig": "separate", "extrasamples": [2]}
+    tifffile.imwrite(
+        tmp_path / "a.tif", planes, photometric="minisblack", compression="zlib", **options
+    )
+    assert_same(read_image(tmp_path / "a.tif"), np.moveaxis(planes, 0, 2))
+    with (
+        pillow.open(tmp_path / "a.tif") as opened,
+        pytest.raises(ValueError, match="^lr: Pillow does not read its planes; give the path$"),
+    ):
+        as_image(opened, "lr")
+
+
 # --- PNG, palettes, other suffixes ----------------------------------------------------------------
+
+
+@each("dtype", [np.uint8, np.uint16])
+@each(("colour_type", "channels"), [(0, 1), (2, 3), (3, 1), (4, 2), (6, 4)])
+def test_missing_rows_of_png_are_not_black(tmp_path, colour_type, channels, dtype):
+    """Pillow leaves them so where the compressed data end as they should."""
+    if colour_type == 3 and dtype == np.uint16:
+        return  # there is no such PNG
+    palette = [(b"PLTE", bytes(range(256)) * 3)] if colour_type == 3 else []
+    array = np.zeros((10, 9, channels), dtype)
+    (tmp_path / "a.png").write_bytes(png(array, colour_type, *palette))
+    assert read_image(tmp_path / "a.png").size == (10, 9)
+    (tmp_path / "a.png").write_bytes(png(array, colour_type, *palette, size=(9, 11)))
+    with pytest.raises(ValueError, match=r"a.png: (it is truncated|Not enough image data)"):
+        read_image(tmp_path / "a.png")
+
+
+@each("size", [(1, 1), (2, 3), (5, 5), (9, 17), (16, 16)])
+def test_an_interlaced_png_is_read_whole_or_refused(tmp_path, size):
+    array = noise(*size, 3)
+    passes = [array[y::dy, x::dx] for x, y, dx, dy in image_files._PASSES]
+    rows = [b"\0" + row.tobytes() for part in passes if part.size for row in part]
+    head = chunk(b"IHDR", struct.pack(">2I5B", *size[::-1], 8, 2, 0, 0, 1))
+    for count in (len(rows), len(rows) - 1):
+        pixels = chunk(b"IDAT", zlib.compress(b"".join(rows[:count])))
+        (tmp_path / "a.png").write_bytes(GOOD[:8] + head + pixels + chunk(b"IEND", b""))
+        if count == len(rows):
+            assert_same(read_image(tmp_path / "a.png"), array)
+        else:
+            with pytest.raises(ValueError, match=r"a.png: .*truncated"):
+                read_image(tmp_path / "a.png")
 
 
 def test_significant_bits_of_png_change_nothing(tmp_path):

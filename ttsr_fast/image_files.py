@@ -4,6 +4,8 @@ import io
 import os
 import struct
 import warnings
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,9 +17,14 @@ from ttsr_fast.image_formats import SRGB, Chunks, codecs, pillow, reason_of
 # Tags of TIFF and EXIF.
 _BITS, _PHOTOMETRIC, _ORIENTATION, _PER_PIXEL, _PLANES = 258, 262, 274, 277, 284
 _EXTRA, _SAMPLES, _PROFILE = 338, 339, 34675
+_WIDTH, _HEIGHT, _STRIPS, _ROWS = 256, 257, 273, 278
+_TILE_WIDTH, _TILE_HEIGHT, _TILES = 322, 323, 324
 _TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _READ = ["PNG", "TIFF", "JPEG", "WEBP", "BMP"]  # for others Pillow may start a program
 _TIFF_COMPRESSIONS = (1, 5, 8, 32773, 32946, 34925, 50000)  # lossless, for samples of 16 bits
+# The interlaced passes of PNG: first column and row, steps across and down.
+_PASSES = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
+_PASSES += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
 _MOST_READS = 2**22  # of a file, beside its pixels; sound files need less than a tenth
 
 
@@ -89,6 +96,10 @@ def to_array(image: Any) -> np.ndarray:
     tags = image.tag_v2 if getattr(image, "format", None) == "TIFF" else {}
     if np.any(np.not_equal(tags.get(_SAMPLES, 1), 1)):
         raise ValueError("signed and floating-point samples are not supported; convert them")
+    if tags:
+        _check_parts(tags)
+        if _misread(image):
+            raise ValueError("Pillow does not read its planes; give the path")
     image = pillow().ImageOps.exif_transpose(image)
     if 0 in image.size:
         raise ValueError(f"it has no pixels ({image.width}x{image.height})")
@@ -136,6 +147,8 @@ def _decode(file: _File) -> Decoded:
             raise ValueError("it does not begin with its header")
         mixed = opened.mode in ("LA", "RGB", "RGBA") or "transparency" in opened.info
         if head[24] <= 8 or not mixed:  # Pillow keeps every bit
+            opened.load()
+            _check_rows(opened, file, head)
             return Decoded(to_array(opened), profile, _colour_chunks(file))
         imagecodecs, _ = codecs()
         orientation = opened.getexif().get(_ORIENTATION)
@@ -150,11 +163,8 @@ def _decode_tiff(file: _File) -> Decoded:
     try:
         with pil.Image.open(file, formats=["TIFF"]) as opened:
             _check_frames(opened.n_frames)
-            tags, colour = opened.tag_v2, opened.mode in ("RGB", "RGBA")
-            deep = np.max(tags.get(_BITS, 1)) > 8
-            # Pillow takes planes of other kinds one after the other for samples side by side.
-            planes = tags.get(_PLANES) == 2 and tags.get(_PER_PIXEL, 1) > 1
-            if not (deep if colour else planes):
+            deep = np.max(opened.tag_v2.get(_BITS, 1)) > 8
+            if not ((deep and opened.mode in ("RGB", "RGBA")) or _misread(opened)):
                 return Decoded(to_array(opened), opened.info.get("icc_profile"))
     except pil.UnidentifiedImageError as error:  # one that Pillow does not know, or damaged
         try:
@@ -162,6 +172,27 @@ def _decode_tiff(file: _File) -> Decoded:
         except ImportError as missing:
             raise ValueError(f"it is damaged, or {missing}") from error
     return _decode_deep_tiff(file)
+
+
+def _misread(opened: Any) -> bool:
+    """Planes that Pillow takes for samples side by side, in a TIFF that is neither RGB nor RGBA."""
+    tags = opened.tag_v2
+    planes = tags.get(_PLANES) == 2 and tags.get(_PER_PIXEL, 1) > 1
+    return planes and opened.mode not in ("RGB", "RGBA")
+
+
+def _check_parts(tags: Any) -> None:
+    """Raise ValueError if strips or tiles of a TIFF are missing, which Pillow leaves black."""
+    width, height, planes = tags[_WIDTH], tags[_HEIGHT], 1
+    if tags.get(_PLANES) == 2:
+        planes = tags.get(_PER_PIXEL, 1)
+    if _TILES in tags:
+        across, down, found = tags[_TILE_WIDTH], tags[_TILE_HEIGHT], tags[_TILES]
+    else:
+        across, down, found = width, tags.get(_ROWS, height), tags[_STRIPS]
+    expected = -(-width // max(across, 1)) * -(-height // max(down, 1)) * planes
+    if np.size(found) < expected:
+        raise ValueError("it is truncated")
 
 
 def _decode_deep_tiff(file: BinaryIO) -> Decoded:
@@ -241,16 +272,47 @@ def _upright(array: np.ndarray, orientation: int | None) -> np.ndarray:
     return np.ascontiguousarray(array[::rows, ::columns])
 
 
+def _check_rows(opened: Any, file: BinaryIO, head: bytes) -> None:
+    """Raise ValueError if a PNG that has been loaded lacks rows, which Pillow leaves black."""
+    width, height, bits, kind, _, _, interlaced = struct.unpack(">2I5B", head[16:29])
+    last = opened.crop((0, height - 1, width, height))
+    if not interlaced and last.getbbox(alpha_only=False) is not None:
+        return
+    expected, samples = 0, {2: 3, 4: 2, 6: 4}.get(kind, 1)
+    for left, top, across, down in _PASSES if interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -((left - width) // across), -((top - height) // down)
+        expected += rows * (1 + -(-columns * bits * samples // 8)) if columns > 0 else 0
+    found, inflate = 0, zlib.decompressobj()
+    for name, length in _chunks_of(file):
+        content = file.read(length) if name == b"IDAT" else b""
+        while content and found < expected:
+            found += len(inflate.decompress(content, 2**20))
+            content = inflate.unconsumed_tail
+    if found < expected:
+        raise ValueError("it is truncated")
+
+
 def _colour_chunks(file: BinaryIO) -> Chunks:
-    """Of a PNG that has been decoded; the first of each kind."""
+    """Of a PNG that has been decoded; the first of each kind before its pixels."""
     found: dict[bytes, bytes] = {}
-    file.seek(8)
+    for kind, length in _chunks_of(file):
+        if kind == b"IDAT":
+            break
+        if kind in SRGB:
+            content, expected = file.read(length), SRGB[kind]
+            if expected is None or len(expected) == len(content):
+                found.setdefault(kind, content)
+    return tuple(found.items())
+
+
+def _chunks_of(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Kind and length of every chunk of a PNG, at the begin of its content."""
+    at = 8
     while True:
-        length, kind = struct.unpack(">I4s", file.read(8))
-        if kind in (b"IDAT", b"IEND"):
-            return tuple(found.items())
-        content = file.read(length) if kind in SRGB else b""
-        expected = SRGB.get(kind)
-        if content and (expected is None or len(expected) == len(content)):
-            found.setdefault(kind, content)
-        file.seek(length - len(content) + 4, os.SEEK_CUR)
+        file.seek(at)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IEND":
+            return
+        length, kind = struct.unpack(">I4s", head)
+        yield kind, length
+        at += length + 12
