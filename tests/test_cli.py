@@ -158,7 +158,7 @@ PAIR = ("low.png", "--ref", "ref.png")
         (("low.png",), "either --ref or --pairs is needed, and not both"),
         ((*PAIR, "--pairs", "sub"), "either --ref or --pairs is needed, and not both"),
         (("low.png", "--pairs", "ref.png"), "--pairs must be a folder, got ref.png"),
-        (("low.png", "--ref", "sub"), "sub holds no pictures .*"),
+        (("low.png", "--ref", "sub"), "sub holds no images .*"),
         ((*PAIR, "--max-memory", "some"), "--max-memory: a size in bytes is expected, .*'some'"),
         ((*PAIR, "--max-memory", "1M"), "max_memory 0.00 GiB is not enough for method 'detail'.*"),
         ((*PAIR, "--tile", "8"), "tile is for method 'ttsr', not for 'detail'"),
@@ -183,7 +183,7 @@ PAIR = ("low.png", "--ref", "ref.png")
         ((*PAIR, "--weights", "text.pth"), "cannot read text.pth: .*"),
         ((*PAIR, "--weights", "foreign.pth"), "foreign.pth .*"),
         ((*PAIR, "--weights", "foreign.pth", "--phases", "2"), "--weights are for --method ttsr.*"),
-        (("sub", "--ref", "ref.png"), "sub holds no pictures .*"),
+        (("sub", "--ref", "ref.png"), "sub holds no images .*"),
     ],
     ids=str,
 )

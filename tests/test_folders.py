@@ -120,7 +120,7 @@ def test_failures_do_not_stop_a_folder(folders):
     assert result.exit_code == 1
     assert re.fullmatch(r"lows_x4/2_x4.png \(20 x 16, .*\)\n", result.stdout)
     assert result.stderr.splitlines() == [
-        "error: cannot read lows/0.png: it is no picture, or damaged",
+        "error: cannot read lows/0.png: it is no PNG, TIFF, JPEG, WebP or BMP, or damaged",
         "error: lows/1.png has 0 references in refs, one is expected",
         "error: 2 of 3 pictures failed",
     ]
