@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import ttsr_fast
 from ttsr_fast import backends, build, environment
-from ttsr_fast.cli import app
+from ttsr_fast.cli import app, record
 from ttsr_fast.environment import EXTRAS
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
@@ -58,7 +58,8 @@ def assert_refused(result, message, code=2):
 
 
 def names(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != record.NAME)
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 # --- upscale --------------------------------------------------------------------------------------

@@ -66,18 +66,6 @@ def test_every_patch_takes_the_best_of_all_references(folders):
     np.testing.assert_array_equal(read_image("sheet.png").pixels, sheet.pixels)
 
 
-def test_a_run_that_was_cut_short_goes_on(folders):
-    Path("lows_x4").mkdir()
-    Path("lows_x4/1_x4.png").write_bytes(b"there")
-    result = run("upscale", "lows", "--ref", "ref.png", "--resume")
-    assert result.exit_code == 0
-    assert [line.split()[0] for line in result.stdout.splitlines()] == [
-        "lows_x4/0_x4.png",
-        "lows_x4/2_x4.png",
-    ]
-    assert Path("lows_x4/1_x4.png").read_bytes() == b"there"
-
-
 def test_features_of_references_are_kept_in_a_folder(folders):
     torch.manual_seed(1)
     model = TTSR((1, 0, 0, 1), 4)
@@ -122,7 +110,7 @@ def test_failures_do_not_stop_a_folder(folders):
     assert result.stderr.splitlines() == [
         "error: cannot read lows/0.png: it is no PNG, TIFF, JPEG, WebP or BMP, or damaged",
         "error: lows/1.png has 0 references in refs, one is expected",
-        "error: 2 of 3 pictures failed",
+        "error: 2 of 3 images failed",
     ]
     assert names(folders / "lows_x4") == ["2_x4.png"]
 
@@ -133,7 +121,7 @@ def test_two_pictures_are_not_written_into_one_file(folders):
     assert_refused(
         result,
         "cannot write lows_x4/0_x4.png: it is an input or another result\n"
-        "error: 1 of 4 pictures failed",
+        "error: 1 of 4 images failed",
         code=1,
     )
 

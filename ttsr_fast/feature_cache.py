@@ -62,7 +62,7 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise type(error)(
-                f"cannot make the cache folder {self.folder}: {files.refusal(error)}"
+                f"cannot make the cache folder {files.shown(self.folder)}: {files.refusal(error)}"
             ) from error
 
     def read(self, made_from: Mapping[str, str], maps: Mapping[str, Map]) -> list[Tensor] | None:
@@ -82,7 +82,7 @@ class FeatureCache:
                 return _read(file, made_from, maps)
         except (OSError, ValueError) as error:
             reason = files.refusal(error) or error
-            _logger.warning("the cache file %s is made again: %s", path, reason)
+            _logger.warning("the cache file %s is made again: %s", files.shown(path), reason)
         return None
 
     def write(self, made_from: Mapping[str, str], maps: Mapping[str, Tensor]) -> None:
@@ -100,7 +100,8 @@ class FeatureCache:
         except OSError as error:
             if self.folder not in _unwritable:
                 _unwritable.add(self.folder)
-                _logger.warning("features are not kept in %s: %s", self.folder, error)
+                folder = files.shown(self.folder)
+                _logger.warning("features are not kept in %s: %s", folder, error)
 
     def _path(self, made_from: Mapping[str, str]) -> Path:
         name = hashlib.sha256(json.dumps(dict(made_from)).encode()).hexdigest()[:32]

@@ -1,7 +1,7 @@
 """Which files a command reads, and where it writes: images, folders of them, names of results."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from ttsr_fast import images
@@ -70,16 +70,10 @@ def result_path(source: Path, low: Image, output: Path | None, suffix: str, ext:
     return (output or source.parent) / (source.stem + suffix + ending)
 
 
-def check_result(path: Path, low: Image, read: Sequence[Path], written: Sequence[Path]) -> None:
-    """Raise before the work is done if a result cannot be written, or is a file of this run."""
-    check_other_file(path, [*read, *written], "an input or another result")
-    images.check_output(path, low, SCALE)
-
-
-def check_other_file(path: Path, files: Iterable[Path], what: str = "an input") -> None:
+def check_other_file(path: Path, files: Iterable[Path]) -> None:
     """Raise ValueError if `path` is one of these files, also by another name or a link to it."""
     if path.exists() and identity(path) in identities(files):
-        raise ValueError(f"cannot write {shown(path)}: it is {what}")
+        raise ValueError(f"cannot write {shown(path)}: it is an input")
 
 
 def identities(files: Iterable[Path]) -> set[tuple[int, int]]:

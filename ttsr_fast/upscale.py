@@ -17,6 +17,7 @@ from ttsr_fast.references import ReferenceMatch
 
 METHODS = ("detail", "ttsr")
 PHASES = (1, 2, 4)
+DEFAULT_PHASES = 2
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -24,7 +25,7 @@ class Result(NamedTuple):
     """An enlarged picture, and where its details come from.
 
     Attributes:
-        image: four times the size of `lr`, with its channels, depth, transparency, colour information.
+        image: four times the size of `lr`, with its channels, depth, alpha, colour information.
         score: `[h, w]`, float32: for every pixel of `lr`, the cosine of the angle between its patch
             and the most similar one of all references, whose details it got.
         index: `[h, w]`, int64: the upper left one of the 4x4 pixels at the centre of that patch, as
@@ -117,7 +118,7 @@ def upscale(
         sr, match = detail(
             source,
             pictures,
-            phases or 2,
+            phases or DEFAULT_PHASES,
             where,
             precision=precision,
             backend=backend,

@@ -1,0 +1,134 @@
+"""A record of what results were made from, so that `--resume` keeps only results that are right."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ttsr_fast.files import refusal, shown, write_bytes
+
+NAME = ".ttsr-fast.jsonl"
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_CHECKSUM = 16  # hexadecimal digits in front of a line
+_STALE = 1000  # lines that no longer count, above which the file is written again
+_CHANGED = {
+    "image": "the image has changed",
+    "references": "the references have changed",
+    "weights": "the weights have changed",
+}
+
+
+class _Result(NamedTuple):
+    """Digest of a file, and digests and options of what it was made from."""
+
+    digest: str
+    made_from: dict[str, str]
+
+
+class Record:
+    """The results in a folder: a hidden file with a line for each.
+
+    A line is appended in one piece when its result is whole, and begins with its checksum. What a
+    kill has torn does not count, and its result is made again. Several processes may append.
+
+    Args:
+        folder: where the results are. It exists.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        self._results: dict[str, _Result] = {}
+        lines = self._content().split(b"\n")
+        for line in lines:
+            self._read_line(line)
+        self._torn = lines[-1] != b""
+        if len(lines) > 2 * len(self._results) + _STALE:
+            kept = [_line(name, result) for name, result in self._results.items()]
+            write_bytes(self.path, b"".join(kept))
+            self._torn = False
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file is a result as it was recorded."""
+        result = self._results.get(path.name)
+        return result is not None and digest_of(path) == result.digest
+
+    def why_again(self, path: Path, made_from: Mapping[str, str]) -> str | None:
+        """Why the file at `path` is not the result of `made_from`; None if it is."""
+        result = self._results.get(path.name)
+        if result is None:
+            return "there is no record of how it was made"
+        for name, value in made_from.items():
+            if result.made_from.get(name) != value:
+                return _CHANGED.get(name, f"{name} was {result.made_from.get(name)}")
+        return None if self.holds(path) else "the file has changed"
+
+    def add(self, path: Path, made_from: Mapping[str, str]) -> None:
+        """Record a result that is on the disk.
+
+        Raises:
+            OSError: the record cannot be written.
+        """
+        result = self._results[path.name] = _Result(digest_of(path), dict(made_from))
+        line = b"\n" * self._torn + _line(path.name, result)
+        self._torn = True
+        try:
+            descriptor = os.open(self.path, _APPEND | _NO_LINK, 0o666)
+            with open(descriptor, "wb", buffering=0) as file:
+                self._torn = file.write(line) != len(line)
+        except OSError as error:
+            raise type(error)(f"cannot write {shown(self.path)}: {refusal(error)}") from error
+
+    def _content(self) -> bytes:
+        """What is in the file, which must also be one to append to."""
+        if not os.path.lexists(self.path):
+            return b""
+        if not stat.S_ISREG(self.path.lstat().st_mode):
+            raise OSError(f"cannot write {shown(self.path)}: it is no regular file")
+        try:
+            os.close(os.open(self.path, _APPEND | _NO_LINK))
+            return self.path.read_bytes()
+        except OSError as error:
+            raise type(error)(f"cannot write {shown(self.path)}: {refusal(error)}") from error
+
+    def _read_line(self, line: bytes) -> None:
+        checksum, content = line[:_CHECKSUM], line[_CHECKSUM + 1 :]
+        if checksum != _checksum(content):
+            return
+        try:
+            entry = json.loads(content)
+            self._results[entry["name"]] = _Result(entry["result"], dict(entry["made_from"]))
+        except (ValueError, KeyError, TypeError):  # of another version
+            return
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    hasher = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                hasher.update(block)
+    except OSError as error:
+        raise type(error)(f"cannot read {shown(path)}: {refusal(error)}") from error
+    return hasher.hexdigest()
+
+
+def _line(name: str, result: _Result) -> bytes:
+    entry = {"name": name, "result": result.digest, "made_from": result.made_from}
+    content = json.dumps(entry).encode()
+    return _checksum(content) + b" " + content + b"\n"
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest()[:_CHECKSUM].encode()
