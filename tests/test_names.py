@@ -95,7 +95,8 @@ def test_a_result_name_that_is_too_long_is_refused_before_the_work(folder, monke
     Path("low.png").rename(name)
     monkeypatch.setattr("ttsr_fast.cli.upscale.upscale", None)
     result = run("upscale", name, "--ref", "ref.png")
-    assert_refused(result, f".*{'a' * 251}_x4.png.*[nN]ame too long.*")
+    assert_refused(result, ".*File name too long.*")
+    assert f"{'a' * 251}_x4.png" in result.stderr
 
 
 def test_a_reference_may_have_a_suffix_in_capitals(tmp_path):
