@@ -73,7 +73,9 @@ def stages(
 
     Raises:
         RuntimeError: the algorithm asked for by name cannot do this; the reason is in the message.
+        ValueError: shapes or types with which the kernels would reach outside of the tensors.
     """
+    _check(query, key, key_mask, score, index, kernel_size, padding)
     how = operands(query.dtype, precision)
     if algorithm is None:
         algorithm = choose(query, key, kernel_size, padding, precision)
@@ -114,6 +116,43 @@ def stages(
     options = (kernel_size, normalize, eps, add_eps, how)
     launches["rescore"] = partial(finish, q, k, key_mask, best, lost, score, index, *options)
     return launches
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    score: Tensor,
+    index: Tensor,
+    kernel_size: int,
+    padding: int,
+) -> None:
+    shrink = kernel_size - 1 - 2 * padding
+    right = (
+        query.dim() == key.dim() == 4
+        and kernel_size in (1, 3, 5, 7)
+        and 0 <= padding <= kernel_size // 2
+        and query.dtype == key.dtype
+        and query.shape[1] == key.shape[1] > 0
+        and key.shape[0] in (1, query.shape[0])
+        and min(*query.shape[2:], *key.shape[2:]) > shrink
+        and (index.dtype, score.dtype) == (torch.int64, torch.float32)
+        and index.is_contiguous()
+        and score.is_contiguous()
+    )
+    if right:
+        grid, keys = (tuple(size - shrink for size in x.shape[2:]) for x in (query, key))
+        right = score.shape == index.shape == (query.shape[0], *grid)
+        if key_mask is not None:
+            right = right and key_mask.dtype == torch.bool and key_mask.shape[1:] == keys
+            right = right and key_mask.shape[0] in (1, query.shape[0])
+    tensors = [x for x in (query, key, key_mask, score, index) if x is not None]
+    if not right or len({x.device for x in tensors}) > 1:
+        found = [f"{list(x.shape)} {x.dtype} on {x.device}" for x in tensors]
+        raise ValueError(
+            f"query, key, key_mask, score and index do not fit each other with kernel_size "
+            f"{kernel_size} and padding {padding}: {'; '.join(found)}"
+        )
 
 
 def layouts(

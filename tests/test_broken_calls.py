@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.campaigns import fuzz_operators
 from ttsr_fast import backends, compiled, gather_fold, ops, search
+from ttsr_fast.kernels import search as kernel_search
 
 each = pytest.mark.parametrize
 rand = torch.randn
@@ -210,3 +211,33 @@ def test_errors_of_a_long_search_arrive(monkeypatch):
     monkeypatch.setattr(compiled, "_LONG", 0)
     with pytest.raises(RuntimeError, match="batch size 1 or 3"):
         searched(rand(3, 4, 8, 8), rand(2, 4, 8, 8))
+
+
+@each(
+    "broken",
+    [
+        {"key": torch.zeros(1, 1, 8, 8)},
+        {"key": torch.zeros(2, 4, 8, 8)},
+        {"key": torch.zeros(1, 4, 8, 8).half()},
+        {"key_mask": torch.ones(1, 1, 1).bool()},
+        {"index": torch.zeros(1, 1, 1).long()},
+        {"score": torch.zeros(1, 8, 9)[..., :8]},
+        {"kernel_size": 2},
+        {"padding": 2},
+        {"query": torch.zeros(1, 4, 8, 8, device="meta")},
+    ],
+    ids=lambda broken: next(iter(broken)),
+)
+def test_triton_kernels_check_their_arguments(broken):
+    right = {
+        "query": torch.zeros(1, 4, 8, 8),
+        "key": torch.zeros(1, 4, 8, 8),
+        "key_mask": None,
+        "score": torch.empty(1, 8, 8),
+        "index": torch.empty(1, 8, 8, dtype=torch.int64),
+        "kernel_size": 3,
+        "padding": 1,
+    }
+    options = {"normalize": "both", "eps": 1e-12, "add_eps": False, "precision": "fp32"}
+    with pytest.raises(ValueError, match="do not fit each other"):
+        kernel_search.stages(**(right | broken), **options)

@@ -263,9 +263,9 @@ def search_transfer(
     if transforms.active():
         options = (*ops.TTSR_PATCH, *ops.TTSR_SCORE, precision, backend)
         match = Match(*transforms.search(query, key, key_mask, *options))
-        options = (*ops.TTSR_PATCH, ops.TTSR_DIVISOR, backend)
+        transfer = (*ops.TTSR_PATCH, ops.TTSR_DIVISOR, backend)
         return match, [
-            transforms.gather_fold(value, match.index, None, stride, *options)
+            transforms.gather_fold(value, match.index, None, stride, *transfer)
             for value, stride in zip(values, strides, strict=True)
         ]
     score, index, textures = ops.search_transfer(
