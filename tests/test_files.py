@@ -12,7 +12,7 @@ from typing import BinaryIO
 import pytest
 
 from ttsr_fast import files
-from ttsr_fast.files import check_writable, refusal, replacing, shown, write_bytes
+from ttsr_fast.files import check_writable, keep_as, refusal, replacing, shown, write_bytes
 
 each = pytest.mark.parametrize
 
@@ -186,3 +186,27 @@ def test_refusals_name_the_file(tmp_path: Path) -> None:
         check_writable(tmp_path)
     check_writable(tmp_path / "a")
     assert os.listdir(tmp_path) == []
+
+
+@each("links", [True, False])
+def test_a_file_stays_under_a_second_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refuse(*names: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    first, second = tmp_path / "a", tmp_path / "b"
+    write_bytes(first, b"content")
+    second.write_bytes(b"older")
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    keep_as(first, second)
+    assert second.read_bytes() == b"content"
+    assert first.samefile(second) is links
+    keep_as(first, second)  # again
+    write_bytes(first, b"newer")
+    assert second.read_bytes() == b"content"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    with pytest.raises(FileNotFoundError):
+        keep_as(tmp_path / "none", second)
+    assert second.read_bytes() == b"content"

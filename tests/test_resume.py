@@ -1,7 +1,6 @@
 """Trainings that end early and go on: signals, kills, full disks, checkpoints that do not fit."""
 
 import errno
-import io
 import os
 import re
 import signal
@@ -25,6 +24,7 @@ from ttsr_fast.model import TTSR, load_model
 from ttsr_fast.training import steps
 from ttsr_fast.training.checkpoints import BEST, LAST
 from ttsr_fast.training.config import load_config
+from ttsr_fast.training.data_files import FILES
 from ttsr_fast.training.trainer import MODELS, Trainer, train
 from ttsr_fast.training.validation import Validation
 
@@ -190,7 +190,7 @@ def test_last_and_best_are_kept(data, tmp_path, monkeypatch):
     assert (state.best, state.validation.psnr) == (13, 12)
     assert (out / "notes.txt").read_text() == "mine"
     names = {path.name for path in out.iterdir()}
-    assert names == {LAST, BEST, MODELS[0], "training.yaml", "logs", "notes.txt"}
+    assert names == {LAST, BEST, MODELS[0], "training.yaml", FILES, "logs", "notes.txt"}
 
 
 def test_checkpoints_and_exports_are_models(data, tmp_path):
@@ -206,24 +206,15 @@ def test_checkpoints_and_exports_are_models(data, tmp_path):
 # --- what goes wrong --------------------------------------------------------------------------
 
 
-class FullDisk(io.FileIO):
-    """A file on a disk with room for so many bytes."""
-
-    room = 20_000
-
-    def write(self, data):
-        self.room -= len(data)
-        if self.room < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return super().write(data)
-
-
 def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     def progress(state):
         if state.step == 3:
-            monkeypatch.setattr(Path, "open", lambda self, mode: FullDisk(self, mode))
+            monkeypatch.setattr("ttsr_fast.files.os.fsync", full)
 
     last = re.escape(str(out / LAST))
     message = f"cannot write {last}: the disk is full; the one before it is still there$"
@@ -282,8 +273,8 @@ def test_other_files_are_no_checkpoints(data, tmp_path):
     torch.save({"format": Stop}, tmp_path / "code.pt")
     for name, kind, message in (
         ("model.pt", ValueError, "is no checkpoint of a training; .* name it as model.weights"),
-        ("text.pt", RuntimeError, "it is damaged, or no checkpoint of a training"),
-        ("code.pt", RuntimeError, "it is damaged, or no checkpoint of a training"),
+        ("text.pt", RuntimeError, "it is damaged, is no checkpoint, or holds"),
+        ("code.pt", RuntimeError, "it is damaged, is no checkpoint, or holds"),
         ("nothing.pt", FileNotFoundError, "no such file"),
     ):
         with pytest.raises(kind, match=message):

@@ -103,3 +103,9 @@ def gradients(config: Config, steps: int = 1) -> tuple[dict[str, torch.Tensor], 
         for name, x in network.named_parameters()
         if x.grad is not None
     }, losses
+
+
+def run_training(config: Config) -> int:
+    """In this process, or in one of a group; the number of steps."""
+    join_group()
+    return Trainer(config).run().step

@@ -1,6 +1,5 @@
 """`ttsr-fast train`: a generator learnt from pictures."""
 
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import distributed
 
 from ttsr_fast.cli.common import Quiet, errors_in_one_line, fail, say
 from ttsr_fast.training.config import PRESETS, SETTINGS, Config, load_config, to_yaml
+from ttsr_fast.training.interruption import Ended, signals_raise
 
 if TYPE_CHECKING:
     from ttsr_fast.training.trainer import State
@@ -44,7 +44,8 @@ def train_command(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be given often."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")
+        bool,
+        typer.Option("--resume", help="Go on from the last checkpoint in --out, or begin there."),
     ] = False,
     show: Annotated[
         bool, typer.Option("--show", help="Show all that is set, as YAML, and stop.")
@@ -55,26 +56,35 @@ def train_command(
 
     With several GPUs or nodes: accelerate launch -m ttsr_fast train ...
 
-    SIGTERM and Ctrl-C let the step end and save; --resume goes on from there.
+    SIGTERM and Ctrl-C let the step end and save; --resume goes on from there. Where no training is
+    yet, --resume begins one, so that a job can always be started by the same command.
 
     Exit codes: 0 all done, 143 ended by SIGTERM, 130 by Ctrl-C, 2 an error.
     """
-    start = time.perf_counter()
-    with errors_in_one_line():
-        config = _config(source, data, out, settings or [], resume)
-        if show:
-            typer.echo(to_yaml(config), nl=False)
-            return
-        from ttsr_fast.training.trainer import MODELS, train  # with all of accelerate
+    tell = _Teller()
+    try:
+        with signals_raise(), errors_in_one_line():
+            config = _config(source, data, out, settings or [], resume)
+            if show:
+                typer.echo(to_yaml(config), nl=False)
+                return
+            _train(config, resume, quiet, tell)
+    except Ended as ended:
+        fail(f"{ended} {tell.place}", 128 + ended.signal)
 
-        with _progress(quiet) as tell:
-            state = train(config, resume=resume, progress=tell)
+
+def _train(config: Config, resume: bool, quiet: bool, tell: "_Teller") -> None:
+    start = time.perf_counter()
+    from ttsr_fast.training.trainer import MODELS, train  # with all of accelerate
+
+    with _progress(tell, quiet):
+        state = train(config, resume=resume, progress=tell)
     if distributed.is_initialized():
         distributed.destroy_process_group()
     if state.signal:
-        name = signal.Signals(state.signal).name
-        fail(f"{name} after step {state.step}: --resume goes on from there", 128 + state.signal)
-    if tell.called and not quiet:
+        tell.step, tell.saved = state.step, True
+        raise Ended(state.signal)
+    if tell.step is not None and not quiet:
         took = f"{state.step} steps, {time.perf_counter() - start:.1f} s"
         say(f"{config.run.out}/{MODELS[0]} ({took}{_quality(state)})")
 
@@ -82,7 +92,10 @@ def train_command(
 def _config(
     source: str | None, data: Path | None, out: Path | None, settings: list[str], resume: bool
 ) -> Config:
-    if source is None and resume and out is not None and (out / SETTINGS).is_file():
+    if source is None and resume:
+        if out is None or not (out / SETTINGS).is_file():
+            missing = "there is no --out" if out is None else f"there is no {out / SETTINGS}"
+            raise ValueError(f"cannot resume: {missing}; to begin, name a preset or a file as well")
         source = str(out / SETTINGS)
     paths = {"data.root": data, "run.out": out}
     values = {key: str(path) for key, path in paths.items() if path is not None}
@@ -90,35 +103,49 @@ def _config(
 
 
 class _Teller:
-    """Shows a state on the bar, or, where there is no terminal, a line for every epoch.
+    """Shows a state on a bar, or a line for every epoch.
 
     Attributes:
-        called: whether there was any; in all processes but the main one there is not.
+        bar: None where there is no terminal.
+        lines: whether lines are shown.
+        step: of the last state, None before there was any; in all processes but the main one there
+            is none.
+        saved: whether the step is in the last checkpoint.
     """
 
-    def __init__(self, bar: Progress | None, lines: bool) -> None:
-        self.called = False
-        self._bar, self._lines = bar, lines
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+        self.lines = self.saved = False
+        self.step: int | None = None
         self._task: TaskID | None = None
 
+    @property
+    def place(self) -> str:
+        """Where the training was at a signal, and what to do."""
+        if self.step is None:
+            return "before the first step: nothing is lost"
+        where = "there" if self.saved else "the last checkpoint"
+        return f"after step {self.step}: --resume goes on from {where}"
+
     def __call__(self, state: "State") -> None:
-        self.called = True
+        self.step = state.step
         losses = "  ".join(f"{name} {value:.4f}" for name, value in state.losses.items())
         epoch = state.epoch + (state.done > 0)
         text = f"epoch {epoch}  {losses}  {state.images_per_second:.1f} images/s{_quality(state)}"
-        if self._bar is not None:
+        if self.bar is not None:
             if self._task is None:
-                self._task = self._bar.add_task("", total=state.total, completed=state.step - 1)
-            self._bar.update(self._task, description=text, completed=state.step)
-        elif self._lines and state.done == 0:
+                self._task = self.bar.add_task("", total=state.total, completed=state.step - 1)
+            self.bar.update(self._task, description=text, completed=state.step)
+        elif self.lines and state.done == 0:
             typer.echo(text)
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[_Teller]:
+def _progress(tell: _Teller, quiet: bool) -> Iterator[None]:
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        yield _Teller(None, not quiet)
+        tell.lines = not quiet
+        yield
         return
     columns = (
         TextColumn("{task.description}"),
@@ -127,7 +154,8 @@ def _progress(quiet: bool) -> Iterator[_Teller]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        yield _Teller(bar, False)
+        tell.bar = bar
+        yield
 
 
 def _quality(state: "State") -> str:

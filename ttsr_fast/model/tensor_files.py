@@ -61,8 +61,8 @@ def save(content: Mapping[str, Any], path: Path) -> None:
         RuntimeError: safetensors is not installed.
     """
     if path.suffix == ".safetensors":  # whose save_file hides the file from others
-        metadata = {"format": "pt", _DIGEST: _digest(content)}
-        data = _safetensors().save(content, metadata)
+        # One entry of metadata alone: safetensors writes several in a random order.
+        data = _safetensors().save(content, {_DIGEST: _digest(content)})
         with replacing(path) as file:
             file.write(data)
     else:

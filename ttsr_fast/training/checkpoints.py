@@ -4,18 +4,18 @@ A checkpoint is one file of tensors, numbers and strings, read with `weights_onl
 generator lies under `state_dict`, so `ttsr_fast.load_model` reads these files as well.
 """
 
-import errno
-import os
+import logging
 import random
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ttsr_fast.files import replacing
+from ttsr_fast.model import tensor_files
 from ttsr_fast.training.config import Config, to_dict
 
 LAST, BEST = "last.pt", "best.pt"
@@ -42,6 +42,22 @@ _FIXED = (
     "optim.gamma",
     "run.seed",
 )
+# What every checkpoint holds.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "state_dict": dict,
+    "optimizer": dict,
+    "schedules": list,
+    "epoch": int,
+    "done": int,
+    "step": int,
+    "items": int,
+    "best": (float, int),
+    "rng": dict,
+    "penalty_rng": Tensor,
+}
+
+_logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(state: dict[str, Any], config: Config, path: Path) -> None:
@@ -60,39 +76,13 @@ def save_checkpoint(state: dict[str, Any], config: Config, path: Path) -> None:
         torch.save({**state, "format": _FORMAT, "config": to_dict(config)}, file)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` when all of it is on the disk.
-
-    Raises:
-        OSError: it cannot be written; the message says why, and that the old file is still there.
-    """
-    temporary = _temporary(path)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = _cause(error)
-        if reason is None:
-            raise
-        kept = "; the one before it is still there" if path.is_file() else ""
-        raise OSError(f"cannot write {path}: {reason}{kept}") from error
-
-
-def keep_as(path: Path, name: str) -> None:
-    """Let a checkpoint stay under a second name of its folder, whatever becomes of the first."""
-    target = path.with_name(name)
-    temporary = _temporary(target)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    temporary.replace(target)
+def checkpoint_in(folder: Path) -> Path | None:
+    """Where a training in this folder goes on: the last checkpoint, or the best if that is gone."""
+    last, best = folder / LAST, folder / BEST
+    if last.exists() or not best.exists():
+        return last if last.exists() else None
+    _logger.warning("%s is gone: going on from %s", last, BEST)
+    return best
 
 
 def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
@@ -104,11 +94,15 @@ def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        RuntimeError: it cannot be read.
+        RuntimeError: it cannot be read, or is damaged. For the last checkpoint the message says
+            whether the best is whole.
         ValueError: it is no checkpoint of a training, or of another one: the keys that differ are
             named.
     """
-    state = _read(path)
+    try:
+        state = _read(path)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}{_way_out(path)}") from error
     saved = state["config"]
     faults = []
     for key, value in _fixed(to_dict(config)).items():
@@ -145,18 +139,43 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"cannot read {path}: no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise almost anything
-        raise RuntimeError(
-            f"cannot read {path}: it is damaged, or no checkpoint of a training"
-        ) from error
+    state = tensor_files.load(path)
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(
             f"{path} is no checkpoint of a training; to start from the weights of a model, "
             "name it as model.weights"
         )
+    bad = [name for name, kind in _KINDS.items() if not isinstance(state.get(name), kind)]
+    if bad or any(not isinstance(state["config"].get(part), dict) for part in to_dict(Config())):
+        raise ValueError(
+            f"{path} is no whole checkpoint of a training: {', '.join(bad or ['config'])}"
+        )
+    if any(x.numel() * x.element_size() > x.untyped_storage().nbytes() for x in _tensors(state)):
+        raise ValueError(f"{path} is no whole checkpoint of a training: its tensors lack values")
     return state
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """All tensors, however deep."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for inner in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(inner)
+
+
+def _way_out(damaged: Path) -> str:
+    """What to do without the last checkpoint."""
+    best = damaged.with_name(BEST)
+    if damaged.name != LAST:
+        return ""
+    try:
+        epoch = _read(best)["epoch"]
+    except (OSError, RuntimeError, ValueError):
+        return f"; there is no whole {BEST} either: begin again in another folder"
+    return (
+        f"; {BEST} is whole (after epoch {epoch}): remove {LAST}, and --resume goes on from there"
+    )
 
 
 def _fixed(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -166,21 +185,6 @@ def _fixed(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
         part, _, name = key.partition(".")
         values[key] = config[part].get(name)
     return values | {
-        "a discriminator": config["loss"]["adv_w"] > 0,
-        "an average of weights (optim.ema)": config["optim"]["ema"] is not None,
+        "a discriminator": config["loss"].get("adv_w") not in (None, 0),
+        "an average of weights (optim.ema)": config["optim"].get("ema") is not None,
     }
-
-
-def _temporary(path: Path) -> Path:
-    """One name for each file: what a killed run has left under it is overwritten."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _cause(error: BaseException | None) -> str | None:
-    """Why the operating system refused; torch reports that in its own words."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            return "the disk is full" if full else os.strerror(error.errno)
-        error = error.__cause__ or error.__context__
-    return None

@@ -63,12 +63,14 @@ class Data:
     candidates: int = 4  # places in a photograph of which the one with most detail is taken
     longest: int | None = None  # photographs with a longer side are reduced to it
     on_error: str = "raise"
+    on_change: str = "raise"  # accept: a training goes on with other files than before
     num_workers: int = 4
 
     def __post_init__(self) -> None:
         _require_one_of("data.layout", self.layout, LAYOUTS)
         _require_one_of("data.validation_layout", self.validation_layout, (None, *LAYOUTS))
         _require_one_of("data.on_error", self.on_error, ("raise", "skip"))
+        _require_one_of("data.on_change", self.on_change, ("raise", "accept"))
         good = self.size >= 16 and self.size % 4 == 0
         _require("data.size", self.size, good, "a multiple of 4, 16 or more")
         for name in ("batch_size", "crops_per_photo", "candidates", "longest"):

@@ -206,6 +206,9 @@ class PairDataset(DrawnItems):
             every process.
         cache: bytes of decoded pictures that every worker keeps.
 
+    Attributes:
+        pairs: as they were given.
+
     Raises:
         ValueError: no pairs, or an argument as above. Items raise one that names the file.
     """
@@ -229,13 +232,13 @@ class PairDataset(DrawnItems):
                 f"size must be {SCALE * _LEAST} or more where the LR picture is the reference, "
                 f"got {size}"
             )
-        self._pairs = list(pairs)
+        self.pairs = list(pairs)
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self.pairs)
 
     def _draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-        pair = self._pairs[number]
+        pair = self.pairs[number]
         place = rng.random(2)
         hr = part(self._pictures.read(pair.hr, self._size), self._size, place)
         if not pair.references:

@@ -46,6 +46,39 @@ class Interruption:
         self._before = {}
 
 
+class Ended(BaseException):
+    """A signal has come where nothing waits for the end of a step.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGINT raise `Ended` meanwhile, in the main thread; `Interruption` goes before.
+
+    Outside the main thread, where Python sets no handlers, they do what they did.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Ended(number)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
     """Signals wait meanwhile: in this thread, and in a process that is forked in it."""

@@ -102,6 +102,9 @@ class Photographs(DrawnItems):
         cache: bytes of decoded photographs that every worker keeps, 3 for a pixel. Less than all of
             them need means decoding anew for most items.
 
+    Attributes:
+        files: the photographs.
+
     Raises:
         FileNotFoundError, ValueError: no such folder or no photographs in it, a single one with
             unrelated references, or an argument as above. Items raise an error that names the file.
@@ -123,7 +126,7 @@ class Photographs(DrawnItems):
         cache: int = CACHE,
     ) -> None:
         super().__init__(size, augment, seed, True, on_error, Pictures(cache, longest))
-        self._files = photographs_in(source)
+        self.files = photographs_in(source)
         if crops_per_photo < 1 or candidates < 1:
             raise ValueError(
                 "crops_per_photo and candidates must be 1 or more, "
@@ -131,21 +134,21 @@ class Photographs(DrawnItems):
             )
         if not 0 <= unrelated <= 1:
             raise ValueError(f"unrelated must be in [0, 1], got {unrelated}")
-        if unrelated > 0 and len(self._files) == 1:
+        if unrelated > 0 and len(self.files) == 1:
             raise ValueError(f"unrelated must be 0 for one photograph alone, got {unrelated}")
         self._crops, self._unrelated = crops_per_photo, unrelated
         self._warp, self._candidates = warp or Warp(), candidates
 
     def __len__(self) -> int:
-        return len(self._files) * self._crops
+        return len(self.files) * self._crops
 
     def _draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        count = len(self._files)
+        count = len(self.files)
         chosen = number % count
-        hr, ref = self._views(self._files[chosen], rng)
+        hr, ref = self._views(self.files[chosen], rng)
         if rng.random() < self._unrelated:
             other = (chosen + rng.integers(1, count)) % count
-            ref = self._views(self._files[other], rng)[1]
+            ref = self._views(self.files[other], rng)[1]
         return hr, ref
 
     def _views(self, file: Path, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

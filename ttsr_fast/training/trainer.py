@@ -2,19 +2,25 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Sampler
 
+from ttsr_fast.files import keep_as, replacing, write_bytes
 from ttsr_fast.model import save_model
-from ttsr_fast.training import checkpoints
+from ttsr_fast.training import checkpoints, data_files
 from ttsr_fast.training.checkpoints import BEST, LAST
 from ttsr_fast.training.config import SETTINGS, Config, to_yaml
 from ttsr_fast.training.datasets import Draws
 from ttsr_fast.training.interruption import Interruption, held_back, ignore_first_signals
 from ttsr_fast.training.items import training_items, validation_items
+from ttsr_fast.training.lock import claimed
 from ttsr_fast.training.networks import Networks, make_accelerator
 from ttsr_fast.training.record import Record
 from ttsr_fast.training.steps import Batch, NotFinite, Steps
@@ -75,18 +81,19 @@ def train(
 
     Args:
         config: of `load_config`.
-        resume: True goes on from `last.pt` in `run.out`, or begins if there is none; a path goes on
-            from that checkpoint; None begins, in a folder without a checkpoint.
+        resume: True goes on from `last.pt` in `run.out`, from `best.pt` if that is gone, or begins
+            if there is no training; a path goes on from that checkpoint, in its own folder or one
+            without a training; None begins, in a folder without a training.
         progress: called in the main process after every step, and at the end of every epoch, where
             `done` is 0.
 
     Raises:
-        ValueError: settings that are impossible or do not fit the data or the checkpoint, or a
-            folder that holds a training already.
+        ValueError: settings that are impossible or do not fit the data or the checkpoint, files
+            that have changed since the checkpoint, or a folder that holds a training already.
         OSError: pictures or weights that are missing, a checkpoint that cannot be written; the one
             before it is whole then.
-        RuntimeError: a checkpoint that cannot be read, or a loss that is not finite: its step's
-            inputs are in `run.out` then.
+        RuntimeError: a checkpoint that cannot be read or is damaged, another training that runs in
+            the folder, or a loss that is not finite: its step's inputs are in `run.out` then.
         ImportError: a package of the extra `train` is missing.
     """
     return Trainer(config, progress).run(resume)
@@ -119,13 +126,15 @@ class Trainer:
 
     def run(self, resume: str | Path | bool | None = None) -> State:
         """From the beginning or a checkpoint to the end, or to a signal."""
-        self._start(resume)
-        record = Record(self.out / "logs" if self._main else None, self.state.step)
-        with Interruption() as self._interruption, record as self._record:
-            while self.state.epoch < self.epochs and not self.state.signal:
-                self._epoch()
-        if self._main:
-            self._export()
+        with ExitStack() as stack:
+            self._in_main(lambda: stack.enter_context(claimed(self.out)))
+            self._start(resume)
+            record = Record(self.out / "logs" if self._main else None, self.state.step)
+            with Interruption() as self._interruption, record as self._record:
+                while self.state.epoch < self.epochs and not self.state.signal:
+                    self._epoch()
+            if self._main:
+                self._export()
         return self.state
 
     def batches(self) -> Iterator[Batch]:
@@ -155,6 +164,7 @@ class Trainer:
                 **self.networks.state(),
                 **position,
                 "items": len(self.items),
+                "files": data_files.summary(self.files),
                 "penalty_rng": self.steps.penalty_rng.get_state(),
                 "rng": checkpoints.rng_state(),
             }
@@ -162,42 +172,88 @@ class Trainer:
             path = self.out / (BEST if better else LAST)
             checkpoints.save_checkpoint(saved, self.config, path)
             if better:
-                checkpoints.keep_as(path, LAST)
+                keep_as(path, self.out / LAST)
         self.accelerator.wait_for_everyone()
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint; raises what `load_checkpoint` does."""
+        """Go on from a checkpoint.
+
+        Raises: what `load_checkpoint` does; ValueError if it does not fit.
+        """
         saved = checkpoints.load_checkpoint(path, self.config)
+        self._check_files(saved, path)
         if saved["done"] and saved["items"] != len(self.items):
             raise ValueError(
                 f"{path} was saved within an epoch of {saved['items']} items, "
                 f"and now there are {len(self.items)}"
             )
-        self.networks.load(saved)
+        try:
+            self.networks.load(saved)
+            self.steps.penalty_rng.set_state(saved["penalty_rng"])
+            checkpoints.set_rng_state(saved["rng"])
+        except Exception as error:  # as many kinds as a state can be wrong in
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{path} does not hold the state of this training: {reason}"
+            ) from error
         for name in _POSITION:
             setattr(self.state, name, saved[name])
-        self.steps.penalty_rng.set_state(saved["penalty_rng"])
-        checkpoints.set_rng_state(saved["rng"])
+
+    @cached_property
+    def files(self) -> list[data_files.File]:
+        """What the training learns from."""
+        return data_files.data_files(self.items)
+
+    def _check_files(self, saved: dict[str, Any], path: Path) -> None:
+        """Notice training files that have changed since a checkpoint, if that has recorded them."""
+        before = saved.get("files")
+        if not isinstance(before, dict):
+            return
+        changes = data_files.difference(self.files, before, path.parent)
+        if changes and self.config.data.on_change == "raise":
+            raise ValueError(
+                f"{path} was saved with other training files: {changes}; put the old ones back, or "
+                "go on with --set on_change=accept"
+            )
+        if changes:
+            _logger.warning("the training files have changed: %s", changes)
 
     def _start(self, resume: str | Path | bool | None) -> None:
         """Restore, or make sure that nothing is there that would be replaced."""
-        last = self.out / LAST
-        if resume and (resume is not True or last.exists()):
-            self.restore(last if resume is True else Path(resume))
-        elif resume:
-            _logger.warning("%s holds no checkpoint yet: starting from the beginning", self.out)
+        if resume is True:
+            checkpoint = checkpoints.checkpoint_in(self.out)
         else:
-            for name in (LAST, BEST, *MODELS, SETTINGS):
+            checkpoint = Path(resume) if resume else None
+        if checkpoint is None or checkpoint.absolute().parent != self.out.absolute():
+            for name in (
+                (LAST, BEST, *MODELS) if resume is True else (LAST, BEST, *MODELS, SETTINGS)
+            ):
                 if (self.out / name).exists():
                     raise ValueError(
                         f"{self.out} holds a training already ({name}): resume it, or choose "
                         "another folder"
                     )
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        elif resume:
+            _logger.warning("%s holds no checkpoint yet: starting from the beginning", self.out)
         self.accelerator.wait_for_everyone()  # until all have looked
         if self._main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with checkpoints.replacing(self.out / SETTINGS) as file:
-                file.write(to_yaml(self.config).encode())
+            write_bytes(self.out / SETTINGS, to_yaml(self.config).encode())
+            data_files.write_list(self.files, self.out)
+
+    def _in_main(self, call: Callable[[], Any]) -> None:
+        """Call in the main process; its error is raised in all."""
+        error: Exception | None = None
+        if self._main:
+            try:
+                call()
+            except (OSError, RuntimeError) as caught:
+                error = caught
+        if self.accelerator.num_processes > 1:
+            error = broadcast_object_list([error])[0]
+        if error is not None:
+            raise error
 
     def _epoch(self) -> None:
         """The steps left in the epoch, unless a signal comes, and what follows on the last."""
@@ -273,7 +329,7 @@ class Trainer:
             several = self.accelerator.num_processes > 1
             process = f"-process-{self.accelerator.process_index}" if several else ""
             path = self.out / f"not-finite-step-{step}{process}.pt"
-            with checkpoints.replacing(path) as file:
+            with replacing(path) as file:
                 torch.save({name: x.cpu() for name, x in batch.items()}, file)
             where = f"{path} holds"
         return f"{error} in step {step}, and the training stops; {where} the pictures of the step"

@@ -1,0 +1,97 @@
+"""Signals before the first step and after the last: one line, an exit code, nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.trainings import ROOT, photographs, program
+from ttsr_fast.cli import app
+from ttsr_fast.training import trainer
+from ttsr_fast.training.interruption import SIGNALS, Ended, signals_raise
+
+each = pytest.mark.parametrize
+# The program, with a signal to itself when it imports a module.
+INTERRUPTED = """
+import os, sys
+module, number = sys.argv[1], int(sys.argv[2])
+sys.argv[1:3] = []
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), number)
+sys.meta_path.insert(0, Finder())
+from ttsr_fast.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("data") / "photographs")
+
+
+def test_signals_raise_and_handlers_come_back():
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    for number in SIGNALS:
+        with pytest.raises(Ended) as caught, signals_raise():
+            os.kill(os.getpid(), number)
+        assert (caught.value.signal, str(caught.value)) == (number, signal.Signals(number).name)
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+
+
+@each("where", ["training_items", "make_accelerator", "Networks", "claimed", "write_bytes"])
+@each("number", SIGNALS)
+def test_before_the_first_step(data, tmp_path, monkeypatch, where, number):
+    def end(*arguments, **options):
+        os.kill(os.getpid(), number)
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr(trainer, where, end)
+    result = CliRunner().invoke(app, program(data, tmp_path / "out")[3:])
+    name = signal.Signals(number).name
+    assert (result.exit_code, result.stdout) == (128 + number, "")
+    assert result.stderr == f"error: {name} before the first step: nothing is lost\n"
+    assert not (tmp_path / "out").exists()
+
+
+@each("number", SIGNALS)
+def test_while_importing(data, tmp_path, number):
+    arguments = program(data, tmp_path / "out")[3:]
+    command = [sys.executable, "-c", INTERRUPTED, "accelerate", str(int(number)), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    name = signal.Signals(number).name
+    expected = (128 + number, "", f"error: {name} before the first step: nothing is lost\n")
+    assert (result.returncode, result.stdout, result.stderr) == expected
+
+
+def test_after_the_last_step(data, tmp_path, monkeypatch):
+    """All is saved but the model by itself, which --resume writes."""
+    out = tmp_path / "out"
+    export = trainer.Trainer._export
+    monkeypatch.setattr(trainer.Trainer, "_export", lambda self: os.kill(os.getpid(), 15))
+    result = CliRunner().invoke(app, program(data, out, "--quiet")[3:])
+    message = "error: SIGTERM after step 3: --resume goes on from the last checkpoint\n"
+    assert (result.exit_code, result.stderr) == (143, message)
+    monkeypatch.setattr(trainer.Trainer, "_export", export)
+    result = CliRunner().invoke(app, program(data, out, "--quiet", "--resume")[3:])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert (out / trainer.MODELS[0]).exists()
+
+
+def test_the_second_signal_is_one_line(data, tmp_path, monkeypatch):
+    step = trainer.Trainer._step
+
+    def twice(self, batch, full):
+        step(self, batch, full)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Trainer, "_step", twice)
+    result = CliRunner().invoke(app, program(data, tmp_path / "out")[3:])
+    message = "error: SIGINT after step 1: --resume goes on from the last checkpoint\n"
+    assert (result.exit_code, result.stderr) == (130, message)
