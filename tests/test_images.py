@@ -10,7 +10,7 @@ import tifffile
 import torch
 from PIL import Image as pillow
 
-from tests.image_samples import noise, png
+from tests.image_samples import noise, png, tiff
 from ttsr_fast import images
 from ttsr_fast.images import Image, as_image, check_output, read_image, why_not_in
 from ttsr_fast.upscale import upscale
@@ -255,6 +255,9 @@ def test_what_16_bit_colour_needs_is_asked_for_when_it_is_missing(
     ):
         with pytest.raises(ImportError, match="needs imagecodecs and tifffile: pip install 'ttsr"):
             do()
+    (tmp_path / "c.tif").write_bytes(tiff(array[..., :1], 16, 0, order=">"))
+    with pytest.raises(ValueError, match="c.tif: it is damaged, or of a kind that needs imagecod"):
+        read_image(tmp_path / "c.tif")
     as_image(array[..., 0]).save(tmp_path / "grey.png")
     assert_same(read_image(tmp_path / "grey.png"), array[..., :1])
 

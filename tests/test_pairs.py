@@ -202,6 +202,7 @@ def test_a_list_is_utf_8_with_any_line_end(make, mark, end):
         ("a.png b.png".encode("utf-16"), "list.txt must be a text in UTF-8, line 1 is not$"),
         (b"a.png /etc/b.png", "list.txt, line 1: /etc/b.png leads out of the folder$"),
         (b"\na.png ../b.png", "list.txt, line 2: ../b.png leads out of the folder$"),
+        (b"a.png b.png\n\na.png a.png", "list.txt, line 3: a.png has a line before$"),
         (b"a.png sub/../../b.png", "line 1: sub/../../b.png leads out of the folder$"),
         (b"a.png \x1b[2J.png\nb.png a.png", r"a reference that is not there: .*/\\x1b\[2J.png$"),
     ],

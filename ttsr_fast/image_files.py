@@ -169,8 +169,11 @@ def _decode_tiff(file: _File) -> Decoded:
     except pil.UnidentifiedImageError as error:  # one that Pillow does not know, or damaged
         try:
             codecs()
-        except ImportError as missing:
-            raise ValueError(f"it is damaged, or {missing}") from error
+        except ImportError:
+            raise ValueError(
+                "it is damaged, or of a kind that needs imagecodecs and tifffile: "
+                "pip install 'ttsr-fast[cli]'"
+            ) from error
     return _decode_deep_tiff(file)
 
 

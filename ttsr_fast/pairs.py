@@ -188,7 +188,8 @@ def _listed(path: Path) -> dict[str, list[str]]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is too large, no UTF-8, or has a name that leads out of the folder.
+        ValueError: it is too large, no UTF-8, has a name that leads out of the folder, or two
+            lines for one image.
     """
     if not path.is_file():
         missing = FileNotFoundError if not path.exists() else OSError
@@ -210,6 +211,8 @@ def _listed(path: Path) -> dict[str, list[str]]:
                 raise ValueError(
                     f"{shown(path)}, line {number}: {shown(name)} leads out of the folder"
                 )
+        if words and words[0] in listed:
+            raise ValueError(f"{shown(path)}, line {number}: {shown(words[0])} has a line before")
         if words:
             listed[words[0]] = words[1:]
     return listed

@@ -6,7 +6,7 @@ import torch
 import typer
 
 from ttsr_fast import environment
-from ttsr_fast.cli.common import errors_in_one_line
+from ttsr_fast.cli.common import errors_in_one_line, say
 
 
 def env_command(
@@ -19,17 +19,17 @@ def env_command(
         if build:
             _build()
         for name, value in environment.describe():
-            typer.echo(f"{name:<20} {value}")
+            say(f"{name:<20} {value}")
 
 
 def _build() -> None:
     from ttsr_fast import build
 
-    typer.echo(f"compiled {build.build_library()}")
+    say(f"compiled {build.build_library()}")
     if torch.version.cuda is None:
         return
     reason = build.why_not(cuda=True)
     if reason is None:
-        typer.echo(f"compiled {build.build_library(cuda=True)}")
+        say(f"compiled {build.build_library(cuda=True)}")
     else:
-        typer.echo(f"left out the kernels in CUDA: {reason}")
+        say(f"left out the kernels in CUDA: {reason}")

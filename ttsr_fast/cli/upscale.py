@@ -262,6 +262,6 @@ def _show_plans(sources: list[Path], references: ReferenceOptions, options: dict
             continue
         shown.add((size, *sizes))
         lines = plan.describe(size, sizes, **options)
-        typer.echo(f"{source} ({size[1]} x {size[0]})")
+        say(f"{source} ({size[1]} x {size[0]})")
         for name, value in lines:
-            typer.echo(f"  {name:<22} {value}")
+            say(f"  {name:<22} {value}")
