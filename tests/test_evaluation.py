@@ -230,7 +230,9 @@ def test_skipped_pictures_are_listed_and_not_counted(pair, tmp_path):
 def test_a_model_that_gives_nan_is_named(pair):
     model = TTSR((1, 1, 1, 1), 4)
     torch.nn.init.constant_(model.MainNet.merge_tail.conv_tail2.bias, math.nan)
-    with pytest.raises(ValueError, match="hr: the weights hold NaN in MainNet.merge_tail.conv_tail2.bias"):
+    with pytest.raises(
+        ValueError, match="hr: the weights hold NaN in MainNet.merge_tail.conv_tail2.bias"
+    ):
         evaluate(model, [pair])
 
 
