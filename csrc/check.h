@@ -21,14 +21,12 @@ inline std::string shape_of(const Tensor& x) {
 }
 
 inline void check_shape(const Tensor& x, std::initializer_list<int64_t> shape, const char* name) {
-  std::string expected = "[";
   bool right = x.dim() == int64_t(shape.size());
-  int64_t d = 0;
-  for (int64_t size : shape) {
-    right = right && x.size(d) == size;
-    expected += (d++ ? ", " : "") + std::to_string(size);
-  }
-  STD_TORCH_CHECK(right, "ttsr_fast: ", name, " must be ", expected, "], got ", shape_of(x));
+  for (size_t d = 0; right && d < shape.size(); ++d) right = x.size(d) == shape.begin()[d];
+  if (right) return;
+  std::string expected;
+  for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(false, "ttsr_fast: ", name, " must be [", expected, "], got ", shape_of(x));
 }
 
 inline void check_type(const Tensor& x, ScalarType type, const char* name) {

@@ -4,7 +4,6 @@ The library for the CPU takes rows or channels that lie side by side, as the res
 for CUDA reads channels side by side and writes either.
 """
 
-import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +16,6 @@ from ttsr_fast import portable
 from ttsr_fast.choosers import Choosers, checks_index
 
 _LONG = 2e9  # products of numbers: 20 to 200 ms
-
-
-def _at_once(function: Callable[..., None], *arguments: Any) -> None:
-    function(*arguments, None)
 
 
 def interruptible(function: Callable[..., None], *arguments: Any) -> None:
@@ -38,7 +33,7 @@ def interruptible(function: Callable[..., None], *arguments: Any) -> None:
     Raises: what the function or a signal handler raises.
     """
     if threading.current_thread() is not threading.main_thread():
-        return _at_once(function, *arguments)
+        return function(*arguments, None)
     stop, ended = torch.zeros(1, dtype=torch.int32), threading.Event()
     errors: list[BaseException] = []
 
@@ -66,9 +61,11 @@ def search(
 ):
     normalized = (normalize == "both", normalize != "none")
     options = (kernel_size, padding, *normalized, eps, add_eps, precision == "bf16")
-    products = query.numel() * math.prod(key.shape[2:])
-    run = interruptible if products > _LONG else _at_once
-    run(torch.ops.ttsr_fast.cpp_search, query, key, key_mask, score, index, *options)
+    arguments = (query, key, key_mask, score, index, *options)
+    if query.numel() * key.numel() > _LONG * key.shape[0] * key.shape[1]:
+        interruptible(torch.ops.ttsr_fast.cpp_search, *arguments)
+    else:
+        torch.ops.ttsr_fast.cpp_search(*arguments)
     if precision == "bf16" and query.dtype != torch.bfloat16:
         _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add_eps)
 
