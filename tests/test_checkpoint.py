@@ -263,6 +263,10 @@ FAULTS = {
         lambda s: to_mmagic(s) | {"generator.extra.bias": torch.ones(1)},
         r"checkpoint: 1 superfluous \(generator.extra.bias\)",
     ),
+    "control characters": (
+        lambda s: s | {"a\x1b[2J\n" + 10**6 * "b": torch.ones(1)},
+        r"checkpoint: 1 superfluous \(a\\x1b\[2J\\nb{194}\)$",
+    ),
     "empty": (lambda s: {}, "missing"),
 }
 
@@ -286,6 +290,7 @@ def test_wrong_tensors(state, tmp_path, fault):
         ([torch.ones(3)], "a list"),
         ({"epoch": 3}, "a dict of 1 ('epoch': int)"),
         ({3: torch.ones(1)}, "a dict of 1 ('3': Tensor)"),
+        ({"a\x1b[2J\n": 1}, "a dict of 1 ('a\\x1b[2J\\n': int)"),
         ({"state_dict": {"a": 1}}, "a dict of 1 ('a': int) under 'state_dict'"),
         (
             {"mine": {}, "x": 1, "y": 2, "z": 3},

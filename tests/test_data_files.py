@@ -11,6 +11,7 @@ from tests.trainings import configuration, photographs
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.pairs import Pair
 from ttsr_fast.training.checkpoints import LAST
+from ttsr_fast.training.config import SETTINGS, load_config
 from ttsr_fast.training.data_files import FILES, File, data_files, difference, summary, write_list
 from ttsr_fast.training.datasets import PairDataset
 from ttsr_fast.training.photographs import Photographs
@@ -63,7 +64,7 @@ BEFORE = [File("a", 1), File("b", 2), File("c", 3)]
         ([File("a", 9), *BEFORE[1:]], "1 of another size (a)"),
         (
             [File("a", None), File("é\udcff", 1)],
-            "2 gone (b, c), 1 new (é\udcff), 1 of another size (a)",
+            "2 gone (b, c), 1 new (é\\xff), 1 of another size (a)",
         ),
         ([File(x, 0) for x in "defgh"], "3 gone (a, b, c), 5 new (d, e, f, ...)"),
         (BEFORE[::-1], "the same files in another order"),
@@ -119,6 +120,7 @@ def test_a_training_goes_on_with_the_same_files_only(data, tmp_path, caplog, cha
     state = train(config, resume=True)
     assert state.epoch == 2
     assert any("the training files have changed: 1 " in text for text in caplog.messages)
+    assert load_config(out / SETTINGS).data.on_change == "raise", "it is for one run"
     assert train(configuration(data, out, "num_epochs=3"), resume=True).epoch == 3
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttsr_fast.files import shown
 from ttsr_fast.model import tensor_files
 from ttsr_fast.model.ttsr import TTSR
 
@@ -81,6 +82,7 @@ _CONTAINERS = (
     *("g_ema", "g", "net", "network", "module", "weights", "ema", "model_ema", "state_dict_ema"),
 )
 _DEPTH = 4  # containers in containers
+_LONGEST = 200  # characters of a name in a message
 
 # What wrappers put before all names of a model, and before those of a part.
 _WRAPPERS = {"module", "model", "net", "network"}
@@ -241,7 +243,7 @@ def _is_plain(x: Tensor) -> bool:
 def _described(content: Any) -> str:
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
-    keys = [f"{str(key)[:60]!r}: {type(value).__name__}" for key, value in content.items()]
+    keys = [f"{str(key)[:_LONGEST]!r}: {type(value).__name__}" for key, value in content.items()]
     return f"a dict of {len(keys)} ({_some(keys)})"
 
 
@@ -368,5 +370,5 @@ def _faults(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
 
 def _some(names: Iterable[str]) -> str:
     first, *rest = names
-    shown = [first, *rest[:2]]
-    return ", ".join(shown + ["..."] * (len(rest) > 2))
+    some = [shown(name[:_LONGEST]) for name in (first, *rest[:2])]
+    return ", ".join(some + ["..."] * (len(rest) > 2))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttsr_fast.files import refusal, replacing
+from ttsr_fast.files import refusal, replacing, shown
 
 _DIGEST = "ttsr_fast.sha256"  # in the metadata of a .safetensors file
 
@@ -101,7 +101,7 @@ def _check_archive(path: Path) -> None:
             except RuntimeError as error:  # such as an encrypted record
                 raise Damaged(str(error)) from error
             if bad is not None:
-                raise Damaged(f"the checksum of {bad} is wrong")
+                raise Damaged(f"the checksum of {shown(bad)} is wrong")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ttsr_fast.files import write_bytes
+from ttsr_fast.files import shown, write_bytes
 from ttsr_fast.training.items import Items
 from ttsr_fast.training.photographs import Photographs
 
@@ -100,4 +100,4 @@ def _encoded(files: Sequence[File]) -> bytes:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join([*names[:_NAMED], *["..."] * (len(names) > _NAMED)])
+    return ", ".join([*map(shown, names[:_NAMED]), *["..."] * (len(names) > _NAMED)])

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,9 @@ class Trainer:
             _logger.warning("%s holds no checkpoint yet: starting from the beginning", self.out)
         self.accelerator.wait_for_everyone()  # until all have looked
         if self._main:
-            write_bytes(self.out / SETTINGS, to_yaml(self.config).encode())
+            # Files are accepted for this run, and not for those that go on from it.
+            data = replace(self.config.data, on_change="raise")
+            write_bytes(self.out / SETTINGS, to_yaml(replace(self.config, data=data)).encode())
             data_files.write_list(self.files, self.out)
 
     def _in_main(self, call: Callable[[], Any]) -> None:
