@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -14,6 +15,8 @@ if sys.platform != "win32":
     import fcntl
 
 _UNFINISHED = ".part"
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.part", re.DOTALL)
+_cleaned: set[Path] = set()  # folders without leftovers of other processes
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _OLD = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -25,7 +28,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     It is written under an unpredictable name of the same folder, which no other thread, process or
     machine uses, and follows no link. The name is free again after an error; after a kill the next
-    `replacing` of the same path removes what is left.
+    process that writes in the folder removes what is left.
 
     Args:
         path: a file in a folder that exists. A link there is replaced, not followed.
@@ -38,7 +41,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     unfinished: Path | None = None
     try:
         _check_kind(path)
-        _remove_leftovers(path)
+        _remove_leftovers(path.parent)
         unfinished, file = _create(path)
         with file:
             yield file
@@ -166,18 +169,18 @@ def _create(path: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove unfinished files of killed processes, which no longer hold their lock."""
-    if sys.platform == "win32":  # nothing tells them from those of living processes
+def _remove_leftovers(folder: Path) -> None:
+    """Remove unfinished files of killed processes, which no longer hold their lock.
+
+    Once for every folder: a list of all its files for every one of them would take quadratic time.
+    """
+    folder = folder.resolve()
+    if folder in _cleaned or sys.platform == "win32":  # where nothing tells them from others
         return
-    prefix = _prefix(path)
+    _cleaned.add(folder)
     with suppress(OSError):
-        for name in os.listdir(path.parent):
-            if not (name.startswith(prefix) and name.endswith(_UNFINISHED)):
-                continue
-            if len(name) != len(prefix) + 16 + len(_UNFINISHED):
-                continue
-            leftover = path.with_name(name)
+        for name in filter(_LEFTOVER.fullmatch, os.listdir(folder)):
+            leftover = folder / name
             with suppress(OSError), open(os.open(leftover, _OLD | _NO_LINK), "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink()

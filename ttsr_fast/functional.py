@@ -279,7 +279,7 @@ def _check_pair(query: Tensor, key: Tensor, precision: str | None) -> tuple[Tens
     _check_map("query", query)
     _check_map("key", key)
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         if precision is None and query.dtype == torch.float32 == key.dtype:
             precision = _LOW_PRECISION.get(torch.get_autocast_dtype(device))
         widest = torch.promote_types(query.dtype, key.dtype)
