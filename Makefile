@@ -25,11 +25,14 @@ CUDA_WARNINGS := -Xcompiler='$(WARNINGS)' $(if $(filter -Werror,$(WARNINGS)),-We
 SANITIZED := build/sanitized/$(LIBRARY)
 SANITIZER := g++
 SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+WITH_SANITIZERS = LD_PRELOAD="$$($(SANITIZER) -print-file-name=libasan.so) $$($(SANITIZER) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	TTSR_FAST_LIBRARY=$(SANITIZED) TTSR_FAST_TEST_BACKENDS=cpp OMP_NUM_THREADS=1
 SANITIZER_TESTS := tests/test_search.py tests/test_gather_fold.py tests/test_ops.py tests/test_broken_calls.py
 
 .DEFAULT_GOAL := help
 .PHONY: help env build demo train-demo test test-oldest-triton check format sanitize docs bench wheel clean
-.PHONY: gpu-check-a gpu-check-b gpu-bundle
+.PHONY: campaigns gpu-check-a gpu-check-b gpu-bundle
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 28
@@ -85,10 +88,13 @@ format: env  ## rewrite the sources as `make check` wants them
 	$(BIN)/clang-format -i $(KERNELS)
 
 sanitize: $(SANITIZED)  ## run the tests of the operators under AddressSanitizer and UBSan
-	LD_PRELOAD="$$($(SANITIZER) -print-file-name=libasan.so) $$($(SANITIZER) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	TTSR_FAST_LIBRARY=$(SANITIZED) TTSR_FAST_TEST_BACKENDS=cpp OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest --quiet --capture=no $(SANITIZER_TESTS)
+	$(WITH_SANITIZERS) $(BIN)/python -m pytest --quiet --capture=no $(SANITIZER_TESTS)
+
+campaigns: build $(SANITIZED)  ## run the long random tests, the operators under the sanitizers; an hour
+	$(WITH_SANITIZERS) $(BIN)/python -m tests.campaigns.fuzz_operators --calls 4000 --broken 1000
+	$(BIN)/python -m tests.campaigns.mutate_images --tries 1500
+	$(BIN)/python -m tests.campaigns.damage_checkpoints --tries 300
+	$(BIN)/python -m tests.campaigns.kill_and_resume --kills 40
 
 $(SANITIZED): $(CPU_FILES)
 	CXX=$(SANITIZER) CXXFLAGS="$(SANITIZER_FLAGS)" $(BIN)/python ttsr_fast/build.py $@

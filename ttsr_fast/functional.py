@@ -99,13 +99,16 @@ def search(
         everywhere; so does a norm whose square overflows (features of 1e17 or more in float32).
         On a GPU, where it is not waited for, a mask without a True gives NaN as well.
 
-    Differentiable once, in query and key, through the two chosen patches and their norms.
+    Differentiable once, in query and key, through the two chosen patches and their norms, in
+    reverse and in forward mode (`torch.func.jvp`, `torch.autograd.forward_ad`). The index is a
+    constant of the derivative.
 
     Cost: `2 * C` FLOP per (query, key) pair instead of `2 * C * kernel_size**2` on the CPU; two,
     six or 18 times C on a GPU, where the algorithm depends on the size. Above inputs and outputs
     the CPU takes one copy of the inputs and at most 16 MiB per thread, a GPU one copy (one and a
     half for `"bf16"` of float32 features) and at most 64 MiB. Nothing waits for the device: a
-    search can be captured in a CUDA graph.
+    search can be captured in a CUDA graph. A long search on the CPU ends within a second of Ctrl-C,
+    or of another signal whose handler raises.
 
     Raises:
         TypeError: an argument is no tensor, or has another dtype than asked for.
@@ -177,7 +180,7 @@ def gather_fold(
         `[N, C, stride*H, stride*W]`, dtype and memory format of `value`; accumulated in float32 for
         16-bit values. Bit-equal from run to run, and so are its gradients.
 
-    Differentiable once, in value and weight. Cost: `kernel_size**2` reads and one write per output.
+    Differentiable once, in value and weight, in reverse and in forward mode. Cost: `kernel_size**2` reads and one write per output.
     On CUDA a value whose channels do not lie side by side is copied to channels last first. Nothing
     waits for the device: an index outside the key grid is found by the kernel, which stops with an
     assertion; under `TTSR_FAST_CHECK_INDEX=0` such a patch adds nothing, and its gradient may
