@@ -11,7 +11,7 @@ from tests.trainings import configuration, photographs, program
 from ttsr_fast.cli import app
 from ttsr_fast.training.checkpoints import BEST, LAST
 from ttsr_fast.training.config import SETTINGS
-from ttsr_fast.training.trainer import MODELS, train
+from ttsr_fast.training.trainer import MODELS, Trainer, train
 
 each = pytest.mark.parametrize
 
@@ -144,6 +144,23 @@ def test_what_is_missing_is_named(data, half, change, message):
         train(configuration(data, half, *settings(data)), resume=True)
     assert str(caught.value).startswith(str(half / LAST))
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path, monkeypatch):
+    """A finite loss can have a gradient that overflows."""
+    step = Trainer._step
+
+    def overflow(self, batch, full):
+        step(self, batch, full)
+        if self.state.step == 3:
+            self.networks.ttsr.MainNet.conv12.bias.data[1] = float("inf")
+
+    monkeypatch.setattr(Trainer, "_step", overflow)
+    message = "^weight MainNet.conv12.bias is not finite after step 3, and the training stops; "
+    with pytest.raises(RuntimeError, match=message):
+        train(configuration(data, tmp_path, "save_steps=2"))
+    assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 2
+    assert not (tmp_path / MODELS[0]).exists()
 
 
 # --- nothing to resume -------------------------------------------------------------------------

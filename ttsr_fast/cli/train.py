@@ -121,7 +121,7 @@ class _Teller:
 
     @property
     def place(self) -> str:
-        """Where the training was at a signal, and what to do."""
+        """Place of the training at a signal, and advice."""
         if self.step is None:
             return "before the first step: nothing is lost"
         where = "there" if self.saved else "the last checkpoint"

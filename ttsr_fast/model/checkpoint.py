@@ -84,7 +84,7 @@ _CONTAINERS = (
 _DEPTH = 4  # containers in containers
 _LONGEST = 200  # characters of a name in a message
 
-# What wrappers put before all names of a model, and before those of a part.
+# Prefixes of wrappers: of all names of a model, and of the names of a part.
 _WRAPPERS = {"module", "model", "net", "network"}
 _PART_WRAPPERS = r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 
@@ -216,7 +216,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _contained(content: Any, path: str | os.PathLike[str]) -> tuple[Any, str]:
-    """What the containers of a file hold, and words for where it was."""
+    """Content of the innermost container of a file, and words for its place."""
     place = ""
     for _ in range(_DEPTH):
         if not isinstance(content, dict) or _is_state(content):
@@ -307,7 +307,7 @@ def _check_sizes(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> N
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Without what wrappers put before all names, or before those of a part."""
+    """The same tensors without the prefixes of wrappers, of the whole model or of parts."""
     names = [re.sub(_PART_WRAPPERS, "", name) for name in state]
     while True:
         parts = {name.partition(".")[0] for name in names if not name.startswith(_IGNORED)}

@@ -77,7 +77,7 @@ def save_checkpoint(state: dict[str, Any], config: Config, path: Path) -> None:
 
 
 def checkpoint_in(folder: Path) -> Path | None:
-    """Where a training in this folder goes on: the last checkpoint, or the best if that is gone."""
+    """The checkpoint to resume in this folder: the last, or the best if that is gone."""
     last, best = folder / LAST, folder / BEST
     if last.exists() or not best.exists():
         return last if last.exists() else None
@@ -165,7 +165,7 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 
 
 def _way_out(damaged: Path) -> str:
-    """What to do without the last checkpoint."""
+    """Advice for a last checkpoint that is damaged."""
     best = damaged.with_name(BEST)
     if damaged.name != LAST:
         return ""

@@ -41,7 +41,7 @@ def data_files(items: Items) -> list[File]:
 
 
 def summary(files: Sequence[File]) -> dict[str, Any]:
-    """What a checkpoint records of the files: their number and a digest, and no names."""
+    """Record of the files for a checkpoint: their number and a digest, and no names."""
     return {"count": len(files), "sha256": hashlib.sha256(_encoded(files)).hexdigest()}
 
 
@@ -55,7 +55,7 @@ def write_list(files: Sequence[File], folder: Path) -> None:
 
 
 def difference(files: Sequence[File], before: dict[str, Any], folder: Path) -> str:
-    """What has changed since `before`, a summary; empty if nothing has.
+    """Changes since `before`, a summary, in words; empty if there are none.
 
     Args:
         files: those of now.

@@ -93,7 +93,8 @@ def train(
         OSError: pictures or weights that are missing, a checkpoint that cannot be written; the one
             before it is whole then.
         RuntimeError: a checkpoint that cannot be read or is damaged, another training that runs in
-            the folder, or a loss that is not finite: its step's inputs are in `run.out` then.
+            the folder, weights that are not finite, or such a loss: its step's inputs are in
+            `run.out` then.
         ImportError: a package of the extra `train` is missing.
     """
     return Trainer(config, progress).run(resume)
@@ -156,7 +157,20 @@ class Trainer:
             yield {name: x.to(device, non_blocking=True) for name, x in batch.items()}
 
     def save(self, better: bool = False) -> None:
-        """Write `last.pt`, and the same as `best.pt` if it is better than all before."""
+        """Write `last.pt`, and the same as `best.pt` if it is better than all before.
+
+        Raises:
+            RuntimeError: weights that are not finite, as gradients can make them that overflow. The
+                checkpoints before stay.
+            OSError: the file cannot be written.
+        """
+        weights = self.networks.ttsr.state_dict()
+        bad = next((name for name, x in weights.items() if not x.isfinite().all()), None)
+        if bad is not None:
+            raise RuntimeError(
+                f"weight {bad} is not finite after step {self.state.step}, and the training stops; "
+                "no checkpoint is replaced"
+            )
         if self._main:
             state = self.state
             position = {name: getattr(state, name) for name in _POSITION}
@@ -201,7 +215,7 @@ class Trainer:
 
     @cached_property
     def files(self) -> list[data_files.File]:
-        """What the training learns from."""
+        """Files that the training learns from."""
         return data_files.data_files(self.items)
 
     def _check_files(self, saved: dict[str, Any], path: Path) -> None:
