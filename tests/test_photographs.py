@@ -188,6 +188,17 @@ def test_a_share_of_references_is_unrelated(write, share):
     assert share == 0 or others[1:].min() > 0.7 * 400 * share / 3
 
 
+def test_share_is_by_default_for_what_there_is(write):
+    """Where there is one photograph alone, all references are parts of it."""
+    grey = np.full((40, 40, 3), 60, np.uint8)
+    options = {"size": 12, "crops_per_photo": 50, "warp": STILL}
+    alone = Photographs(write(grey), **options)
+    assert {int(pixels(alone[n]["ref"])[0, 0, 0]) for n in range(50)} == {60}
+    two = Photographs(write(grey, grey + 60), **options)
+    draws = [[int(pixels(two[n][name])[0, 0, 0]) for name in ("hr", "ref")] for n in range(100)]
+    assert 0 < sum(own != other for own, other in draws) < 25
+
+
 def test_places_with_detail_are_preferred(write):
     """Of a photograph three quarters of which are flat."""
     photo = np.full((100, 200, 3), 128, np.uint8)
@@ -269,7 +280,7 @@ def test_small_and_damaged_photographs(write):
         ({"crops_per_photo": 0}, "crops_per_photo and candidates must be 1 or more, got 0 and 4"),
         ({"candidates": 0}, "crops_per_photo and candidates must be 1 or more, got 16 and 0"),
         ({"unrelated": 1.5}, r"unrelated must be in \[0, 1\], got 1.5"),
-        ({}, "unrelated must be 0 for one photograph alone, got 0.1"),
+        ({"unrelated": 0.1}, "unrelated must be 0 for one photograph alone, got 0.1"),
     ],
 )
 def test_bad_arguments(write, options, message):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ttsr_fast import images
 from ttsr_fast.files import shown
-from ttsr_fast.images import SCALE, SUFFIXES, Image
+from ttsr_fast.images import SUFFIXES, Image
 
 ENDINGS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 
@@ -66,7 +66,7 @@ def result_path(source: Path, low: Image, output: Path | None, suffix: str, ext:
         return output
     ending = f".{ext}"
     if ext == "auto":
-        ending = ".png" if images.why_not_in(source.suffix, low, SCALE) else source.suffix
+        ending = ".png" if images.why_not_in(source.suffix, low) else source.suffix
     return (output or source.parent) / (source.stem + suffix + ending)
 
 

@@ -180,7 +180,9 @@ def gather_fold(
         `[N, C, stride*H, stride*W]`, dtype and memory format of `value`; accumulated in float32 for
         16-bit values. Bit-equal from run to run, and so are its gradients.
 
-    Differentiable once, in value and weight, in reverse and in forward mode. Cost: `kernel_size**2` reads and one write per output.
+    Differentiable once, in value and weight, in reverse and in forward mode. Cost: `kernel_size**2`
+    reads and one write per output.
+
     On CUDA a value whose channels do not lie side by side is copied to channels last first. Nothing
     waits for the device: an index outside the key grid is found by the kernel, which stops with an
     assertion; under `TTSR_FAST_CHECK_INDEX=0` such a patch adds nothing, and its gradient may

@@ -163,7 +163,7 @@ def check_output(path: str | os.PathLike[str], image: Image, scale: int = 1) -> 
     files.check_writable(path)
 
 
-def why_not_in(suffix: str, image: Image, scale: int = 1) -> str | None:
+def why_not_in(suffix: str, image: Image, scale: int = SCALE) -> str | None:
     """Why files of this suffix cannot hold `image`, made `scale` times larger; None if they can."""
     channels = image.pixels.shape[2] + (image.alpha is not None)
     height, width = image.size

@@ -59,7 +59,7 @@ class Data:
     augment: bool = True
     mask_padding: bool = False
     crops_per_photo: int = 8
-    unrelated: float = 0.1
+    unrelated: float | None = None  # share; 0.1, or 0 where there is one photograph alone
     candidates: int = 4  # places in a photograph of which the one with most detail is taken
     longest: int | None = None  # photographs with a longer side are reduced to it
     on_error: str = "raise"
@@ -76,7 +76,8 @@ class Data:
         for name in ("batch_size", "crops_per_photo", "candidates", "longest"):
             _require_at_least(f"data.{name}", getattr(self, name), 1)
         _require_at_least("data.num_workers", self.num_workers, 0)
-        _require("data.unrelated", self.unrelated, 0 <= self.unrelated <= 1, "from 0 to 1")
+        share = self.unrelated or 0
+        _require("data.unrelated", share, 0 <= share <= 1, "from 0 to 1")
 
 
 @dataclass

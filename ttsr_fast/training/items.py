@@ -32,7 +32,7 @@ def validation_items(config: Config) -> Items | None:
 
 
 def _items(
-    config: Config, root: str, layout: str, seed: int, augment: bool, unrelated: float
+    config: Config, root: str, layout: str, seed: int, augment: bool, unrelated: float | None
 ) -> Items:
     data = config.data
     common: dict[str, Any] = {

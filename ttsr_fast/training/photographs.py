@@ -90,7 +90,8 @@ class Photographs(DrawnItems):
         source: a folder, or several files and folders.
         size: side of picture and reference, a multiple of 4; smaller photographs are errors.
         crops_per_photo: items of an epoch out of each.
-        unrelated: share of references out of another photograph.
+        unrelated: share of references out of another photograph; None for 0.1, or 0 where there is
+            one photograph alone.
         warp: limits of what is drawn for a reference.
         candidates: out of so many places the picture is the one with most detail, because skies
             teach little; 1 takes places evenly.
@@ -116,7 +117,7 @@ class Photographs(DrawnItems):
         *,
         size: int = 160,
         crops_per_photo: int = 16,
-        unrelated: float = 0.1,
+        unrelated: float | None = None,
         warp: Warp | None = None,
         candidates: int = 4,
         augment: bool = True,
@@ -132,6 +133,8 @@ class Photographs(DrawnItems):
                 "crops_per_photo and candidates must be 1 or more, "
                 f"got {crops_per_photo} and {candidates}"
             )
+        if unrelated is None:
+            unrelated = 0.1 if len(self.files) > 1 else 0.0
         if not 0 <= unrelated <= 1:
             raise ValueError(f"unrelated must be in [0, 1], got {unrelated}")
         if unrelated > 0 and len(self.files) == 1:
