@@ -20,4 +20,4 @@ def test_every_file_gives_an_image_or_one_error(tmp_path):
     assert [outcome for outcome in outcomes.values() if outcome.startswith("FAULT")] == []
     counts = Counter(outcome.split()[0].strip(",") for outcome in outcomes.values())
     assert min(counts["image"], counts["error"]) > 10
-    assert sum(", command" in outcome for outcome in outcomes.values()) == 8
+    assert sum(", command" in outcome for outcome in outcomes.values()) > 60

@@ -1,6 +1,6 @@
 """Checkpoints, model files and configurations, damaged at random: noticed, or the same values.
 
-    python tests/campaigns/damage_checkpoints.py --tries 300 --seed 0
+    python -m tests.campaigns.damage_checkpoints --tries 300 --seed 0
 
 In each try one file is damaged in one of several ways. Reading it must end soon: with one error of
 one line that names the file, or with exactly the tensors and numbers of the file before. A YAML
@@ -10,7 +10,6 @@ written and read again.
 
 import argparse
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -20,15 +19,12 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tests.trainings import configuration, photographs  # noqa: E402  # found by the line above
-from ttsr_fast.model import load_model, save_model  # noqa: E402
-from ttsr_fast.model.checkpoint import read_tensors  # noqa: E402
-from ttsr_fast.training.checkpoints import LAST, load_checkpoint  # noqa: E402
-from ttsr_fast.training.config import SETTINGS, load_config, to_yaml  # noqa: E402
-from ttsr_fast.training.trainer import train  # noqa: E402
+from tests.trainings import configuration, photographs
+from ttsr_fast.model import load_model, save_model
+from ttsr_fast.model.checkpoint import read_tensors
+from ttsr_fast.training.checkpoints import LAST, load_checkpoint
+from ttsr_fast.training.config import SETTINGS, load_config, to_yaml
+from ttsr_fast.training.trainer import train
 
 LIMIT = 20.0  # seconds to read a file of 3 MB
 Read = Callable[[Path], Any]

@@ -1,6 +1,6 @@
 """`ttsr-fast upscale --cache --resume`, killed at random moments: results as if never killed.
 
-    python tests/campaigns/kill_and_resume.py --kills 40 --seed 0
+    python -m tests.campaigns.kill_and_resume --kills 40 --seed 0
 
 In each round a folder is upscaled into a new folder. The program is killed at random moments and
 started again, until it is left to finish. After some of the kills a file of the cache, a result or
@@ -25,11 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ttsr_fast.images import Image  # noqa: E402  # found by the line above
-from ttsr_fast.model import TTSR, save_model  # noqa: E402
+from ttsr_fast.images import Image
+from ttsr_fast.model import TTSR, save_model
 
 RECORD = ".ttsr-fast.jsonl"
 EARLY = 0.1  # share of the kills before the program has written anything
@@ -62,7 +59,11 @@ class Folder:
     def start(self, output: str, *options: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "ttsr_fast", "upscale", "lows", "--ref", "refs"]
         command += ["--weights", "tiny.pt", "--output", output, *options]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1",
+        }
         return subprocess.Popen(
             command,
             cwd=self.path,
