@@ -4,8 +4,9 @@
 
 A try is a valid file with a few changes: flipped bits, cut or inserted bytes, extreme numbers in
 its fields, chunks and tags that change places. `read_image` and the command line get every file,
-but the command line none that has become large. Both run in a process of its own, with limited memory, that is started again after a hang
-or a crash. A fault is printed with its number; `--first NUMBER --tries 1` repeats it.
+but the command line none that has become large. Both run in a process of its own, with limited
+memory, that is started again after a hang or a crash. A fault is printed with its number;
+`--first NUMBER --tries 1` repeats it.
 """
 
 import argparse
