@@ -1,16 +1,20 @@
 """One training for each folder."""
 
-import fcntl
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ttsr_fast.files import refusal, shown
 
+if sys.platform != "win32":
+    import fcntl
+
 LOCK = "training.lock"
+_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _held: set[int] = set()  # descriptors
 _logger = logging.getLogger(__name__)
 
@@ -51,11 +55,12 @@ def _locked(path: Path) -> int:
     """A descriptor of the file, which is locked as long as that is open."""
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, _FLAGS, 0o666)
         except OSError as error:
             raise type(error)(f"cannot write {shown(path)}: {refusal(error)}") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if sys.platform != "win32":  # where nothing keeps a second training out
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
@@ -86,4 +91,5 @@ def _release_in_child() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_release_in_child)
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_release_in_child)
