@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -111,10 +112,33 @@ def test_a_reference_that_is_too_small_is_named_in_one_line(folder):  # noqa: F8
 
 def test_a_warning_is_one_harmless_line(folder):  # noqa: F811
     Image(LOW, None, b"profile").save("low.png")
-    done = program("upscale", "low.png", "--ref", "ref.png", "-o", f"{ODD}.bmp", "--quiet")
-    assert (done.returncode, done.stdout) == (0, "")
+    command = ("upscale", "low.png", "--ref", "ref.png", "-o", f"{ODD}.bmp")
     message = "BMP holds no colour profile, which is left out; .png keeps it"
-    assert done.stderr == f"warning: {SHOWN}.bmp: {message}\n"
+    done = program(*command)
+    assert (done.returncode, done.stderr) == (0, f"warning: {SHOWN}.bmp: {message}\n")
+    done = program(*command, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@each("stream", [">&-", "> /dev/full", "| true", "2>&-"])
+def test_results_do_not_depend_on_who_reads_the_lines(folder, stream):  # noqa: F811
+    (folder / "lows").mkdir()
+    for number in range(3):
+        Image(LOW).save(folder / "lows" / f"{number}.png")
+    command = f"{sys.executable} -m ttsr_fast upscale lows --ref ref.png --phases 1 {stream}"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(list(folder.glob("lows_x4/*_x4.png"))) == 3
+
+
+@each("place", ["reference", "image"])
+def test_a_pipe_is_refused_and_not_waited_for(folder, place):  # noqa: F811
+    os.mkfifo(folder / "pipe.png")
+    names = ["pipe.png", "ref.png"] if place == "image" else ["low.png", "pipe.png"]
+    Image(LOW).save(folder / "low.png")
+    done = program("upscale", names[0], "--ref", names[1], "-o", "out.png", "--resume")
+    message = "error: cannot read pipe.png: it is no regular file\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_names_are_no_markup_in_the_bar(monkeypatch):

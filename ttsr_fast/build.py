@@ -111,6 +111,7 @@ def compile_library(library: Path, *, cuda: bool = False) -> None:
             link += shlex.split(os.environ.get("LDFLAGS", ""))
         linked = f"{folder}/{library.name}"
         _run([*compiler, "-shared", *objects, *link, "-o", linked])
+        os.chmod(linked, 0o755)  # nobody else may change what is loaded
         os.replace(linked, library)
 
 
@@ -131,7 +132,6 @@ def build_library(*, cuda: bool = False) -> Path:
         raise RuntimeError(f"{reason}; name another folder in TORCH_EXTENSIONS_DIR")
     if not library.is_file():
         compile_library(library, cuda=cuda)
-        library.chmod(0o755)
     return library
 
 
@@ -162,7 +162,7 @@ def _why_not_trusted(library: Path) -> str | None:
         if status.st_uid not in (0, os.getuid()):
             return f"{path} belongs to another user"
         if status.st_mode & 0o022:
-            return f"{path} can be written to by other users"
+            return f"{path} can be written to by other users (chmod go-w changes that)"
     return None
 
 

@@ -4,8 +4,10 @@ The library for the CPU takes rows or channels that lie side by side, as the res
 for CUDA reads channels side by side and writes either.
 """
 
+import _thread
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from ttsr_fast import portable
 from ttsr_fast.choosers import Choosers, checks_index
 
-_LONG = 2e9  # products of numbers: 20 to 200 ms
+_LONG = 1e9  # units of 10 to 50 ps, as `_cost` counts them
 
 
 def interruptible(function: Callable[..., None], *arguments: Any) -> None:
@@ -34,10 +36,12 @@ def interruptible(function: Callable[..., None], *arguments: Any) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return function(*arguments, None)
-    stop, ended = torch.zeros(1, dtype=torch.int32), threading.Event()
+    stop = torch.zeros(1, dtype=torch.int32)
+    begun, ended = threading.Event(), threading.Event()
     errors: list[BaseException] = []
 
     def run() -> None:
+        begun.set()
         try:
             function(*arguments, stop)
         except BaseException as error:
@@ -45,12 +49,16 @@ def interruptible(function: Callable[..., None], *arguments: Any) -> None:
         finally:
             ended.set()
 
-    threading.Thread(target=run, name="ttsr_fast search", daemon=True).start()
     try:
+        # A call without waiting inside, in which a handler of signals could raise.
+        _thread.start_new_thread(run, ())
         ended.wait()
     except BaseException:
-        stop.fill_(1)
-        ended.wait()
+        finished = False
+        while not finished:
+            with suppress(BaseException):  # from more signals of the same kind
+                stop.fill_(1)
+                finished = ended.wait() if begun.wait(1) else True
         raise
     if errors:
         raise errors[0]
@@ -62,12 +70,21 @@ def search(
     normalized = (normalize == "both", normalize != "none")
     options = (kernel_size, padding, *normalized, eps, add_eps, precision == "bf16")
     arguments = (query, key, key_mask, score, index, *options)
-    if query.numel() * key.numel() > _LONG * key.shape[0] * key.shape[1]:
+    if _cost(query, key, kernel_size) > _LONG:
         interruptible(torch.ops.ttsr_fast.cpp_search, *arguments)
     else:
         torch.ops.ttsr_fast.cpp_search(*arguments)
     if precision == "bf16" and query.dtype != torch.bfloat16:
         _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add_eps)
+
+
+def _cost(query: Tensor, key: Tensor, kernel_size: int) -> int:
+    """Work of a search: products and sums of pairs, in vectors of keys, and copies of the maps."""
+    images, channels, height, width = query.shape
+    key_images, _, key_height, key_width = key.shape
+    pairs = images * height * width * key_height * -(-key_width // 16) * 16
+    pixels = images * height * width + key_images * key_height * key_width
+    return pairs * (channels + 16) * kernel_size + 256 * pixels * channels
 
 
 def _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add_eps):

@@ -14,11 +14,11 @@ from typing import BinaryIO
 if sys.platform != "win32":
     import fcntl
 
-_UNFINISHED = ".part"
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.part", re.DOTALL)
+_UNFINISHED = ".ttsr.part"
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.ttsr\.part", re.DOTALL)
 _cleaned: set[Path] = set()  # folders without leftovers of other processes
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-_OLD = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+_OLD = os.O_RDWR | getattr(os, "O_NONBLOCK", 0)  # NFS locks only what can be written
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -31,7 +31,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     process that writes in the folder removes what is left.
 
     Args:
-        path: a file in a folder that exists. A link there is replaced, not followed.
+        path: a file in a folder that exists. A link there is replaced, not followed. A file there
+            hands on its mode, and is not replaced if it is write-protected.
 
     Raises:
         OSError: the file cannot be written, such as on a full disk. The message names `path` and
@@ -44,6 +45,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         _remove_leftovers(path.parent)
         unfinished, file = _create(path)
         with file:
+            if path.is_file() and sys.platform != "win32":
+                with suppress(OSError):  # a file system without modes
+                    os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -114,11 +118,23 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _check_kind(path: Path) -> None:
-    """Raise OSError for a folder, and for a pipe or a device, which a file would replace."""
+    """Raise OSError for what must not be replaced: folders, pipes, devices, protected files."""
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {shown(path)}: it is a folder")
     if path.exists() and not path.is_file():
         raise OSError(f"cannot write {shown(path)}: it is no regular file")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(f"cannot write {shown(path)}: it is write-protected")
+
+
+def check_readable(path: Path) -> None:
+    """Raise OSError for what is no file to read to its end; a pipe would be waited for."""
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot read {shown(path)}: it is a folder")
+    if not path.exists():
+        raise FileNotFoundError(f"cannot read {shown(path)}: no such file")
+    if not path.is_file():
+        raise OSError(f"cannot read {shown(path)}: it is no regular file")
 
 
 def shown(name: str | os.PathLike[str]) -> str:

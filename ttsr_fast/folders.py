@@ -49,7 +49,8 @@ def namesake(source: Path, folder: Path) -> Path:
     """
     if (folder / source.name).is_file():
         return folder / source.name
-    endings = [case(suffix) for suffix in SUFFIXES for case in (str.lower, str.upper)]
+    cases = (str.lower, str.upper, lambda suffix: f".{suffix[1:].capitalize()}")
+    endings = [case(suffix) for suffix in SUFFIXES for case in cases]
     paths = [folder / (source.stem + ending) for ending in endings]
     found = [path for path in paths if path.is_file()]
     count = len(identities(found))  # some file systems take both cases for one name

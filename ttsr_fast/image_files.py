@@ -3,7 +3,6 @@
 import io
 import os
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ttsr_fast.files import refusal, shown
+from ttsr_fast.files import check_readable, refusal, shown
 from ttsr_fast.image_formats import SRGB, Chunks, codecs, pillow, reason_of
 
 # Tags of TIFF and EXIF.
@@ -65,10 +64,9 @@ def decode(path: Path) -> Decoded:
         ImportError: Pillow is missing, or for 16-bit colour imagecodecs or tifffile.
     """
     pil = pillow()
-    _check_regular(path)
+    check_readable(path)
     try:
-        with warnings.catch_warnings(), _File(io.FileIO(path)) as file:
-            warnings.simplefilter("ignore")
+        with _File(io.FileIO(path)) as file:
             return _decode(file)
     except ImportError:
         raise
@@ -117,16 +115,6 @@ def to_array(image: Any) -> np.ndarray:
         array = _full_range(array, int(np.max(tags.get(_BITS, 16))))
         array = 65535 - array if tags.get(_PHOTOMETRIC) == 0 else array
     return array[..., None] if array.ndim == 2 else array
-
-
-def _check_regular(path: Path) -> None:
-    """Raise OSError for what is no file to read to its end; a pipe would be waited for."""
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot read {shown(path)}: it is a folder")
-    if not path.exists():
-        raise FileNotFoundError(f"cannot read {shown(path)}: no such file")
-    if not path.is_file():
-        raise OSError(f"cannot read {shown(path)}: it is no regular file")
 
 
 def _decode(file: _File) -> Decoded:

@@ -94,11 +94,21 @@ def lost_colours(suffix: str, icc_profile: bytes | None, chunks: Chunks) -> str 
         return f"{form.name} holds no colour profile, which is left out; .png keeps it"
     if icc_profile or b"sRGB" in kinds:
         kinds = {b"cICP": kinds[b"cICP"]} if b"cICP" in kinds else {}
-    lost = [kind for kind, content in kinds.items() if SRGB[kind] not in (None, content)]
+    lost = [kind for kind, content in kinds.items() if not _as_in_srgb(kind, content)]
     if not lost:
         return None
     names = ", ".join(kind.decode() for kind in lost)
     return f"{form.name} holds no {names}, which says how colours are meant; .png keeps it"
+
+
+def _as_in_srgb(kind: bytes, content: bytes) -> bool:
+    """Whether a chunk says what sRGB implies, up to a hundredth: programs round these numbers."""
+    expected = SRGB[kind]
+    if expected is None or kind == b"cICP":
+        return expected in (None, content)
+    form = f">{len(expected) // 4}I"
+    numbers = zip(struct.unpack(form, content), struct.unpack(form, expected), strict=True)
+    return all(100 * abs(found - number) <= number for found, number in numbers)
 
 
 def encode(array: np.ndarray, suffix: str, icc_profile: bytes | None, chunks: Chunks) -> bytes:

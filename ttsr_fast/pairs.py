@@ -207,7 +207,7 @@ def _listed(path: Path) -> dict[str, list[str]]:
     for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
         words = re.findall(r"[^ \t]+", line)
         for name in words:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
+            if Path(name).anchor or ".." in Path(name).parts:
                 raise ValueError(
                     f"{shown(path)}, line {number}: {shown(name)} leads out of the folder"
                 )

@@ -41,6 +41,8 @@ def _untraced(function: Callable[..., Any], *arguments: Any) -> Any:
 class Search(autograd.Function):
     """`ops.search` with its gradient and its tangent."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         return ops.search(*arguments)
@@ -57,23 +59,31 @@ class Search(autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_score: Tensor, _: None) -> tuple[Any, ...]:
         needed = list(ctx.needs_input_grad[:2])
-        grads = Once.apply(
+        grads = WithoutDerivative.apply(
             ops.search_backward, grad_score, *ctx.saved_tensors, *ctx.options, needed
         )
         return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 8
 
     @staticmethod
     def jvp(ctx: Any, d_query: Tensor | None, d_key: Tensor | None, *_: None) -> tuple[Any, ...]:
-        """The derivative of <q, k> / (n_q n_k) with the index as it is."""
+        """The derivative of <q, k> / (n_q n_k) with the index as it is.
+
+        Inside a `jvp` PyTorch's operators drop the tangents of a `jvp` around it; here every
+        tangent goes through `WithoutDerivative` first, which refuses that.
+        """
         query, key, score, index = ctx.saved_tensors
         kernel_size, padding, normalize, eps, add_eps, backend = ctx.options
         patch, norm = (kernel_size, padding), (eps, add_eps)
         options = (index, 1, *patch, "none", backend)
         product, pull = torch.zeros_like(score), torch.zeros_like(score)
         if d_query is not None:
-            product = product + Once.apply(ops.gather_dot, key, d_query.to(key.dtype), *options)
+            product = product + WithoutDerivative.apply(
+                ops.gather_dot, key, d_query.to(key.dtype), *options
+            )
         if d_key is not None:
-            product = product + Once.apply(ops.gather_dot, d_key.to(key.dtype), query, *options)
+            product = product + WithoutDerivative.apply(
+                ops.gather_dot, d_key.to(key.dtype), query, *options
+            )
         if normalize in ("both", "key"):
             by, d_log = (_chosen(x, index) for x in _denominator(key, d_key, patch, *norm))
             product, pull = product / by, pull + d_log
@@ -85,6 +95,8 @@ class Search(autograd.Function):
 
 class GatherFold(autograd.Function):
     """`ops.gather_fold`, linear in value and in weight, with its gradient and its tangent."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
@@ -104,9 +116,9 @@ class GatherFold(autograd.Function):
         if ctx.needs_input_grad[0]:
             size = list(value.shape)
             arguments = (grad, index, weight, size, *ctx.options)
-            grad_value = Once.apply(ops.gather_fold_adjoint, *arguments)
+            grad_value = WithoutDerivative.apply(ops.gather_fold_adjoint, *arguments)
         if ctx.needs_input_grad[2]:
-            grad_weight = Once.apply(ops.gather_dot, value, grad, index, *ctx.options)
+            grad_weight = WithoutDerivative.apply(ops.gather_dot, value, grad, index, *ctx.options)
             grad_weight = grad_weight.to(weight.dtype)
         return grad_value, None, grad_weight, *[None] * 5
 
@@ -121,11 +133,35 @@ class GatherFold(autograd.Function):
             parts.append(GatherFold.apply(d_value, index, weight, *ctx.options))
         if d_weight is not None:
             parts.append(GatherFold.apply(value, index, d_weight, *ctx.options))
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return parts[0] if len(parts) == 1 else Sum.apply(*parts)
 
 
-class Once(autograd.Function):
-    """An operator without a derivative of its own: `Once.apply(operator, *arguments)`."""
+class Sum(autograd.Function):
+    """A sum inside a `jvp`, where PyTorch's own operators drop the tangents of a `jvp` around it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
+
+    @staticmethod
+    def jvp(ctx: Any, d_x: Tensor, d_y: Tensor) -> Tensor:
+        return Sum.apply(d_x, d_y)
+
+
+class WithoutDerivative(autograd.Function):
+    """An operator without a derivative of its own: `WithoutDerivative.apply(operator, *arguments)`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(operator: Any, *arguments: Any) -> Any:

@@ -4,6 +4,7 @@ A command is a file of its name; `common` is what they share.
 """
 
 import logging
+import warnings
 from typing import Annotated
 
 import ttsr_fast
@@ -40,6 +41,8 @@ def _program(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """x4 super-resolution with a reference picture."""
+    for module in ("PIL", "tifffile"):  # an error says what matters
+        warnings.filterwarnings("ignore", module=rf"{module}\.")
     if version:
         typer.echo(f"ttsr-fast {ttsr_fast.__version__}")
         raise typer.Exit

@@ -1,10 +1,12 @@
 """What the commands share: options, the bar of progress, output in harmless lines."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -27,6 +29,7 @@ except ImportError as error:
     raise SystemExit(f"error: {error.name} is missing: pip install 'ttsr-fast[cli]'") from error
 
 SOME_FAILED, BAD_INPUT = 1, 2  # exit codes
+INTERRUPTED = 130  # 128 and the number of SIGINT
 ERRORS = (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError)
 
 
@@ -73,7 +76,20 @@ Amp = Annotated[
     str | None,
     one_of(tuple(AMP), "For ttsr: convolutions in this type, not the search.", "the model's"),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+
+
+def _without_warnings(context: typer.Context, quiet: bool) -> bool:
+    logger = logging.getLogger("ttsr_fast")
+    if quiet:
+        context.call_on_close(partial(logger.setLevel, logger.level))
+        logger.setLevel(logging.ERROR)
+    return quiet
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Say nothing but errors.", callback=_without_warnings),
+]
 
 
 class ReferenceOptions:
@@ -90,6 +106,13 @@ class ReferenceOptions:
 
     def files(self, source: Path) -> list[Path]:
         return self._all if self._pairs is None else [namesake(source, self._pairs)]
+
+    def leave_out(self, is_result: Callable[[Path], bool]) -> None:
+        """Leave out of the references for all images what earlier runs have written there."""
+        left = [file for file in self._all if not is_result(file)]
+        if self._all and not left:
+            raise ValueError("--ref must name images, got only results")
+        self._all = left
 
     def bank(self, source: Path) -> ReferenceBank:
         if self._pairs is not None or self._bank is None:
@@ -130,9 +153,15 @@ def device_named(name: str | None) -> str:
 
 
 def report(path: Path, image: Image, start: float, quiet: bool) -> None:
-    if not quiet:
-        height, width = image.size
+    """Print a result. A reader that has gone away does not end the work."""
+    if quiet or sys.stdout is None:
+        return
+    height, width = image.size
+    try:
         say(f"{shown(path)} ({width} x {height}, {time.perf_counter() - start:.1f} s)")
+    except OSError:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 @contextmanager
@@ -161,11 +190,14 @@ def progress_bar(
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
+def errors_in_one_line(where: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """End the command with a line for an error, or for Ctrl-C, which came `where` it says."""
     try:
         yield
     except ERRORS as error:
         fail(one_line(error))
+    except KeyboardInterrupt:
+        fail(f"interrupted{where()}", INTERRUPTED)
 
 
 def one_line(error: BaseException) -> str:
@@ -185,8 +217,10 @@ def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
 
 
 def say(line: str, *, err: bool = False) -> None:
-    """Print a line, without what a terminal obeys, in the encoding of the stream."""
-    typer.echo(fitting(line, sys.stderr if err else sys.stdout), err=err)
+    """Print a line, without what a terminal obeys, in the encoding of the stream if it is open."""
+    stream = sys.stderr if err else sys.stdout
+    if stream is not None:
+        typer.echo(fitting(line, stream), err=err)
 
 
 def fitting(text: str, stream: TextIO) -> str:

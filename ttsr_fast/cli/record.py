@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ttsr_fast.files import refusal, shown, write_bytes
+from ttsr_fast.files import check_readable, refusal, shown, write_bytes
 
 NAME = ".ttsr-fast.jsonl"
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
@@ -55,8 +55,10 @@ class Record:
             self._torn = False
 
     def holds(self, path: Path) -> bool:
-        """Whether a file is a result as it was recorded."""
+        """Whether a file is a result of this folder, as it was recorded."""
         result = self._results.get(path.name)
+        if path.parent.resolve() != self.path.parent.resolve():
+            return False
         return result is not None and digest_of(path) == result.digest
 
     def why_again(self, path: Path, made_from: Mapping[str, str]) -> str | None:
@@ -85,14 +87,19 @@ class Record:
         except OSError as error:
             raise type(error)(f"cannot write {shown(self.path)}: {refusal(error)}") from error
 
+    def check_writable(self) -> None:
+        """Raise OSError if no line can be added."""
+        try:
+            os.close(os.open(self.path, _APPEND | _NO_LINK, 0o666))
+        except OSError as error:
+            raise type(error)(f"cannot write {shown(self.path)}: {refusal(error)}") from error
+
     def _content(self) -> bytes:
-        """What is in the file, which must also be one to append to."""
         if not os.path.lexists(self.path):
             return b""
         if not stat.S_ISREG(self.path.lstat().st_mode):
             raise OSError(f"cannot write {shown(self.path)}: it is no regular file")
         try:
-            os.close(os.open(self.path, _APPEND | _NO_LINK))
             return self.path.read_bytes()
         except OSError as error:
             raise type(error)(f"cannot write {shown(self.path)}: {refusal(error)}") from error
@@ -104,7 +111,7 @@ class Record:
         try:
             entry = json.loads(content)
             self._results[entry["name"]] = _Result(entry["result"], dict(entry["made_from"]))
-        except (ValueError, KeyError, TypeError):  # of another version
+        except (ValueError, KeyError, TypeError, RecursionError):  # of another version
             return
 
 
@@ -114,6 +121,7 @@ def digest_of(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
+    check_readable(path)
     hasher = hashlib.sha256()
     try:
         with open(path, "rb") as file:

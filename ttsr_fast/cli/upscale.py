@@ -3,8 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,8 +43,6 @@ from ttsr_fast.folders import ENDINGS, identities, identity, pictures_in, result
 from ttsr_fast.images import SCALE, SUFFIXES, Image
 from ttsr_fast.inference import Progress
 from ttsr_fast.upscale import DEFAULT_PHASES, upscale
-
-INTERRUPTED = 130  # exit code: 128 and the number of SIGINT
 
 
 def upscale_command(
@@ -122,10 +119,11 @@ def upscale_command(
 
     Exit codes: 0 all done, 1 some images of a folder failed, 2 bad input, 130 Ctrl-C.
     """
-    with _interrupts_in_one_line(lambda: "before the first image"), errors_in_one_line():
+    with errors_in_one_line(lambda: " before the first image"):
         sources = pictures_in(lr)
         if ext != "auto" and f".{ext}" not in SUFFIXES:
             raise ValueError(f"--ext must be auto or one of {ENDINGS}, got {ext}")
+        made_from = _shared(weights, phases, amp, precision)  # before the weights are read
         options = upscale_options(weights, method, phases, device, backend, precision)
         if cache is not None and weights is None:
             raise ValueError("--cache is for --method ttsr, with --weights")
@@ -149,12 +147,17 @@ def upscale_command(
             sources = [source for source in sources if not record.holds(source)]
             if not sources:
                 raise ValueError(f"{shown(lr)} holds no images but results")
+        if record is not None:
+            references.leave_out(record.holds)
         read = [*sources, *(pictures_in(pairs) if pairs is not None else references.files(lr))]
         read += [] if weights is None else [weights]
         naming = partial(result_path, output=output, suffix=suffix, ext=ext)
         run = _Run(references, options, naming, record, resume, quiet)
         run.taken |= identities(read)
-        run.made_from |= _shared(weights, options)
+        run.inputs |= {path.resolve() for path in read}
+        run.made_from |= made_from
+        if pairs is None:
+            references.bank(sources[0])  # an error in a reference is one of the command
     run.upscale_all(sources, lr.is_dir())
 
 
@@ -169,6 +172,7 @@ class _Run:
     resume: bool
     quiet: bool
     taken: set[tuple[int, int]] = field(default_factory=set)  # inputs, and results of this run
+    inputs: set[Path] = field(default_factory=set)  # which other programs may replace meanwhile
     made_from: dict[str, str] = field(default_factory=dict)  # what all results have in common
     digests: dict[tuple[Path, ...], str] = field(default_factory=dict)  # of references
 
@@ -177,7 +181,7 @@ class _Run:
         failures: list[str] = []
         done = 0
         how = "; the same command with --resume goes on" if of_folder else ""
-        with _interrupts_in_one_line(lambda: f"after {done} of {len(sources)} images{how}"):
+        with errors_in_one_line(lambda: f" after {done} of {len(sources)} images{how}"):
             try:
                 with progress_bar("upscaling", len(sources), self.quiet) as (step, tell):
                     for source in sources:
@@ -200,10 +204,13 @@ class _Run:
         made_from = self._made_from(source)
         low = images.read_image(source)
         path = self.naming(source, low)
+        taken = path.exists() and identity(path) in self.taken
+        if taken or path.resolve() in self.inputs:
+            raise ValueError(f"cannot write {shown(path)}: it is an input or another result")
         if not self._is_kept(path, made_from):
             images.check_output(path, low, SCALE)
-            if path.exists() and identity(path) in self.taken:
-                raise ValueError(f"cannot write {shown(path)}: it is an input or another result")
+            if self.record is not None:
+                self.record.check_writable()
             bank = self.references.bank(source)
             image = upscale(low, bank, progress=on_progress, **self.options).image
             image.save(path)
@@ -232,35 +239,28 @@ class _Run:
         return reason is None
 
 
-def _shared(weights: Path | None, options: dict[str, Any]) -> dict[str, str]:
+def _shared(
+    weights: Path | None, phases: int | None, amp: str | None, precision: str | None
+) -> dict[str, str]:
     """What all results of a run are made from: what is computed, and not where or in what steps."""
     if weights is None:
-        facts = {"method": "detail", "phases": options["phases"] or DEFAULT_PHASES}
+        facts = {"method": "detail", "phases": phases or DEFAULT_PHASES}
     else:
-        facts = {"method": "ttsr", "weights": digest_of(weights), "amp": options["amp"]}
-    facts |= {"precision": options["precision"] or "fp32", "version": ttsr_fast.__version__}
+        facts = {"method": "ttsr", "weights": digest_of(weights), "amp": amp}
+    facts |= {"precision": precision or "fp32", "version": ttsr_fast.__version__}
     return {name: str(value).lower() for name, value in facts.items()}
-
-
-@contextmanager
-def _interrupts_in_one_line(where: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C as an error."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        fail(f"interrupted {where()}", INTERRUPTED)
 
 
 def _show_plans(sources: list[Path], references: ReferenceOptions, options: dict[str, Any]) -> None:
     """A plan for every size among the images."""
-    shown = set()
+    seen = set()
     for source in sources:
         size = images.read_image(source).size
         pictures = references.bank(source).pictures(grey=False)
         sizes = [picture.size for picture in pictures]
-        if (size, *sizes) in shown:
+        if (size, *sizes) in seen:
             continue
-        shown.add((size, *sizes))
+        seen.add((size, *sizes))
         lines = plan.describe(size, sizes, **options)
         say(f"{source} ({size[1]} x {size[0]})")
         for name, value in lines:
