@@ -4,6 +4,8 @@
 // these checks stand where the memory is touched.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <limits>
 #include <string>
 
@@ -42,6 +44,15 @@ inline ScalarType sum_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The storage of a tensor can be smaller than its sizes and strides say: it can be freed behind its back.
+inline void check_memory(const Tensor& x, const char* name) {
+  int64_t last = x.storage_offset(), bytes = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
+  STD_TORCH_CHECK(x.numel() == 0 || (last + 1) * int64_t(x.element_size()) <= bytes, "ttsr_fast: ", name,
+                  " has less memory than its shape ", shape_of(x), " needs");
+}
+
 // A batch of maps [N, C, H, W] that is not empty; its sizes multiply without overflow.
 inline void check_map(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 4, "ttsr_fast: ", name, " must be [N, C, H, W], got ", shape_of(x));
@@ -53,6 +64,7 @@ inline void check_map(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(fits && pixels <= kMostPatches && 0 < elements && elements <= kMostElements,
                   "ttsr_fast: ", name,
                   " must have at least 1 and at most 2^31 - 1 pixels and 2^48 elements, got ", shape_of(x));
+  check_memory(x, name);
 }
 
 // One map for every image, or one for all of them.
@@ -88,6 +100,7 @@ void check_level(const Tensor& output, const Tensor& value, const Tensor& index,
   STD_TORCH_CHECK(index.dim() == 3 && index.is_contiguous() && index.numel() > 0,
                   "ttsr_fast: index must be a contiguous [N, Ho, Wo] that is not empty, got ",
                   shape_of(index));
+  check_memory(index, "index");
   check_map(output, "the output or its gradient");
   check_map(value, "the value or its gradient");
   check_device(output, index, "the output or its gradient");
@@ -114,6 +127,7 @@ inline void check_weight(const std::optional<Tensor>& weight, const Tensor& inde
   if (!weight) return;
   check_shape(*weight, {index.size(0), index.size(1), index.size(2)}, "weight");
   check_device(*weight, index, "weight");
+  check_memory(*weight, "weight");
   with_element(*weight, [](auto) {});
 }
 

@@ -1,9 +1,12 @@
 """Calls that would reach outside of tensors end with an error; a long search can be interrupted."""
 
+import _thread
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -106,6 +109,36 @@ def test_compiled_operators_check_their_arguments(name):
         call()
 
 
+@each("name", ["query", "key", "score", "index", "mask"])
+def test_memory_that_is_no_longer_there(name):
+    if backends.load_library() is not None:
+        pytest.skip("no compiled library")
+    tensors = {
+        "query": rand(1, 4, 30, 30),
+        "key": rand(1, 4, 30, 30),
+        "mask": torch.ones(1, 30, 30, dtype=torch.bool),
+        "score": torch.empty(1, 30, 30),
+        "index": index_of(1, 30, 30),
+    }
+    tensors[name].untyped_storage().resize_(100)
+    with pytest.raises(RuntimeError, match="has less memory than its shape"):
+        torch.ops.ttsr_fast.cpp_search(*tensors.values(), 3, 1, True, True, 1e-12, False, False)
+
+
+def test_cost_of_a_search_is_not_only_in_products():
+    """Each takes seconds and must be interruptible."""
+    for query, key in (
+        ((1, 1, 211, 211), (1, 1, 211, 211)),
+        ((1, 1, 44000, 1), (1, 1, 44000, 1)),
+        ((1, 64, 1, 1), (1, 64, 2000, 3000)),
+        ((1, 64, 2000, 3000), (1, 64, 1, 1)),
+    ):
+        maps = (torch.empty(size, device="meta") for size in (query, key))
+        assert compiled._cost(*maps, 3) > compiled._LONG
+    maps = (torch.empty(1, 256, 16, 16, device="meta") for _ in range(2))
+    assert compiled._cost(*maps, 3) < compiled._LONG
+
+
 @each("wrong", [10**9, 64, -1, -1000])
 @each("operation", ["value", "weight", "search", "transfer"])
 def test_index_changed_behind_autograd(backend, operation, wrong):
@@ -154,6 +187,8 @@ def send_soon() -> None:
 
 
 def test_interrupted_function_ends_before_the_exception_of_the_handler_is_raised(handle):
+    """However many signals arrive."""
+
     class Interrupt(BaseException):
         pass
 
@@ -161,9 +196,12 @@ def test_interrupted_function_ends_before_the_exception_of_the_handler_is_raised
         raise Interrupt
 
     def wait_for_stop(argument: int, stop: Tensor) -> None:
-        send_soon()
+        deadline = time.monotonic() + 20
+        for _ in range(4):
+            send_soon()
         while stop[0] == 0:
-            pass
+            assert time.monotonic() < deadline
+        time.sleep(0.1)  # for the other signals
         ended.append(argument)
         raise RuntimeError("interrupted")
 
@@ -176,9 +214,10 @@ def test_interrupted_function_ends_before_the_exception_of_the_handler_is_raised
 
 def test_function_goes_on_after_a_handler_that_returns(handle):
     def wait_for_handler(stop: Tensor) -> None:
+        deadline = time.monotonic() + 20
         send_soon()
         while not seen:
-            pass
+            assert time.monotonic() < deadline
         assert stop[0] == 0
         ended.append(True)
 
@@ -194,8 +233,14 @@ def test_long_search_is_like_a_short_one_and_can_be_stopped(monkeypatch):
         pytest.skip("no compiled library")
     query, key = rand(1, 8, 40, 40), rand(1, 8, 40, 40)
     expected = search(query, key, backend="cpp")
+    threads: list[int] = []
+    start = _thread.start_new_thread
+    monkeypatch.setattr(_thread, "start_new_thread", lambda *a: threads.append(0) or start(*a))
     monkeypatch.setattr(compiled, "_LONG", 0)
     match = search(query, key, backend="cpp")
+    with ThreadPoolExecutor(1) as other:  # no handler runs there
+        other.submit(search, query, key, backend="cpp").result()
+    assert threads == [0]
     assert torch.equal(match.score, expected.score)
     assert torch.equal(match.index, expected.index)
     with pytest.raises(RuntimeError, match="interrupted"):

@@ -14,8 +14,8 @@ SEARCHES = {
     "one_key": {"key_batch": 1},
     "key": {"normalize": "key", "kernel_size": 5},
     "none": {"normalize": "none", "padding": 0},
-    "added_eps": {"eps": 0.3, "add_eps": True},
-    "norm_below_eps": {"eps": 2.0},
+    "added_eps": {"eps": 5.0, "add_eps": True},
+    "half_below_eps": {"eps": 4.6},  # about the median of the norms
 }
 
 
@@ -60,6 +60,22 @@ def test_gradient_of_search_by_torch_func(functions):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
 
 
+def test_maps_and_jacobians_by_torch_func(functions):
+    ours, oracle, (query, key) = functions
+    queries = torch.stack([query, query.flip(3)])
+    actual, expected = (torch.func.vmap(lambda q, f=f: f(q, key))(queries) for f in (ours, oracle))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        actual, expected = (
+            transform(lambda x, f=f: f(query[:, :, :3, :4] * x, key).flatten()[:4])(
+                torch.ones(1).double()
+            )
+            for f in (ours, oracle)
+        )
+        assert expected.shape == (4, 1)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
 @each("stride, divisor", [(1, "area"), (2, "overlap")])
 def test_tangent_and_gradient_of_gather_fold(backend, stride, divisor):
     value, weight = doubles(1, 2, 5 * stride + 1, 6 * stride), doubles(2, 4, 3)
@@ -81,6 +97,15 @@ def test_tangent_and_gradient_of_gather_fold(backend, stride, divisor):
         for f in (ours, oracle)
     )
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+    def twice(function):
+        """The mixed derivative by value and weight, and that of the derivative by the value."""
+        inner = lambda v, w: torch.func.jvp(function, (v, w), tangents)[1]  # noqa: E731
+        return torch.func.jvp(inner, inputs, tangents)[1]
+
+    actual, expected = twice(ours), twice(oracle)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+    assert expected.abs().max() > 0.1
 
 
 def test_dual_numbers_through_the_module(backend):
@@ -135,12 +160,17 @@ def test_what_has_no_derivative_says_so(backend):
     query, key = doubles(1, 2, 5, 6), doubles(1, 2, 4, 5)
     index = search(query, key, backend=backend).index
 
+    ones = torch.ones_like(query)
+
     def loss(q: Tensor) -> Tensor:
         return search(q, key, backend=backend).score.square().sum()
 
     for twice in (
-        lambda: torch.func.jvp(torch.func.grad(loss), (query,), (torch.ones_like(query),)),
+        lambda: torch.func.jvp(torch.func.grad(loss), (query,), (ones,)),
         lambda: torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(query),
+        lambda: torch.func.jvp(
+            lambda q: torch.func.jvp(loss, (q,), (q,))[1], (query,), (key_like,)
+        ),
     ):
         with pytest.raises(RuntimeError, match="second derivatives of search and gather_fold"):
             twice()

@@ -137,7 +137,7 @@ class GatherFold(autograd.Function):
 
 
 class Sum(autograd.Function):
-    """A sum inside a `jvp`, where PyTorch's own operators drop the tangents of a `jvp` around it."""
+    """A sum inside a `jvp`, where other operators drop the tangents of a `jvp` around it."""
 
     generate_vmap_rule = True
 
@@ -159,7 +159,7 @@ class Sum(autograd.Function):
 
 
 class WithoutDerivative(autograd.Function):
-    """An operator without a derivative of its own: `WithoutDerivative.apply(operator, *arguments)`."""
+    """An operator that has no derivative: `WithoutDerivative.apply(operator, *arguments)`."""
 
     generate_vmap_rule = True
 

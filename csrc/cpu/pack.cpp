@@ -115,23 +115,23 @@ double Packed::patch_norm(int64_t y, int64_t x) const {
   return std::sqrt(sum);
 }
 
-void Packed::fill(const Tensor& x, int64_t n, int64_t begin_, int64_t end_) {
+void Packed::fill(const Tensor& x, int64_t n, int64_t begin_, int64_t end_, const int32_t* stop) {
   begin = begin_;
   end = end_;
   with_element(x, [&](auto element) {
     const Maps<const decltype(element)> maps(x);
     const int64_t rows = row_end() - row_begin();
     parallel_tasks(rows, double(rows) * width * channels,
-                   [&](int64_t row, int64_t) { fill_row(maps, n, row_begin() + row); });
+                   [&](int64_t row, int64_t) { fill_row(maps, n, row_begin() + row, stop); });
   });
 }
 
 template <class T>
-void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y) {
+void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y, const int32_t* stop) {
   using S = Sum<T>;
   std::vector<S> row;
   std::vector<double> norm;
-  for (int64_t t = 0; t < tiles; ++t) {
+  for (int64_t t = 0; t < tiles && !stopped(stop); ++t) {
     const Tile tile = this->tile(t);
     const int64_t start = tile_begin(t) - padding + tile.left, pixels = tile.pixels;
     row.resize(channels * pixels);

@@ -27,7 +27,8 @@ struct Packed {
 
   Packed(Side side, const Tensor& x, Element element, int kernel_size, int64_t padding, const Isa& isa);
 
-  void fill(const Tensor& x, int64_t n, int64_t begin, int64_t end);  // packs a band of image n
+  // Packs a band of image n, up to `stop`.
+  void fill(const Tensor& x, int64_t n, int64_t begin, int64_t end, const int32_t* stop);
   Tile tile(int64_t t) const;
   int64_t tile_begin(int64_t t) const { return t ? padding + t * (tile_pixels - kernel_size + 1) : 0; }
   double patch_norm(int64_t y, int64_t x) const;  // of the patch at a grid position, as packed
@@ -42,7 +43,7 @@ struct Packed {
   int64_t stored_pixels(int64_t t) const;
   int64_t set_tiles(int64_t pixels);
   template <class T>
-  void fill_row(const Maps<const T>& maps, int64_t n, int64_t y);
+  void fill_row(const Maps<const T>& maps, int64_t n, int64_t y, const int32_t* stop);
 };
 
 }  // namespace ttsr_fast

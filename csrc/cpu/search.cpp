@@ -18,6 +18,10 @@ namespace {
 // cache.
 int64_t group_of(int kernel_size) { return kernel_size <= 3 ? 4 : 1; }
 
+void check_not_stopped(const SearchOptions& o) {
+  STD_TORCH_CHECK(!stopped(o.stop), "ttsr_fast: the search was interrupted");
+}
+
 // Factor and validity of every patch of a key band, in the tile layout of the kernel.
 template <class T>
 struct KeyWeights {
@@ -40,13 +44,13 @@ struct KeyWeights {
   }
 
   void fill(const Packed& key, const std::optional<Tensor>& key_mask, int64_t n, const SearchOptions& o) {
-    const bool* mask = nullptr;
-    if (key_mask) mask = static_cast<const bool*>(key_mask->const_data_ptr()) + n * key_mask->stride(0);
+    const uint8_t* mask = nullptr;  // any byte but 0 is true, which is more than a bool may hold
+    if (key_mask) mask = static_cast<const uint8_t*>(key_mask->const_data_ptr()) + n * key_mask->stride(0);
     std::atomic<int64_t> lowest{none};
     const int64_t rows = key.end - key.begin;
     parallel_tasks(rows, 10.0 * rows * key.grid_width, [&](int64_t row, int64_t) {
       const int64_t y = key.begin + row;
-      for (int64_t t = 0; t < key.tiles; ++t) {
+      for (int64_t t = 0; t < key.tiles && !stopped(o.stop); ++t) {
         T* scales = static_cast<T*>(scale.mutable_data_ptr()) + begin[t] + row * stride[t];
         Bits* valids = static_cast<Bits*>(valid.mutable_data_ptr()) + begin[t] + row * stride[t];
         const int64_t columns = key.tile(t).columns;
@@ -140,7 +144,7 @@ void search_band(const Packed& query, const Packed& key, const KeyWeights<T>& we
     }
   });
 
-  STD_TORCH_CHECK(!stopped(o.stop), "ttsr_fast: the search was interrupted");
+  check_not_stopped(o);
 
   const int64_t rows = query.end - query.begin;
   parallel_tasks(rows, 3.0 * threads * patches, [&](int64_t row, int64_t) {
@@ -166,16 +170,18 @@ void search_typed(const Tensor& query, const Tensor& key, const std::optional<Te
   const bool one_key = key.size(0) == 1 && (!key_mask || key_mask->size(0) == 1) && k.band == k.grid_height;
   for (int64_t n = 0; n < query.size(0); ++n) {
     for (int64_t y_q = 0; y_q < q.grid_height; y_q += q.band) {
-      q.fill(query, n, y_q, std::min(y_q + q.band, q.grid_height));
+      q.fill(query, n, y_q, std::min(y_q + q.band, q.grid_height), o.stop);
       const int64_t at = (n * q.grid_height + y_q) * q.grid_width;
       T* const scores = static_cast<T*>(score.mutable_data_ptr()) + at;
       int64_t* const indices = static_cast<int64_t*>(index.mutable_data_ptr()) + at;
       bool fresh = true;
       for (int64_t y_k = 0; y_k < k.grid_height; y_k += k.band) {
+        check_not_stopped(o);
         if (!one_key || k.end == 0) {
-          k.fill(key, n, y_k, std::min(y_k + k.band, k.grid_height));
+          k.fill(key, n, y_k, std::min(y_k + k.band, k.grid_height), o.stop);
           weights.fill(k, key_mask, key_mask && key_mask->size(0) > 1 ? n : 0, o);
         }
+        check_not_stopped(o);
         if (weights.first == weights.none) continue;
         search_band(q, k, weights, o, isa, fresh, scores, indices);
         fresh = false;
@@ -207,6 +213,7 @@ void check_search(const Tensor& query, const Tensor& key, const std::optional<Te
     check_type(out, type, name);
     check_shape(out, {query.size(0), grid(query, 2, "query"), grid(query, 3, "query")}, name);
     STD_TORCH_CHECK(out.is_contiguous(), "ttsr_fast: ", name, " must be contiguous");
+    check_memory(out, name);
   }
   const int64_t height = grid(key, 2, "key"), width = grid(key, 3, "key");
   if (!key_mask) return;
@@ -215,6 +222,7 @@ void check_search(const Tensor& query, const Tensor& key, const std::optional<Te
                   "], got ", shape_of(*key_mask));
   check_batch(*key_mask, query.size(0), "key_mask");
   check_shape(*key_mask, {key_mask->size(0), height, width}, "key_mask");
+  check_memory(*key_mask, "key_mask");
 }
 
 }  // namespace

@@ -165,6 +165,8 @@ void gather_fold_adjoint(const std::vector<Tensor>& grads, const Tensor& index, 
   check_shape(order, {index.numel()}, "order");
   STD_TORCH_CHECK(begin.is_contiguous() && order.is_contiguous(),
                   "ttsr_fast: begin and order must be contiguous");
+  check_memory(begin, "begin");
+  check_memory(order, "order");
   for (const Tensor& out : outs) check_batch(out, outs[0].size(0), "the gradient of a value");
   GatherFoldParams params{};
   params.patches = int32_t(index.numel());
@@ -180,6 +182,7 @@ void gather_dot(const Tensor& value, const Tensor& grad, const Tensor& index, co
   check_device(out, index, "the result");
   check_shape(out, {index.size(0), index.size(1), index.size(2)}, "the result");
   STD_TORCH_CHECK(out.is_contiguous(), "ttsr_fast: the result must be contiguous");
+  check_memory(out, "the result");
   const Guard guard(index.get_device_index());
   with_element(value, [&](auto element) {
     using T = decltype(element);
