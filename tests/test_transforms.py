@@ -168,9 +168,7 @@ def test_what_has_no_derivative_says_so(backend):
     for twice in (
         lambda: torch.func.jvp(torch.func.grad(loss), (query,), (ones,)),
         lambda: torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(query),
-        lambda: torch.func.jvp(
-            lambda q: torch.func.jvp(loss, (q,), (q,))[1], (query,), (key_like,)
-        ),
+        lambda: torch.func.jvp(lambda q: torch.func.jvp(loss, (q,), (q,))[1], (query,), (ones,)),
     ):
         with pytest.raises(RuntimeError, match="second derivatives of search and gather_fold"):
             twice()
