@@ -58,6 +58,8 @@ def search(
     Computes in the dtype of `score`, which is at least as accurate as any `precision` asks for.
     `barred` holds a key position for every query that is not to be matched by it.
     """
+    if key.dtype != query.dtype:
+        raise TypeError(f"key must have the dtype {query.dtype} of query, got {key.dtype}")
     norm_q, norm_k = (patch_norm(x, kernel_size, padding)[:, 0] for x in (query, key))
     scale = torch.ones_like(norm_k)
     if normalize != "none":
