@@ -48,7 +48,7 @@ import shutil
 from ttsr_fast import build
 def compile_library(target, cuda):  # stands in for the compiler
     assert build.why_not() is None and len(build.sources()) > 1 and not cuda
-    target.parent.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy({library!r}, target)
 build.compile_library = compile_library
 build.build_library()
