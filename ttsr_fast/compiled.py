@@ -17,7 +17,9 @@ from torch import Tensor
 from ttsr_fast import portable
 from ttsr_fast.choosers import Choosers, checks_index
 
-_LONG = 1e9  # units of 10 to 50 ps, as `_cost` counts them
+# Seconds from which on a search is interruptible. The threads of the main thread wait actively for
+# a few milliseconds after their last work, beside those that the search then has of its own.
+_LONG = 0.3
 
 
 def interruptible(function: Callable[..., None], *arguments: Any) -> None:
@@ -70,7 +72,7 @@ def search(
     normalized = (normalize == "both", normalize != "none")
     options = (kernel_size, padding, *normalized, eps, add_eps, precision == "bf16")
     arguments = (query, key, key_mask, score, index, *options)
-    if _cost(query, key, kernel_size) > _LONG:
+    if _seconds(query, key, kernel_size) > _LONG:
         interruptible(torch.ops.ttsr_fast.cpp_search, *arguments)
     else:
         torch.ops.ttsr_fast.cpp_search(*arguments)
@@ -78,13 +80,15 @@ def search(
         _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add_eps)
 
 
-def _cost(query: Tensor, key: Tensor, kernel_size: int) -> int:
-    """Work of a search: products and sums of pairs, in vectors of keys, and copies of the maps."""
+def _seconds(query: Tensor, key: Tensor, kernel_size: int) -> float:
+    """Rough time of a search with AVX-512: pairs in vectors of keys, and copies of the maps."""
     images, channels, height, width = query.shape
     key_images, _, key_height, key_width = key.shape
     pairs = images * height * width * key_height * -(-key_width // 16) * 16
     pixels = images * height * width + key_images * key_height * key_width
-    return pairs * (channels + 16) * kernel_size + 256 * pixels * channels
+    nanoseconds = pairs * (channels / 60 + 0.35 * kernel_size + 0.7) + 7 * pixels * channels
+    wide = 2 if query.dtype == torch.float64 else 1
+    return 1e-9 * wide * nanoseconds / torch.get_num_threads()
 
 
 def _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add_eps):

@@ -121,7 +121,7 @@ void Packed::fill(const Tensor& x, int64_t n, int64_t begin_, int64_t end_, cons
   with_element(x, [&](auto element) {
     const Maps<const decltype(element)> maps(x);
     const int64_t rows = row_end() - row_begin();
-    parallel_tasks(rows, double(rows) * width * channels,
+    parallel_tasks(rows, 5.0 * rows * width * channels,
                    [&](int64_t row, int64_t) { fill_row(maps, n, row_begin() + row, stop); });
   });
 }
