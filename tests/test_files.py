@@ -36,6 +36,20 @@ def test_mode_follows_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
+def test_the_file_before_hands_on_its_mode_and_its_protection(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"private")
+    path.chmod(0o600)
+    write_bytes(path, b"new")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o600)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda file, mode: mode != os.W_OK and access(file, mode))
+    for write in (check_writable, lambda file: write_bytes(file, b"newer")):
+        with pytest.raises(PermissionError, match=f"cannot write {path}: it is write-protected"):
+            write(path)
+    assert path.read_bytes() == b"new"
+
+
 @each("error", [KeyboardInterrupt(), ValueError("x"), OSError(errno.ENOSPC, "")])
 def test_an_error_keeps_the_old_file(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "a.bin"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.test_cli import LOW, REF, assert_refused, folder, names, noise, run  # noqa: F401
+from ttsr_fast.folders import namesake
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
 from ttsr_fast.pictures import draw_match
@@ -128,3 +129,9 @@ def test_two_pictures_are_not_written_into_one_file(folders):
 
 def test_a_folder_cannot_go_into_a_file(folders):
     assert_refused(run("upscale", "lows", "--ref", "refs", "-o", "low.png/out"), ".*low.png.*")
+
+
+@pytest.mark.parametrize("ending", [".png", ".PNG", ".Png", ".JPG", ".Tiff"])
+def test_a_reference_of_the_same_name_in_any_case(tmp_path, ending):
+    (tmp_path / f"a{ending}").touch()
+    assert namesake(Path("lows/a.webp"), tmp_path).samefile(tmp_path / f"a{ending}")

@@ -385,6 +385,7 @@ def test_colour_chunks_of_a_png_are_kept(tmp_path, depth, chunks):
         ("a.webp", b"icc" * 50, (HDR,), "WEBP holds no cICP, which says how colours are meant"),
         ("a.jpg", b"icc", (LINEAR, P3), None),
         ("a.bmp", None, SRGB, None),
+        ("a.bmp", None, ((b"gAMA", struct.pack(">I", 45454)),), None),  # 1 / 2.2
         ("a.png", b"icc", (HDR, LINEAR), None),
     ],
 )

@@ -295,3 +295,53 @@ def test_an_interrupt_before_the_first_image_is_one_line(folders, monkeypatch):
     result = run("upscale", *OPTIONS)
     message = "error: interrupted before the first image\n"
     assert (result.exit_code, result.output) == (130, message)
+
+
+def test_weights_that_change_while_they_are_read_do_not_count(folders, monkeypatch):
+    options = command.upscale_options
+
+    def read_and_replace(*arguments):
+        result = options(*arguments)
+        save(seed=2)
+        return result
+
+    monkeypatch.setattr(command, "upscale_options", read_and_replace)
+    run("upscale", *OPTIONS)
+    monkeypatch.setattr(command, "upscale_options", options)
+    again = [f"{path} is made again: the weights have changed" for path in ALL]
+    resume(made=ALL, again=again, kept=[])
+    assert_right()
+
+
+def test_an_input_that_is_saved_anew_meanwhile_is_still_an_input(folders, monkeypatch):
+    """Its number in the file system is another one then."""
+    Path("lows/00.png").write_bytes(Path("lows/0.png").read_bytes())
+
+    def save_again(*arguments, **options):
+        Path("new.png").write_bytes(Path("lows/1.png").read_bytes())
+        Path("new.png").replace("lows/00.png")
+        return upscale(*arguments, **options)
+
+    monkeypatch.setattr(command, "upscale", save_again)
+    result = run("upscale", "lows", "--ref", "ref.png", "-o", "lows", "--suffix", "0")
+    assert "cannot write lows/00.png: it is an input or another result" in result.stderr
+    assert Path("lows/00.png").read_bytes() == Path("lows/1.png").read_bytes()
+
+
+def test_a_finished_folder_may_be_read_only(folders, monkeypatch):
+    run("upscale", *OPTIONS)
+    monkeypatch.setattr(Record, "check_writable", lambda self: 1 / 0)
+    resume()
+
+
+def test_results_are_no_references_of_the_next_run(folders):
+    Path("both").mkdir()
+    for number in range(2):
+        Image(noise(16, 16, 3, seed=number)).save(f"both/{number}.png")
+    options = ("both", "--ref", "both", "-o", "both", "--phases", "1", "--resume")
+    assert run("upscale", *options).exit_code == 0
+    results = {path: path.stat().st_ino for path in Path("both").glob("*_x4.png")}
+    assert len(results) == 2
+    again = run("upscale", *options)
+    assert (again.exit_code, again.output) == (0, "")
+    assert {path: path.stat().st_ino for path in Path("both").glob("*_x4*.png")} == results
