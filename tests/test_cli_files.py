@@ -175,3 +175,16 @@ def test_log_messages_are_lines_of_output(capsys):
     record = logging.makeLogRecord({"levelname": "WARNING", "msg": "%s: x", "args": ("a\n\x1b",)})
     common.OneLineHandler().emit(record)
     assert capsys.readouterr() == ("", "warning: a\\n\\x1b: x\n")
+
+
+@each("command", ["match", "eval"])
+def test_ctrl_c_is_one_line(folder, monkeypatch, command):  # noqa: F811
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    name = {"match": "upscale", "eval": "evaluate"}[command]
+    monkeypatch.setattr(sys.modules[f"ttsr_fast.cli.{command}"], name, interrupted)
+    options = {"match": ("low.png", "--ref", "ref.png", "-o", "drawing.png")}
+    options["eval"] = (".", "--references", ".", "--method", "bicubic")
+    result = run(command, *options[command])
+    assert (result.exit_code, result.output) == (130, "error: interrupted\n")
