@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.campaigns import fuzz_operators
-from ttsr_fast import backends, compiled, gather_fold, ops, search
+from ttsr_fast import compiled, gather_fold, ops, search
 from ttsr_fast.kernels import search as kernel_search
 
 each = pytest.mark.parametrize
@@ -100,19 +100,17 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
+@pytest.mark.compiled
 @each("name", BROKEN)
 def test_compiled_operators_check_their_arguments(name):
-    if backends.load_library() is not None:
-        pytest.skip("no compiled library")
     call, message = BROKEN[name]
     with pytest.raises(RuntimeError, match=message):
         call()
 
 
+@pytest.mark.compiled
 @each("name", ["query", "key", "score", "index", "mask"])
 def test_memory_that_is_no_longer_there(name):
-    if backends.load_library() is not None:
-        pytest.skip("no compiled library")
     tensors = {
         "query": rand(1, 4, 30, 30),
         "key": rand(1, 4, 30, 30),
@@ -229,9 +227,8 @@ def test_function_goes_on_after_a_handler_that_returns(handle):
     assert (seen, ended) == ([True], [True])
 
 
+@pytest.mark.compiled
 def test_long_search_is_like_a_short_one_and_can_be_stopped(monkeypatch):
-    if backends.load_library() is not None:
-        pytest.skip("no compiled library")
     query, key = rand(1, 8, 40, 40), rand(1, 8, 40, 40)
     expected = search(query, key, backend="cpp")
     threads: list[int] = []
@@ -251,9 +248,8 @@ def test_long_search_is_like_a_short_one_and_can_be_stopped(monkeypatch):
         )
 
 
+@pytest.mark.compiled
 def test_errors_of_a_long_search_arrive(monkeypatch):
-    if backends.load_library() is not None:
-        pytest.skip("no compiled library")
     monkeypatch.setattr(compiled, "_LONG", 0)
     with pytest.raises(RuntimeError, match="batch size 1 or 3"):
         searched(rand(3, 4, 8, 8), rand(2, 4, 8, 8))

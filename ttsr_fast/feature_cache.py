@@ -58,12 +58,8 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        try:
+        with files.named_errors("make the cache folder", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(
-                f"cannot make the cache folder {files.shown(self.folder)}: {files.refusal(error)}"
-            ) from error
 
     def read(self, made_from: Mapping[str, str], maps: Mapping[str, Map]) -> list[Tensor] | None:
         """The maps, channels last on the CPU; None without a file that holds them.

@@ -19,7 +19,7 @@ _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.ttsr\.part", re.DOTALL)
 _cleaned: set[Path] = set()  # folders without leftovers of other processes
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _OLD = os.O_RDWR | getattr(os, "O_NONBLOCK", 0)  # NFS locks only what can be written
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 @contextmanager
@@ -156,6 +156,15 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+@contextmanager
+def named_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the operating system say "cannot `action` `path`" and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(f"cannot {action} {shown(path)}: {refusal(error)}") from error
+
+
 def refusal(error: BaseException | None) -> str | None:
     """Why the operating system refused, also where a library reports it in words of its own.
 
@@ -178,7 +187,7 @@ def _create(path: Path) -> tuple[Path, BinaryIO]:
     """A new file beside `path`, locked as long as it is open."""
     while True:
         unfinished = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}{_UNFINISHED}")
-        file = os.fdopen(os.open(unfinished, _NEW | _NO_LINK, 0o666), "wb")
+        file = os.fdopen(os.open(unfinished, _NEW | NO_LINK, 0o666), "wb")
         _lock(file.fileno())
         if os.fstat(file.fileno()).st_nlink > 0:  # not taken for a leftover before it was locked
             return unfinished, file
@@ -197,7 +206,7 @@ def _remove_leftovers(folder: Path) -> None:
     with suppress(OSError):
         for name in filter(_LEFTOVER.fullmatch, os.listdir(folder)):
             leftover = folder / name
-            with suppress(OSError), open(os.open(leftover, _OLD | _NO_LINK), "rb") as file:
+            with suppress(OSError), open(os.open(leftover, _OLD | NO_LINK), "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink()
 

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ttsr_fast.files import check_readable, refusal, shown, write_bytes
+from ttsr_fast.files import NO_LINK, check_readable, named_errors, shown, write_bytes
 
 NAME = ".ttsr-fast.jsonl"
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _CHECKSUM = 16  # hexadecimal digits in front of a line
 _STALE = 1000  # lines that no longer count, above which the file is written again
 _CHANGED = {
@@ -80,29 +79,23 @@ class Record:
         result = self._results[path.name] = _Result(digest_of(path), dict(made_from))
         line = b"\n" * self._torn + _line(path.name, result)
         self._torn = True
-        try:
-            descriptor = os.open(self.path, _APPEND | _NO_LINK, 0o666)
+        with named_errors("write", self.path):
+            descriptor = os.open(self.path, _APPEND | NO_LINK, 0o666)
             with open(descriptor, "wb", buffering=0) as file:
                 self._torn = file.write(line) != len(line)
-        except OSError as error:
-            raise type(error)(f"cannot write {shown(self.path)}: {refusal(error)}") from error
 
     def check_writable(self) -> None:
         """Raise OSError if no line can be added."""
-        try:
-            os.close(os.open(self.path, _APPEND | _NO_LINK, 0o666))
-        except OSError as error:
-            raise type(error)(f"cannot write {shown(self.path)}: {refusal(error)}") from error
+        with named_errors("write", self.path):
+            os.close(os.open(self.path, _APPEND | NO_LINK, 0o666))
 
     def _content(self) -> bytes:
         if not os.path.lexists(self.path):
             return b""
         if not stat.S_ISREG(self.path.lstat().st_mode):
             raise OSError(f"cannot write {shown(self.path)}: it is no regular file")
-        try:
+        with named_errors("write", self.path):
             return self.path.read_bytes()
-        except OSError as error:
-            raise type(error)(f"cannot write {shown(self.path)}: {refusal(error)}") from error
 
     def _read_line(self, line: bytes) -> None:
         checksum, content = line[:_CHECKSUM], line[_CHECKSUM + 1 :]
@@ -123,12 +116,9 @@ def digest_of(path: Path) -> str:
     """
     check_readable(path)
     hasher = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                hasher.update(block)
-    except OSError as error:
-        raise type(error)(f"cannot read {shown(path)}: {refusal(error)}") from error
+    with named_errors("read", path), open(path, "rb") as file:
+        while block := file.read(2**20):
+            hasher.update(block)
     return hasher.hexdigest()
 
 

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ttsr_fast.files import refusal, shown
+from ttsr_fast.files import NO_LINK, named_errors, refusal, shown
 
 if sys.platform != "win32":
     import fcntl
 
 LOCK = "training.lock"
-_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _held: set[int] = set()  # descriptors
 _logger = logging.getLogger(__name__)
 
@@ -31,11 +30,8 @@ def claimed(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be made or written to.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
+    with named_errors("make the folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"cannot make the folder {shown(folder)}: {refusal(error)}"
-        raise type(error)(message) from error
     descriptor = -1
     try:
         descriptor = _locked(folder / LOCK)
@@ -54,10 +50,8 @@ def claimed(folder: Path) -> Iterator[None]:
 def _locked(path: Path) -> int:
     """A descriptor of the file, which is locked as long as that is open."""
     while True:
-        try:
-            descriptor = os.open(path, _FLAGS, 0o666)
-        except OSError as error:
-            raise type(error)(f"cannot write {shown(path)}: {refusal(error)}") from error
+        with named_errors("write", path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         try:
             if sys.platform != "win32":  # where nothing keeps a second training out
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
