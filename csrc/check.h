@@ -53,6 +53,15 @@ inline void check_memory(const Tensor& x, const char* name) {
                   " has less memory than its shape ", shape_of(x), " needs");
 }
 
+// A number for every query patch, to be filled.
+inline void check_result(const Tensor& x, ScalarType type, std::initializer_list<int64_t> shape,
+                         const char* name) {
+  check_type(x, type, name);
+  check_shape(x, shape, name);
+  STD_TORCH_CHECK(x.is_contiguous(), "ttsr_fast: ", name, " must be contiguous");
+  check_memory(x, name);
+}
+
 // A batch of maps [N, C, H, W] that is not empty; its sizes multiply without overflow.
 inline void check_map(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 4, "ttsr_fast: ", name, " must be [N, C, H, W], got ", shape_of(x));

@@ -25,10 +25,8 @@ void gather_dot(const Tensor& value, const Tensor& grad, const Tensor& index, Te
                 const GatherFoldOptions& o) {
   check_level(grad, value, index, o.stride, o);
   check_index(index, o.key_height * o.key_width);
-  check_type(out, sum_type(value.scalar_type()), "the result");
-  check_shape(out, {index.size(0), index.size(1), index.size(2)}, "the result");
-  STD_TORCH_CHECK(out.is_contiguous(), "ttsr_fast: the result must be contiguous");
-  check_memory(out, "the result");
+  check_result(out, sum_type(value.scalar_type()), {index.size(0), index.size(1), index.size(2)},
+               "the result");
   const Transfer t = transfer_of(grad, value, index, o);
   const int64_t* chosen = static_cast<const int64_t*>(index.const_data_ptr());
   const int64_t patches = t.query.patches.size(), chunks = (patches + kPatches - 1) / kPatches;

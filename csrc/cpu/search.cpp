@@ -210,10 +210,7 @@ void check_search(const Tensor& query, const Tensor& key, const std::optional<Te
   };
   for (const auto& [out, type, name] :
        {std::tuple{score, sum_type(query.scalar_type()), "score"}, {index, ScalarType::Long, "index"}}) {
-    check_type(out, type, name);
-    check_shape(out, {query.size(0), grid(query, 2, "query"), grid(query, 3, "query")}, name);
-    STD_TORCH_CHECK(out.is_contiguous(), "ttsr_fast: ", name, " must be contiguous");
-    check_memory(out, name);
+    check_result(out, type, {query.size(0), grid(query, 2, "query"), grid(query, 3, "query")}, name);
   }
   const int64_t height = grid(key, 2, "key"), width = grid(key, 3, "key");
   if (!key_mask) return;

@@ -178,11 +178,9 @@ void gather_fold_adjoint(const std::vector<Tensor>& grads, const Tensor& index, 
 void gather_dot(const Tensor& value, const Tensor& grad, const Tensor& index, const Tensor& out,
                 int64_t stride, const PatchOptions& options, bool check_index) {
   check_level(grad, value, index, stride, options);
-  check_type(out, sum_type(value.scalar_type()), "the result");
   check_device(out, index, "the result");
-  check_shape(out, {index.size(0), index.size(1), index.size(2)}, "the result");
-  STD_TORCH_CHECK(out.is_contiguous(), "ttsr_fast: the result must be contiguous");
-  check_memory(out, "the result");
+  check_result(out, sum_type(value.scalar_type()), {index.size(0), index.size(1), index.size(2)},
+               "the result");
   const Guard guard(index.get_device_index());
   with_element(value, [&](auto element) {
     using T = decltype(element);
