@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ttsr_fast.images import SCALE, Image, downscale, upscale_bicubic
 from ttsr_fast.metrics import psnr, ssim
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 DETAILS = {"#0072B2": (384, 166), "#E69F00": (328, 292)}  # colour of the frame, left and top
 DETAIL_SIZE = (132, 88)  # width and height, in the proportions of the picture

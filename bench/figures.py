@@ -18,7 +18,7 @@ from PIL import Image as pillow
 from torch import Tensor
 
 from ttsr_fast.images import SCALE, Image, from_tensor
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"

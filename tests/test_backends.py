@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ttsr_fast import backends, gather_fold, search
+from ttsr_fast import backends, choices, gather_fold, search
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 OPERATORS = ("search", "gather_fold", "gather_fold_adjoint", "gather_dot")
@@ -42,7 +42,7 @@ def test_a_reason_is_given_or_it_runs(backend):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_first_that_can_run_is_chosen(monkeypatch, name):
     x, _ = inputs()
-    names = [backend for backend in backends.BACKENDS if backend != "triton"]  # not on the CPU
+    names = [backend for backend in choices.BACKENDS if backend != "triton"]  # not on the CPU
     for count, expected in enumerate(names):
         missing = names[:count]
         monkeypatch.setattr(backends, "why_not", lambda b, *_, m=missing: "off" if b in m else None)

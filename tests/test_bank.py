@@ -21,7 +21,7 @@ from ttsr_fast.bank import ReferenceBank
 from ttsr_fast.images import to_grey
 from ttsr_fast.model import TTSR
 from ttsr_fast.plan import plan_ttsr
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 each = pytest.mark.parametrize
 

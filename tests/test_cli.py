@@ -18,7 +18,7 @@ from ttsr_fast.environment import EXTRAS
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
 from ttsr_fast.pictures import draw_match
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 ROOT = Path(__file__).parent.parent
 each = pytest.mark.parametrize

@@ -16,7 +16,7 @@ from ttsr_fast.images import Image, downscale, read_image, to_tensor, upscale_bi
 from ttsr_fast.inference import super_resolve
 from ttsr_fast.model import TTSR
 from ttsr_fast.pairs import Pair, find_pairs
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 each = pytest.mark.parametrize
 

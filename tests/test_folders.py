@@ -12,7 +12,7 @@ from ttsr_fast.folders import namesake
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
 from ttsr_fast.pictures import draw_match
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 
 @pytest.fixture

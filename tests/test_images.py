@@ -13,7 +13,7 @@ from PIL import Image as pillow
 from tests.image_samples import noise, png, tiff
 from ttsr_fast import images
 from ttsr_fast.images import Image, as_image, check_output, read_image, why_not_in
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 each = pytest.mark.parametrize
 

@@ -13,13 +13,15 @@ ROOT = Path(__file__).parent.parent
 
 # What each module or subpackage may import, besides the standard library and its own files.
 LAW: dict[str, set[str]] = {
-    "__init__": {"bank", "certify", "functional", "modules", "model", "references", "upscale"},
+    "__init__": {"api"},
+    "api": {"bank", "certify", "functional", "modules", "model", "references", "upscaling"},
+    "choices": set(),
     "__main__": {"cli"},
-    "functional": {"ops", "torch", "transforms"},
+    "functional": {"choices", "ops", "torch", "transforms"},
     "transforms": {"ops", "portable", "torch"},
     "ops": {"backends", "choosers", "portable", "schemas", "torch", "transfer"},
     "transfer": {"backends", "choosers", "portable", "torch"},
-    "backends": {"build", "choosers", "compiled", "portable", "reference", "torch"},
+    "backends": {"build", "choices", "choosers", "compiled", "portable", "reference", "torch"},
     "schemas": {"torch"},
     "compiled": {"choosers", "portable", "torch"},
     "choosers": {"torch"},
@@ -43,18 +45,29 @@ LAW: dict[str, set[str]] = {
     "detail": {"finite", "functional", "images", "references", "torch"},
     "bank": {"detail", "feature_cache", "files", "images", "inference", "model", "plan", "torch"},
     "feature_cache": {"files", "torch"},
-    "upscale": {"bank", "detail", "images", "inference", "model", "plan", "references", "torch"},
+    "upscaling": {"bank", "choices", "detail", "images", "inference", "model", "plan"},
     "pictures": {"files", "images", "numpy", "PIL", "torch"},
     "metrics": {"numpy", "skimage"},
     "table": {"files"},
     "files": set(),
 }
-LAW["environment"] = {"__init__", "backends", "torch"}
+LAW["upscaling"] |= {"references", "torch"}
+LAW["environment"] = {"__init__", "backends", "choices", "torch"}
 LAW["folders"] = {"files", "images"}
-LAW["pairs"] = {"files", "folders", "images", "numpy"}
+LAW["pairs"] = {"choices", "files", "folders", "images", "numpy"}
 LAW["training"] = {"PIL", "files", "folders", "images", "model", "numpy", "pairs", "torch"}
 LAW["evaluation"] = {"bank", "detail", "images", "inference", "metrics", "model", "numpy", "pairs"}
-LAW["evaluation"] |= {"files", "finite", "folders", "pictures", "plan", "table", "team", "torch"}
+LAW["evaluation"] |= {
+    "choices",
+    "files",
+    "finite",
+    "folders",
+    "pictures",
+    "plan",
+    "table",
+    "team",
+    "torch",
+}
 LAW["training"] |= {"accelerate", "omegaconf", "skimage", "yaml"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.

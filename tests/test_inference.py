@@ -12,7 +12,7 @@ from ttsr_fast.images import downscale, to_tensor, upscale_bicubic
 from ttsr_fast.inference import super_resolve
 from ttsr_fast.model import TTSR
 from ttsr_fast.references import search_references
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 each = pytest.mark.parametrize
 
@@ -41,7 +41,7 @@ def published():
 def test_float32_windows_give_the_same_bits(published, monkeypatch):
     low, ref = smooth(40, 67, seed=6), smooth(150, 180, seed=7)
     made = []
-    keep = importlib.import_module("ttsr_fast.upscale")
+    keep = importlib.import_module("ttsr_fast.upscaling")
     monkeypatch.setattr(
         keep, "super_resolve", lambda *a, **k: made.append(super_resolve(*a, **k)) or made[-1]
     )

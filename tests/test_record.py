@@ -15,7 +15,7 @@ from ttsr_fast.cli import upscale as command
 from ttsr_fast.cli.record import NAME, Record
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 each = pytest.mark.parametrize
 ALL = [f"lows_x4/{number}_x4.png" for number in range(3)]

@@ -11,7 +11,7 @@ from ttsr_fast import inference, reference
 from ttsr_fast.images import Image, downscale, to_tensor, upscale_bicubic
 from ttsr_fast.model import TTSR
 from ttsr_fast.references import search_references
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 each = pytest.mark.parametrize
 

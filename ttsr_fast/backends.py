@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ttsr_fast import build, compiled, portable, reference
+from ttsr_fast.choices import BACKENDS
 from ttsr_fast.choosers import Choosers
 
-BACKENDS = ("cpp", "triton", "torch", "reference")  # in order of preference
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)
 ENVIRONMENT_VARIABLE = "TTSR_FAST_BACKEND"

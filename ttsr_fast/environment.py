@@ -8,6 +8,7 @@ import torch
 
 import ttsr_fast
 from ttsr_fast import backends
+from ttsr_fast.choices import BACKENDS
 
 # What the extras of pyproject.toml bring.
 EXTRAS = {
@@ -28,7 +29,7 @@ def describe() -> Iterator[tuple[str, str]]:
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             yield f"cuda:{number}", torch.cuda.get_device_name(number)
-    for backend in backends.BACKENDS:
+    for backend in BACKENDS:
         for kind in dict.fromkeys(device.partition(":")[0] for device in devices()):
             reason = backends.why_not(backend, torch.device(kind))
             if reason is not None:

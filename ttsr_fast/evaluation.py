@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ttsr_fast import images, metrics
 from ttsr_fast.bank import ReferenceBank
+from ttsr_fast.choices import DEFAULT_PHASES, EVALUATED, REFERENCES
 from ttsr_fast.detail import detail
 from ttsr_fast.files import shown
 from ttsr_fast.finite import check_finite
@@ -27,11 +28,8 @@ from ttsr_fast.plan import check_detail, plan_ttsr
 from ttsr_fast.table import Failure, Row, Table
 from ttsr_fast.team import place
 
-METHODS = ("detail", "bicubic")  # that need no model
-MODES = ("first", "all", "stack")
 CANVAS = 500  # pixels along each side of a reference in the authors' stack
 _LEAST = 3 * SCALE  # pixels along each side of a reference, one patch of the search
-_PHASES = 2  # of "detail", as `upscale` has them
 _SKIPPED = (OSError, ValueError, RuntimeError)
 
 T = TypeVar("T")
@@ -149,15 +147,15 @@ def _check(
 ) -> object:
     """Raise what can be said before the work is done; return what processes have to agree on."""
     model = job.model
-    if isinstance(model, str) and model not in METHODS:
-        raise ValueError(f"model must be a TTSR or one of {METHODS}, got {model!r}")
+    if isinstance(model, str) and model not in EVALUATED:
+        raise ValueError(f"model must be a TTSR or one of {EVALUATED}, got {model!r}")
     if not isinstance(model, TTSR | str):
-        raise TypeError(f"model must be a TTSR or one of {METHODS}, got {type(model).__name__}")
+        raise TypeError(f"model must be a TTSR or one of {EVALUATED}, got {type(model).__name__}")
     if isinstance(model, TTSR) and job.device is not None:
         raise ValueError("device is for 'detail'; with a TTSR move the model")
     metrics.check_protocol(job.protocol)
-    if job.references not in MODES:
-        raise ValueError(f"references must be one of {MODES}, got {job.references!r}")
+    if job.references not in REFERENCES:
+        raise ValueError(f"references must be one of {REFERENCES}, got {job.references!r}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
     if job.max_memory is not None and job.max_memory < 1:
@@ -267,7 +265,7 @@ def _enlarge(
         where = torch.device(job.device or "cpu")
         check_detail(size, sizes, where, job.max_memory)
         sr, match = detail(
-            Image(low), refs, _PHASES, where, precision=job.precision, backend=job.backend
+            Image(low), refs, DEFAULT_PHASES, where, precision=job.precision, backend=job.backend
         )
     return _pixels(sr), match.reference[0].cpu().numpy()
 

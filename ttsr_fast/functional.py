@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ttsr_fast import ops, transforms
+from ttsr_fast.choices import PRECISIONS
 
-PRECISIONS = ("fp32", "fp16x3", "fp16", "bf16", "tf32")
 NORMALIZATIONS = ("both", "key", "none")
 DIVISORS = ("area", "overlap", "none")
 

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ttsr_fast import images
+from ttsr_fast.choices import LAYOUTS
 from ttsr_fast.files import shown
 from ttsr_fast.folders import namesake, pictures_in
 from ttsr_fast.images import SCALE
 
 _LONGEST_LIST = 2**24  # bytes
-LAYOUTS = ("cufed", "cufed5", "sun80", "urban100", "manga109", "folders")
 
 
 class Pair(NamedTuple):

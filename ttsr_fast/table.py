@@ -45,7 +45,7 @@ class Table:
     Attributes:
         method: "ttsr", "detail" or "bicubic".
         protocol: one of `metrics.PROTOCOLS`.
-        references: one of `MODES`.
+        references: one of `choices.REFERENCES`.
         rows: of the pairs that could be evaluated, at least one.
         failures: the others, which count for no mean.
     """

@@ -19,7 +19,7 @@ from ttsr_fast.folders import namesake, pictures_in
 from ttsr_fast.functional import PRECISIONS
 from ttsr_fast.images import Image
 from ttsr_fast.model import load_model
-from ttsr_fast.upscale import AMP, METHODS, PHASES
+from ttsr_fast.upscaling import AMP, METHODS, PHASES
 
 try:
     import typer

@@ -28,7 +28,7 @@ from ttsr_fast.cli.common import (
 from ttsr_fast.folders import check_other_file
 from ttsr_fast.images import Image
 from ttsr_fast.pictures import draw_match
-from ttsr_fast.upscale import upscale
+from ttsr_fast.upscaling import upscale
 
 
 def match_command(

@@ -42,7 +42,7 @@ from ttsr_fast.files import shown
 from ttsr_fast.folders import ENDINGS, identities, identity, pictures_in, result_path
 from ttsr_fast.images import SCALE, SUFFIXES, Image
 from ttsr_fast.inference import Progress
-from ttsr_fast.upscale import DEFAULT_PHASES, upscale
+from ttsr_fast.upscaling import DEFAULT_PHASES, upscale
 
 
 def upscale_command(

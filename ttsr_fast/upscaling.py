@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ttsr_fast import images
 from ttsr_fast.bank import ReferenceBank
+from ttsr_fast.choices import DEFAULT_PHASES, METHODS, PHASES
 from ttsr_fast.detail import detail, pixel_index
 from ttsr_fast.images import Image
 from ttsr_fast.inference import Progress, super_resolve
@@ -15,9 +16,6 @@ from ttsr_fast.model import TTSR
 from ttsr_fast.plan import Plan, check_detail, plan_ttsr
 from ttsr_fast.references import ReferenceMatch
 
-METHODS = ("detail", "ttsr")
-PHASES = (1, 2, 4)
-DEFAULT_PHASES = 2
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
