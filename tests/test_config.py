@@ -2,10 +2,14 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 
-from ttsr_fast.training.config import PRESETS, load_config, to_dict, to_yaml
+from ttsr_fast.backends import BACKENDS
+from ttsr_fast.functional import PRECISIONS
+from ttsr_fast.training.config import PRESETS, Config, load_config, to_dict, to_yaml
+from ttsr_fast.training.settings import explained
 
 each = pytest.mark.parametrize
 
@@ -97,12 +101,59 @@ def test_what_is_shown_is_what_is_read(preset, tmp_path):
 
 
 @each(
+    "value",
+    ["a\nb", "a, b", "# x", "x # y", "1e-5", "2026-11-28", "null", "", " ", "größe", "\x85\udc80"],
+)
+def test_any_text_is_shown_in_one_line(value, tmp_path):
+    """Beside its explanation or below it, quoted where YAML needs that."""
+    paths = {"out": value, "root": 60 * value, "references": [1, value, {value: None}, value]}
+    config = load_config("tiny", values=paths)
+    text = to_yaml(config)
+    (tmp_path / "shown.yaml").write_bytes(text.encode())
+    assert load_config(tmp_path / "shown.yaml") == config
+    assert all(line[:2] in ("", "# ", "  ") or re.match(r"\w+:  # ", line) for line in lines(text))
+
+
+def test_a_path_is_shown_as_text(tmp_path):
+    config = Config()
+    config.run.out = Path("a b")
+    (tmp_path / "shown.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "shown.yaml").run.out == "a b"
+
+
+def test_every_key_is_explained():
+    """With its choices and the meaning of null, in lines that fit into 80 columns."""
+    text = to_yaml(Config())
+    assert max(map(len, lines(text))) <= 80
+    assert text.isascii()
+    words = re.sub(r"\n +# ", " ", text)  # explanations in one line each
+    for part, help, keys in explained(Config()):
+        assert f"\n\n{part}:  # {help}\n" in text
+        for key in keys:
+            assert re.search(rf"\n  {key.name}: \S.* # {re.escape(key.help)}\n", words)
+            assert ("null: " in key.help) == (key.value is None and key.name not in ("root", "out"))
+    assert "; one of l1, l2\n" in words
+    assert ", ".join(PRECISIONS) in words and ", ".join(BACKENDS) in words
+
+
+def lines(text):
+    return text.split("\n")
+
+
+@each(
     ("override", "message"),
     [
-        ("n_feat=3", "unknown key n_feat"),
-        ("model.q=1", "unknown key model.q"),
+        ("n_feat=3", "unknown key n_feat, did you mean model.n_feats\\?"),
+        ("btach_size=4", "unknown key btach_size, did you mean data.batch_size\\?"),
+        ("data.batchsize=4", "unknown key data.batchsize, did you mean data.batch_size\\?"),
+        ("optim.batch_size=4", "unknown key optim.batch_size, did you mean data.batch_size\\?"),
+        ("lr=1", "unknown key lr, did you mean optim.lr_rate\\?"),
+        ("epochs=1", "unknown key epochs, did you mean run.num_epochs\\?"),
+        ("Save-Dir=a", "unknown key Save-Dir, did you mean run.out\\?"),
+        ("dataset_dri=a", "unknown key dataset_dri, did you mean data.root\\?"),
+        ("model.q=1", "unknown key model.q, ttsr-fast train --show prints all keys"),
         ("loss.n_feats=2", "unknown key loss.n_feats, did you mean model.n_feats\\?"),
-        ("model=3", "unknown key model"),
+        ("model=3", "model is a part, and its keys are set one by one: model.KEY=VALUE"),
         ("n_feats", "an override must be key=value, got 'n_feats'"),
         ("n_feats=3", "model.n_feats must be even and positive, got 3"),
         ("n_feats=x", "model.n_feats cannot be 'x': Value 'x' of type 'str' could not .*Integer"),
@@ -232,7 +283,7 @@ def test_a_date_is_a_name(tmp_path):
         ),
         ("- 1\n- 2", "{file} must hold keys and values, got a list"),
         ("preset: best", "preset must be one of tiny, ttsr, ttsr-rec, got best"),
-        ("widths: 3", "unknown key widths"),
+        ("widths: 3", "unknown key widths, ttsr-fast train --show prints all keys"),
     ],
 )
 def test_bad_files_are_refused(content, message, tmp_path):
@@ -247,3 +298,5 @@ def test_a_preset_that_is_not_there_is_refused():
         ValueError, match="no preset \\(tiny, ttsr, ttsr-rec\\) and no file .* best"
     ):
         load_config("best")
+    with pytest.raises(ValueError, match=r"the name ttsr-rex, did you mean ttsr-rec\?$"):
+        load_config("ttsr-rex")

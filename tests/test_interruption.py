@@ -14,6 +14,7 @@ from ttsr_fast.training import trainer
 from ttsr_fast.training.interruption import SIGNALS, Ended, signals_raise
 
 each = pytest.mark.parametrize
+BEFORE = "before the first step: nothing is lost, run the same command again"
 # The program, with a signal to itself when it imports a module.
 INTERRUPTED = """
 import os, sys
@@ -32,6 +33,10 @@ main()
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return photographs(tmp_path_factory.mktemp("data") / "photographs")
+
+
+def advice(out):
+    return f"resume from the last checkpoint with ttsr-fast train --out {out} --resume"
 
 
 def test_signals_raise_and_handlers_come_back():
@@ -54,18 +59,30 @@ def test_before_the_first_step(data, tmp_path, monkeypatch, where, number):
     result = CliRunner().invoke(app, program(data, tmp_path / "out")[3:])
     name = signal.Signals(number).name
     assert (result.exit_code, result.stdout) == (128 + number, "")
-    assert result.stderr == f"error: {name} before the first step: nothing is lost\n"
+    assert result.stderr == f"error: {name} {BEFORE}\n"
     assert not (tmp_path / "out").exists()
 
 
+def test_between_settings_and_first_step(data, tmp_path, monkeypatch):
+    """The folder holds a training then, which needs --resume."""
+    monkeypatch.setattr(trainer, "Record", lambda *_: os.kill(os.getpid(), 15))
+    out = tmp_path / "out"
+    command = f"ttsr-fast train --out {out} --resume"
+    message = f"error: SIGTERM before the first step: nothing is lost, start with {command}\n"
+    assert CliRunner().invoke(app, program(data, out)[3:]).stderr == message
+    again = f"error: SIGTERM {BEFORE}\n"
+    assert CliRunner().invoke(app, program(data, out, "--resume")[3:]).stderr.endswith(again)
+
+
+@each("module", ["omegaconf", "torch", "accelerate"])
 @each("number", SIGNALS)
-def test_while_importing(data, tmp_path, number):
+def test_while_importing(data, tmp_path, module, number):
     arguments = program(data, tmp_path / "out")[3:]
-    command = [sys.executable, "-c", INTERRUPTED, "accelerate", str(int(number)), *arguments]
+    command = [sys.executable, "-c", INTERRUPTED, module, str(int(number)), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     name = signal.Signals(number).name
-    expected = (128 + number, "", f"error: {name} before the first step: nothing is lost\n")
+    expected = (128 + number, "", f"error: {name} {BEFORE}\n")
     assert (result.returncode, result.stdout, result.stderr) == expected
 
 
@@ -75,7 +92,7 @@ def test_after_the_last_step(data, tmp_path, monkeypatch):
     export = trainer.Trainer._export
     monkeypatch.setattr(trainer.Trainer, "_export", lambda self: os.kill(os.getpid(), 15))
     result = CliRunner().invoke(app, program(data, out, "--quiet")[3:])
-    message = "error: SIGTERM after step 3: --resume goes on from the last checkpoint\n"
+    message = f"error: SIGTERM after step 3: {advice(out)}\n"
     assert (result.exit_code, result.stderr) == (143, message)
     monkeypatch.setattr(trainer.Trainer, "_export", export)
     result = CliRunner().invoke(app, program(data, out, "--quiet", "--resume")[3:])
@@ -92,6 +109,7 @@ def test_the_second_signal_is_one_line(data, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(trainer.Trainer, "_step", twice)
-    result = CliRunner().invoke(app, program(data, tmp_path / "out")[3:])
-    message = "error: SIGINT after step 1: --resume goes on from the last checkpoint\n"
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, program(data, out)[3:])
+    message = f"error: SIGINT after step 1: {advice(out)}\n"
     assert (result.exit_code, result.stderr) == (130, message)

@@ -134,7 +134,8 @@ def test_a_terminated_program_saves_and_goes_on_bit_exactly(data, tmp_path, whol
     output, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 143, errors
     step = torch.load(ended / LAST, weights_only=True)["step"]
-    message = f"error: SIGTERM after step {step}: --resume goes on from there"
+    command = f"ttsr-fast train --out {ended} --resume"
+    message = f"error: SIGTERM after step {step}, which is saved: resume with {command}"
     assert errors.splitlines()[-1] == message
     assert step < 16
     assert "model.safetensors" not in output
@@ -323,7 +324,7 @@ def test_one_process_that_is_not_finite_stops_all(two, data, tmp_path):
         (["tiny"], "run.out is needed: .*"),
         (["tiny", "--out", "{out}"], "data.root is needed: .*"),
         (["tiny", "--out", "{out}", "--data", "{out}/nothing"], "cannot read .*: no such .*"),
-        (["tiny", "--set", "n_feat=4"], "unknown key n_feat"),
+        (["tiny", "--set", "n_feat=4"], r"unknown key n_feat, did you mean model.n_feats\?"),
         (["tiny", "--set", "n_feats=5"], "model.n_feats must be even and positive, got 5"),
         (["huge"], "no preset .* huge"),
         (["tiny", "--out", "{out}", "--data", "{data}", "--set", "batch_size=99"], ".* 16 items"),

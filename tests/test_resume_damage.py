@@ -168,9 +168,13 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path, monke
 
 def test_resume_in_a_new_folder_begins_and_says_so(data, tmp_path):
     out = tmp_path / "out"
-    result = CliRunner().invoke(app, program(data, out, "--resume", "--quiet")[3:])
-    assert result.exit_code == 0
+    result = CliRunner().invoke(app, program(data, out, "--resume")[3:])
+    message = f"nothing to resume in {out}: the training starts from the beginning\n"
+    assert (result.exit_code, result.stderr) == (0, message)
     assert (out / MODELS[0]).exists()
+    quiet = program(data, tmp_path / "quiet", "--resume", "--quiet")[3:]
+    result = CliRunner().invoke(app, quiet)
+    assert (result.exit_code, result.output) == (0, "")
 
 
 def test_it_is_logged(data, tmp_path, caplog):
@@ -182,7 +186,13 @@ def test_it_is_logged(data, tmp_path, caplog):
 def test_resume_of_nothing_needs_a_preset(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["train", "--resume", *arguments])
-    missing = "there is no nowhere/training.yaml" if arguments else "there is no --out"
-    message = f"cannot resume: {missing}; to begin, name a preset or a file as well"
+    missing = (
+        "nothing to resume: there is no nowhere/training.yaml"
+        if arguments
+        else "--resume needs --out, the folder of the training"
+    )
+    message = (
+        f"{missing}; to start a training, name a preset (tiny, ttsr, ttsr-rec) or a file as well"
+    )
     assert (result.exit_code, result.stderr) == (2, f"error: {message}\n")
     assert os.listdir(tmp_path) == []

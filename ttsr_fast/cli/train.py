@@ -1,29 +1,60 @@
-"""`ttsr-fast train`: a generator learnt from pictures."""
+"""`ttsr-fast train`: a generator learnt from images."""
 
+import json
+import os
+import shlex
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from torch import distributed
 
 from ttsr_fast.cli.common import Quiet, errors_in_one_line, fail, say
+from ttsr_fast.files import shown
 from ttsr_fast.training.config import PRESETS, SETTINGS, Config, load_config, to_yaml
-from ttsr_fast.training.interruption import Ended, signals_raise
+from ttsr_fast.training.interruption import SIGNALS, Ended, signals_raise
+from ttsr_fast.training.settings import explained
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from ttsr_fast.training.trainer import State
+
+_KEYS = """\
+Keys for --set and for FILE.yaml, with defaults that presets may change: --show prints the values.
+The name of the part may be left out: batch_size is data.batch_size.
+"""
+
+
+def _print_help(context: typer.Context, wanted: bool) -> None:
+    """Print the help of the command, then a panel with the keys of every part."""
+    if not wanted or context.resilient_parsing:
+        return
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    typer.echo(context.get_help(), nl=False)
+    console = Console(highlight=False)
+    console.print(Padding(Text(_KEYS), (0, 1)))
+    for part, help, keys in explained(Config()):
+        table = Table(box=None, show_header=False, pad_edge=False, expand=True)
+        table.add_column(style="bold cyan", no_wrap=True, min_width=17)
+        table.add_column(style="yellow", no_wrap=True, min_width=14)
+        table.add_column(ratio=1)
+        for key in keys:
+            value = key.value if isinstance(key.value, str) else json.dumps(key.value)
+            table.add_row(Text(key.name), Text(value), Text(key.help))
+        title = Text(f"{part}: {help}")
+        console.print(Panel(table, title=title, title_align="left", border_style="dim"))
+    raise typer.Exit
 
 
 def train_command(
@@ -31,79 +62,137 @@ def train_command(
         str | None,
         typer.Argument(
             metavar=f"[{'|'.join(PRESETS)}|FILE.yaml]",
-            help="What to do.",
-            show_default="ttsr; with --resume as it began",
+            help="Preset or configuration.",
+            show_default="ttsr; with --resume the one of the training",
         ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Pictures to learn from (data.root).")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of training images (data.root).")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for all results (run.out).")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be given often."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key (below); repeatable."),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the last checkpoint in --out, or begin there."),
+        typer.Option(
+            "--resume", metavar="", help="Resume from the last checkpoint in --out, or start there."
+        ),
     ] = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Show all that is set, as YAML, and stop.")
+        bool,
+        typer.Option(
+            "--show", metavar="", help="Print the configuration as YAML with comments, and stop."
+        ),
     ] = False,
     quiet: Quiet = False,
+    help: Annotated[
+        bool,
+        typer.Option(
+            *("--help", "-h"),
+            metavar="",
+            is_eager=True,
+            expose_value=False,
+            callback=_print_help,
+            help="Show this message and exit.",
+        ),
+    ] = False,
 ) -> None:
-    """Train a generator, as published (ttsr, ttsr-rec) or in minutes on a CPU (tiny).
+    """Train a generator: ttsr, ttsr-rec as published, tiny in minutes on a CPU.
 
     With several GPUs or nodes: accelerate launch -m ttsr_fast train ...
 
-    SIGTERM and Ctrl-C let the step end and save; --resume goes on from there. Where no training is
-    yet, --resume begins one, so that a job can always be started by the same command.
+    Ctrl-C and SIGTERM let the step end and save a checkpoint, from which --resume continues.
 
-    Exit codes: 0 all done, 143 ended by SIGTERM, 130 by Ctrl-C, 2 an error.
+    --resume in a folder without a training starts one: a job can always run the same command.
+
+    Exit codes: 0 done, 143 ended by SIGTERM, 130 by Ctrl-C, 2 error.
     """
-    tell = _Teller()
+    display = _Display(resume, out)
     try:
         with signals_raise(), errors_in_one_line():
-            config = _config(source, data, out, settings or [], resume)
+            with _signals_exit(display):
+                config = _config(source, data, out, settings or [], resume)
             if show:
                 typer.echo(to_yaml(config), nl=False)
                 return
-            _train(config, resume, quiet, tell)
+            _train(config, resume, quiet, display)
     except Ended as ended:
-        fail(f"{ended} {tell.place}", 128 + ended.signal)
+        fail(f"{ended} {display.place}", 128 + ended.signal)
 
 
-def _train(config: Config, resume: bool, quiet: bool, tell: "_Teller") -> None:
+def _train(config: Config, resume: bool, quiet: bool, display: "_Display") -> None:
     start = time.perf_counter()
-    from ttsr_fast.training.trainer import MODELS, train  # with all of accelerate
+    with _signals_exit(display):
+        from torch import distributed
 
-    with _progress(tell, quiet):
-        state = train(config, resume=resume, progress=tell)
+        from ttsr_fast.training.checkpoints import BEST, LAST
+        from ttsr_fast.training.trainer import MODELS, train
+
+    display.out = out = None if config.run.out is None else Path(config.run.out)
+    if resume and out is not None and not any((out / x).exists() for x in (SETTINGS, LAST, BEST)):
+        resume = False
+        if not quiet and os.environ.get("RANK", "0") == "0":
+            say(f"nothing to resume in {out}: the training starts from the beginning", err=True)
+    with _progress(display, quiet):
+        state = train(config, resume=resume, progress=display)
     if distributed.is_initialized():
         distributed.destroy_process_group()
     if state.signal:
-        tell.step, tell.saved = state.step, True
+        display.step, display.saved = state.step, True
         raise Ended(state.signal)
-    if tell.step is not None and not quiet:
+    if display.step is not None and not quiet:
+        model, average = MODELS
         took = f"{state.step} steps, {time.perf_counter() - start:.1f} s"
-        say(f"{config.run.out}/{MODELS[0]} ({took}{_quality(state)})")
+        best = model if config.optim.ema is None else average
+        say(f"{out}/{best} ({took}{_quality(state)})")
+        if best == average:
+            say(f"{out}/{model} (weights of the last step; for upscale and eval use {average})")
 
 
 def _config(
     source: str | None, data: Path | None, out: Path | None, settings: list[str], resume: bool
 ) -> Config:
     if source is None and resume:
-        if out is None or not (out / SETTINGS).is_file():
-            missing = "there is no --out" if out is None else f"there is no {out / SETTINGS}"
-            raise ValueError(f"cannot resume: {missing}; to begin, name a preset or a file as well")
+        start = f"to start a training, name a preset ({', '.join(PRESETS)}) or a file as well"
+        if out is None:
+            raise ValueError(f"--resume needs --out, the folder of the training; {start}")
+        if not (out / SETTINGS).is_file():
+            raise ValueError(f"nothing to resume: there is no {out / SETTINGS}; {start}")
         source = str(out / SETTINGS)
     paths = {"data.root": data, "run.out": out}
     values = {key: str(path) for key, path in paths.items() if path is not None}
     return load_config("ttsr" if source is None else source, settings, values=values)
 
 
-class _Teller:
-    """Shows a state on a bar, or a line for every epoch.
+@contextmanager
+def _signals_exit(display: "_Display") -> Iterator[None]:
+    """Signals end the process at once: an exception in an import may be swallowed there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        say(f"error: {signal.Signals(number).name} {display.place}", err=True)
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Display:
+    """Progress of a training: a bar, or a line for every epoch.
+
+    Args:
+        resume: whether the command has the option.
+        out: folder of the training.
 
     Attributes:
         bar: None where there is no terminal.
@@ -113,7 +202,8 @@ class _Teller:
         saved: whether the step is in the last checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resume: bool, out: Path | None) -> None:
+        self.out, self._resume = out, resume
         self.bar: Progress | None = None
         self.lines = self.saved = False
         self.step: int | None = None
@@ -121,11 +211,21 @@ class _Teller:
 
     @property
     def place(self) -> str:
-        """Place of the training at a signal, and advice."""
+        """Place of the training at a signal, and the command to continue with."""
+        begun = self.out is not None and (self.out / SETTINGS).exists()
+        if self.step is None and (self._resume or not begun):
+            return "before the first step: nothing is lost, run the same command again"
         if self.step is None:
-            return "before the first step: nothing is lost"
-        where = "there" if self.saved else "the last checkpoint"
-        return f"after step {self.step}: --resume goes on from {where}"
+            return f"before the first step: nothing is lost, start with {self._command}"
+        if self.saved:
+            return f"after step {self.step}, which is saved: resume with {self._command}"
+        return f"after step {self.step}: resume from the last checkpoint with {self._command}"
+
+    @property
+    def _command(self) -> str:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            return "the same command and --resume"
+        return f"ttsr-fast train --out {shlex.quote(shown(str(self.out)))} --resume"
 
     def __call__(self, state: "State") -> None:
         self.step = state.step
@@ -137,24 +237,23 @@ class _Teller:
                 self._task = self.bar.add_task("", total=state.total, completed=state.step - 1)
             self.bar.update(self._task, description=text, completed=state.step)
         elif self.lines and state.done == 0:
-            typer.echo(text)
+            say(text)
 
 
 @contextmanager
-def _progress(tell: _Teller, quiet: bool) -> Iterator[None]:
+def _progress(display: _Display, quiet: bool) -> Iterator[None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import TextColumn as Text
+
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        tell.lines = not quiet
+    if quiet or not console.is_terminal or console.is_dumb_terminal:
+        display.lines = not quiet
         yield
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        tell.bar = bar
+    columns: list[Any] = [Text("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        display.bar = bar
         yield
 
 

@@ -1,15 +1,16 @@
 """YAML of settings, whoever wrote it: plain values, in bounded time, and nothing is run or read."""
 
 import codecs
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ttsr_fast.files import refusal, shown
 
-_LIMIT = 2**16  # bytes; what a training is given needs two thousand
+_LIMIT = 2**16  # bytes; a configuration with all explanations has six thousand
 _DEPTH = 8
 
 
@@ -54,6 +55,27 @@ def parse(text: str) -> Any:
         raise ValueError(f"{error.problem or error.context}{where}") from error
     except (yaml.YAMLError, ValueError) as error:  # such as a number of 5000 digits
         raise ValueError(str(error).splitlines()[0]) from error
+
+
+def dump(value: Any) -> str:
+    """A value in one line, which `parse` reads.
+
+    Raises:
+        ImportError: PyYAML is missing.
+    """
+    yaml, _ = _yaml()
+
+    def text(dumper: Any, value: str | PurePath) -> Any:
+        style = None if str(value).isprintable() else '"'  # escapes line ends
+        return dumper.represent_scalar("tag:yaml.org,2002:str", str(value), style=style)
+
+    no_aliases = {"ignore_aliases": lambda *_: True}  # `parse` refuses them
+    dumper: Any = type("Dumper", (yaml.SafeDumper,), no_aliases)
+    dumper.add_representer(str, text)
+    dumper.add_multi_representer(PurePath, text)
+    options = {"default_flow_style": True, "width": math.inf, "allow_unicode": True}
+    line = yaml.dump([value], Dumper=dumper, sort_keys=False, **options)
+    return line.strip()[1:-1]  # without the brackets
 
 
 def check_plain(key: str, value: Any) -> None:

@@ -1,0 +1,44 @@
+"""`ttsr-fast train`: its help and its last lines."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.trainings import photographs, program
+from ttsr_fast.cli import app
+from ttsr_fast.training.config import Config
+from ttsr_fast.training.settings import explained
+from ttsr_fast.training.trainer import MODELS
+
+each = pytest.mark.parametrize
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("data") / "photographs")
+
+
+def test_which_file_to_use_is_said(data, tmp_path):
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, program(data, out, settings=("ema=0.9",))[3:])
+    average, last = result.stdout.splitlines()[-2:]
+    assert re.fullmatch(rf"{out}/model-ema.safetensors \(3 steps, .* s\)", average)
+    advice = "(weights of the last step; for upscale and eval use model-ema.safetensors)"
+    assert last == f"{out}/model.safetensors {advice}"
+    assert {path.name for path in out.glob("*.safetensors")} == set(MODELS)
+
+
+@each("columns", ["80", "160"])
+def test_help_explains_every_key(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    result = CliRunner().invoke(app, ["train", "--help"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    rows = [line.strip("│ ") for line in result.stdout.splitlines()]
+    assert max(map(len, result.stdout.splitlines())) <= int(columns)
+    text = " ".join(" ".join(rows).split())
+    assert "<bool> Resume" not in text
+    for _, _, keys in explained(Config()):
+        for key in keys:
+            assert any(row.split()[:1] == [key.name] for row in rows)
+            assert key.help in text
