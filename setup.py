@@ -1,7 +1,8 @@
 """Adds the compiled kernels to the package; everything else is in pyproject.toml.
 
 By default those in C++ become part of it wherever torch and a compiler are at hand, and those in
-CUDA where torch is a build for CUDA and nvcc is there; it is said where they do not.
+CUDA where torch is a build for CUDA and nvcc is there. Without them, or if compiling fails, the
+package works in plain PyTorch and warns of it when it is used.
 TTSR_FAST_BUILD=cpu insists on C++ alone, TTSR_FAST_BUILD=cuda on both, whatever the torch, and
 TTSR_FAST_BUILD=none leaves both out.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 BUILD = runpy.run_path("ttsr_fast/build.py")
 LANGUAGES = {"ttsr_fast._C": "C++", "ttsr_fast._C_cuda": "CUDA"}
@@ -20,7 +22,10 @@ LANGUAGES = {"ttsr_fast._C": "C++", "ttsr_fast._C_cuda": "CUDA"}
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
-        BUILD["compile_library"](library, cuda=LANGUAGES[ext.name] == "CUDA")
+        try:
+            BUILD["compile_library"](library, cuda=LANGUAGES[ext.name] == "CUDA")
+        except RuntimeError as error:
+            raise CompileError(str(error)) from error  # an optional one is left out
 
 
 def extensions() -> list[Extension]:
@@ -32,7 +37,8 @@ def extensions() -> list[Extension]:
         reason = why_left_out(language, wanted)
         if reason is None:
             sources = BUILD["sources"](cuda=language == "CUDA")
-            found.append(Extension(name, list(map(os.path.relpath, sources)), py_limited_api=True))
+            paths = list(map(os.path.relpath, sources))
+            found.append(Extension(name, paths, py_limited_api=True, optional=not wanted))
         else:
             print(f"ttsr-fast: building without the kernels in {language}: {reason}")
     return found
@@ -46,9 +52,8 @@ def why_left_out(language: str, wanted: str) -> str | None:
         kernels = f"the kernels in {language}"
         raise SystemExit(f"TTSR_FAST_BUILD={wanted}: {kernels} cannot be compiled here: {reason}")
     if reason is None and language == "CUDA" and not wanted:
-        import torch
-
-        return None if torch.version.cuda else f"torch {torch.__version__} is a build without CUDA"
+        torch = BUILD["find_torch"]()
+        return None if torch.cuda else f"torch {torch.version} is a build without CUDA"
     return reason
 
 

@@ -86,8 +86,11 @@ def test_reasons(
     write_source(f"{ANSWER} return 1; }}")
     assert build.why_not() is None
     with monkeypatch.context() as patch:
-        patch.setattr("torch.__version__", "2.10.1+cpu")
-        assert build.why_not() == "torch 2.10.1+cpu is older than 2.11"
+        older = build.Torch(tmp_path, "2.10.1+cpu", None)
+        patch.setattr(build, "find_torch", lambda: older)
+        assert build.why_not() == "they need torch 2.11 or newer, this is 2.10.1+cpu"
+        patch.setattr(build, "find_torch", lambda: None)
+        assert build.why_not() == "torch is not installed"
     with monkeypatch.context() as patch:
         patch.setattr("platform.system", lambda: "Windows")
         assert build.why_not() == "they are for Linux and macOS, this is Windows"
@@ -95,6 +98,7 @@ def test_reasons(
         patch.setenv("CXX", "no-such-compiler -pipe")
         with pytest.raises(RuntimeError, match=r"no C\+\+ compiler 'no-such-compiler'"):
             build.build_library()
+        assert re.fullmatch(r"`\S+ -m .*` compiles it, but not yet: there is .*", build.remedy())
     monkeypatch.setattr(build, "source_folder", lambda: tmp_path / "missing")
     with pytest.raises(RuntimeError, match="sources .csrc. are not part of this installation"):
         build.build_library()
@@ -155,7 +159,7 @@ def test_nvcc_is_looked_for(cuda_source: Path, monkeypatch: pytest.MonkeyPatch) 
     assert build.why_not(cuda=True) == expected % "named"
 
     monkeypatch.setenv("CUDACXX", "no-such-nvcc -v")
-    with pytest.raises(RuntimeError, match=r"no CUDA compiler 'no-such-nvcc'; .* CUDACXX names"):
+    with pytest.raises(RuntimeError, match=r"no CUDA compiler 'no-such-nvcc': install one"):
         build.build_library(cuda=True)
 
 

@@ -188,9 +188,8 @@ def test_without_the_library(python_only: Path, wheel: Path, tmp_path: Path) -> 
 
 
 FAKE_TORCH = """
-import os, types
-__version__ = "2.13.0"
-version = types.SimpleNamespace(cuda=os.environ.get("FAKE_TORCH_CUDA"))
+import os
+__version__, cuda = "2.13.0", os.environ.get("FAKE_TORCH_CUDA")
 """
 NO_CXX, NO_NVCC, WITH_CUDA = {"CXX": "nowhere"}, {"CUDACXX": "nowhere"}, {"FAKE_TORCH_CUDA": "13.0"}
 WITHOUT = "ttsr-fast: building without the kernels in "
@@ -206,6 +205,7 @@ WITHOUT = "ttsr-fast: building without the kernels in "
         ("", WITH_CUDA, [LIBRARY, CUDA_LIBRARY], ""),
         ("", {}, [LIBRARY], f"{WITHOUT}CUDA: torch 2.13.0 is a build without CUDA"),
         ("", WITH_CUDA | NO_NVCC, [LIBRARY], f"{WITHOUT}CUDA: there is no CUDA compiler 'nowhere'"),
+        ("", {"CXX": "false"}, [], '"ttsr_fast._C" failed: the compiler stopped with status 1'),
         ("", NO_CXX, [], f"{WITHOUT}C++: there is no C++ compiler 'nowhere'"),
         ("cpu", NO_CXX, None, "=cpu: the kernels in C++ cannot be compiled here: there is no"),
         ("cuda", NO_CXX, None, "=cuda: the kernels in C++ cannot be compiled here: there is no"),
@@ -216,7 +216,9 @@ WITHOUT = "ttsr-fast: building without the kernels in "
 def test_choice_of_kernels(
     wanted: str, changed: dict[str, str], built: list[str] | None, line: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "torch.py").write_text(FAKE_TORCH)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text(FAKE_TORCH)
     environment = {"CXX": FAKE_COMPILER, "CUDACXX": FAKE_NVCC, "PYTHONPATH": str(tmp_path)}
     environment |= {"TTSR_FAST_BUILD": wanted, **changed}
     command = ("setup.py", "build_ext", "--build-lib", tmp_path / "built")

@@ -5,7 +5,9 @@ asked for. `can_run` both chooses and explains.
 """
 
 import importlib
+import logging
 import os
+import platform
 import re
 from collections.abc import Callable
 from functools import cache
@@ -22,6 +24,8 @@ from ttsr_fast.choosers import Choosers
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)
 ENVIRONMENT_VARIABLE = "TTSR_FAST_BACKEND"
+
+_logger = logging.getLogger(__name__)
 
 
 def choose(op: str, x: Tensor, backend: str | None) -> Callable[..., None]:
@@ -45,6 +49,8 @@ def choose(op: str, x: Tensor, backend: str | None) -> Callable[..., None]:
             if op in operators and (name != "triton" or x.device.type == "cuda")
         ]
         backend = next(name for name in names if can_run(name, x.device, op, x.dtype))
+        if backend == "torch":
+            _warn_of_missing_kernels(x.device, op)
     can_run(backend, x.device, op, x.dtype, raise_error=True)
     return _IMPLEMENTATIONS[backend][op]
 
@@ -86,8 +92,29 @@ def why_not(
     return None
 
 
+def _warn_of_missing_kernels(device: torch.device, op: str) -> None:
+    """Warn, once for each reason, where kernels could run that are not installed."""
+    reason = None
+    if device.type == "cpu" and platform.system() in build.SYSTEMS:
+        reason = load_library()
+    elif device.type == "cuda" and _why_not_gpu(device) is None:
+        cuda = torch.version.cuda is not None
+        reason = _why_no_triton() if op == "search" else load_cuda_library() if cuda else None
+    if reason is not None:
+        _warn_once(reason)
+
+
 @cache
-def _why_not_triton(device: torch.device) -> str | None:
+def _warn_once(reason: str) -> None:
+    _logger.warning(
+        "ttsr-fast works without its kernels, several times slower: %s (%s=torch silences this)",
+        reason,
+        ENVIRONMENT_VARIABLE,
+    )
+
+
+@cache
+def _why_no_triton() -> str | None:
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
@@ -95,7 +122,15 @@ def _why_not_triton(device: torch.device) -> str | None:
     version = re.match(r"(\d+)\.(\d+)", triton.__version__)
     if version is None or tuple(map(int, version.groups())) < OLDEST_TRITON:
         return f"it needs Triton 3.6 or newer, this is {triton.__version__}"
-    if triton.knobs.runtime.interpret:
+    return None
+
+
+@cache
+def _why_not_triton(device: torch.device) -> str | None:
+    reason = _why_no_triton()
+    if reason is not None:
+        return reason
+    if importlib.import_module("triton").knobs.runtime.interpret:
         return None
     if device.type != "cuda":
         return "its kernels are for CUDA and ROCm; TRITON_INTERPRET=1 interprets them on the CPU"
@@ -115,12 +150,12 @@ def _why_not_gpu(device: torch.device) -> str | None:
 @cache
 def load_library() -> str | None:
     """Load the kernels for the CPU once; the reason if that is not possible."""
+    reason = build.why_not_under(torch.__version__)
+    if reason is not None:
+        return reason
     library = _library()
     if library is None:
-        return (
-            "the compiled library is not part of this installation; install ttsr-fast with a C++ "
-            "compiler at hand and TTSR_FAST_BUILD=cpu, or run `ttsr-fast env --build`"
-        )
+        return f"the compiled library is not part of this installation; {build.remedy()}"
     return _load(library, ("search", "gather_fold", "gather_fold_adjoint", "gather_dot"), "CPU")
 
 
@@ -129,19 +164,19 @@ def load_cuda_library() -> str | None:
     """Load the CUDA kernels once; the reason if that is not possible."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
+    reason = build.why_not_under(torch.__version__)
+    if reason is not None:
+        return reason
     library = _library(cuda=True)
     if library is None:
-        return (
-            "the CUDA library is not part of this installation; install ttsr-fast with nvcc at "
-            "hand and TTSR_FAST_BUILD=cuda, or run `ttsr-fast env --build`"
-        )
+        return f"the CUDA library is not part of this installation; {build.remedy(cuda=True)}"
     operators = ("gather_fold", "gather_fold_adjoint", "gather_dot", "slab_search")
     reason = _load(library, operators, "CUDA")
     theirs = torch.version.cuda
     if reason is None and cuda_library_version().split(".")[0] != theirs.split(".")[0]:
         reason = (
             f"{library.name} was compiled with CUDA {cuda_library_version()}, torch with {theirs}; "
-            f"compile it again with nvcc {theirs.split('.')[0]}: `ttsr-fast env --build`"
+            f"with nvcc {theirs.split('.')[0]} {build.remedy(cuda=True)}"
         )
     return reason
 
@@ -161,7 +196,7 @@ def _load(library: Path, operators: tuple[str, ...], key: str) -> str | None:
     prefix = "ttsr_fast::cpp_" if key == "CPU" else "ttsr_fast::cuda_"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if not all(has_kernel(prefix + op, key) for op in operators):
-        return f"{library} was compiled from other sources; compile it again"
+        return f"{library} was compiled from other sources; {build.remedy()}"
     return None
 
 

@@ -3,22 +3,29 @@
 There is a library for the CPU, which chooses its instruction set when it runs, and one that holds
 code for several GPUs. Both are written against PyTorch's stable ABI and need nothing of Python's,
 so that one file serves every Python and every torch from `OLDEST_TORCH` on. This file imports
-nothing of the package, and torch only to compile; it also runs by itself:
+nothing of the package, and no torch. It is a program, too:
 
-    python ttsr_fast/build.py ttsr_fast/_C.abi3.so
+    python -m ttsr_fast.build                        # for an installation without the kernels
+    python ttsr_fast/build.py ttsr_fast/_C.abi3.so   # in place
 """
 
 import hashlib
+import importlib.util
 import os
 import platform
+import runpy
 import shlex
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 LIBRARY = "_C.abi3.so"
 CUDA_LIBRARY = "_C_cuda.abi3.so"
@@ -32,11 +39,43 @@ NVCC_FLAGS = (
     "--threads=0",
 )
 ARCHITECTURES = (80, 90, 100)  # A100, H100, B200
+SYSTEMS = ("Linux", "Darwin")
+
+
+class Torch(NamedTuple):
+    """An installation of PyTorch.
+
+    Attributes:
+        folder: of its package.
+        version: such as 2.13.0+cpu.
+        cuda: version of CUDA that it is built for.
+    """
+
+    folder: Path
+    version: str
+    cuda: str | None
+
+
+def find_torch() -> Torch | None:
+    """The PyTorch of this Python, not imported.
+
+    It is found from an isolated build of pip, too, which hides what is installed: a library that is
+    compiled against its headers serves every other PyTorch as well.
+    """
+    spec = importlib.util.find_spec("torch")
+    folders = [] if spec is None or spec.origin is None else [Path(spec.origin).parent]
+    installed = (sysconfig.get_path("platlib"), sysconfig.get_path("purelib"))
+    folders += [Path(path, "torch") for path in (*installed, site.getusersitepackages())]
+    for folder in folders:
+        if (folder / "version.py").is_file():
+            facts = runpy.run_path(str(folder / "version.py"))
+            return Torch(folder, facts["__version__"], facts["cuda"])
+    return None
 
 
 def why_not(*, cuda: bool = False) -> str | None:
     """Why the kernels cannot be compiled here, for the CPU or in CUDA; None if they can."""
-    if platform.system() not in ("Linux", "Darwin"):
+    if platform.system() not in SYSTEMS:
         return f"they are for Linux and macOS, this is {platform.system()}"
     if not sources(cuda=cuda):
         return "their sources (csrc) are not part of this installation"
@@ -44,18 +83,28 @@ def why_not(*, cuda: bool = False) -> str | None:
     if shutil.which(compiler) is None:
         language, variable = ("CUDA", "CUDACXX") if cuda else ("C++", "CXX")
         return (
-            f"there is no {language} compiler {compiler!r}; the variable {variable} names another"
+            f"there is no {language} compiler {compiler!r}: install one, or name another in the "
+            f"variable {variable}"
         )
     if cuda and not _architectures():
         names = ", ".join(f"sm_{number}" for number in ARCHITECTURES)
         return f"{compiler} compiles C++20 for none of {names}"
-    try:
-        from torch import __version__ as version
-    except ImportError as error:
-        return f"torch cannot be imported ({error})"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-        return f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}"
-    return None
+    torch = find_torch()
+    return "torch is not installed" if torch is None else why_not_under(torch.version)
+
+
+def why_not_under(torch_version: str) -> str | None:
+    """Why the kernels do not run under a version of PyTorch, None if they do."""
+    if tuple(int(part) for part in torch_version.split(".")[:2]) >= OLDEST_TORCH:
+        return None
+    return f"they need torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch_version}"
+
+
+def remedy(*, cuda: bool = False) -> str:
+    """Advice for an installation without the library: a command, and what it lacks to work."""
+    command = f"`{shlex.quote(sys.executable)} -m ttsr_fast.build` compiles it"
+    reason = why_not(cuda=cuda)
+    return command if reason is None else f"{command}, but not yet: {reason}"
 
 
 def source_folder() -> Path:
@@ -84,16 +133,15 @@ def compile_library(library: Path, *, cuda: bool = False) -> None:
     reason = why_not(cuda=cuda)
     if reason is not None:
         raise RuntimeError(f"the kernels cannot be compiled here: {reason}")
-    import torch
-
-    torch_folder = Path(torch.__file__).parent
-    compiler = [*_compiler(cuda), *FLAGS, "-isystem", str(torch_folder / "include")]
+    torch = find_torch()
+    assert torch is not None  # or there would be a reason
+    compiler = [*_compiler(cuda), *FLAGS, "-isystem", str(torch.folder / "include")]
     here = f"-fmacro-prefix-map={source_folder()}/="  # messages name a source, not its folder
     compiler += (
         [*NVCC_FLAGS, f"-Xcompiler={here}", *_architectures()] if cuda else [*CXX_FLAGS, here]
     )
     compiler += shlex.split(os.environ.get("NVCCFLAGS" if cuda else "CXXFLAGS", ""))
-    link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    link = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     library.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder,
@@ -113,6 +161,22 @@ def compile_library(library: Path, *, cuda: bool = False) -> None:
         _run([*compiler, "-shared", *objects, *link, "-o", linked])
         os.chmod(linked, 0o755)  # nobody else may change what is loaded
         os.replace(linked, library)
+
+
+def build_libraries() -> Iterator[str]:
+    """`build_library` for the CPU, and for CUDA where PyTorch has it; lines that say what was done.
+
+    Raises:
+        RuntimeError: as `build_library`, for the CPU.
+    """
+    yield f"compiled {build_library()}"
+    torch = find_torch()
+    if torch is not None and torch.cuda is not None:
+        reason = why_not(cuda=True)
+        if reason is not None:
+            yield f"left out the kernels in CUDA: {reason}"
+        else:
+            yield f"compiled {build_library(cuda=True)}"
 
 
 def build_library(*, cuda: bool = False) -> Path:
@@ -176,10 +240,9 @@ def _cache_path(cuda: bool) -> Path:
         *NVCC_FLAGS,
         *map(str, ARCHITECTURES),
     )
-    if cuda:
-        from torch.version import cuda as toolkit
-
-        how = (*how, str(toolkit))
+    torch = find_torch()
+    if cuda and torch is not None:
+        how = (*how, str(torch.cuda))
     digest = hashlib.sha256(" ".join(how).encode())
     for file in sorted(source_folder().rglob("*.[ch]*")):
         digest.update(file.read_bytes())
@@ -229,5 +292,10 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    compile_library(target, cuda=target.name == CUDA_LIBRARY)
+    try:
+        for argument in sys.argv[1:]:
+            compile_library(Path(argument), cuda=Path(argument).name == CUDA_LIBRARY)
+        for line in () if sys.argv[1:] else build_libraries():
+            print(line)
+    except (RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")

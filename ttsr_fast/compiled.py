@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttsr_fast import portable
+from ttsr_fast import portable, schemas  # noqa: F401  # schemas defines the operators
 from ttsr_fast.choosers import Choosers, checks_index
 
 # Seconds from which on a search is interruptible. The threads of the main thread wait actively for
