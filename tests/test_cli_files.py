@@ -77,7 +77,7 @@ def test_a_result_too_large_for_its_format_is_png_or_refused(folder, monkeypatch
     result = run("upscale", "wide.webp", "--ref", "ref.png", "--phases", "1", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
     assert read_image("wide_x4.png").size == (4, 16384)
-    monkeypatch.setattr("ttsr_fast.cli.upscale.upscale", None)  # it is not called
+    monkeypatch.setattr("ttsr_fast.cli.batch.upscale", None)  # it is not called
     result = run("upscale", "wide.webp", "--ref", "ref.png", "-o", "a.webp")
     assert_refused(result, "cannot write a.webp: WEBP holds 16383 pixels .*; use .png")
 
@@ -182,8 +182,8 @@ def test_ctrl_c_is_one_line(folder, monkeypatch, command):  # noqa: F811
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    name = {"match": "upscale", "eval": "evaluate"}[command]
-    monkeypatch.setattr(sys.modules[f"ttsr_fast.cli.{command}"], name, interrupted)
+    name = {"match": "upscaling.upscale", "eval": "evaluation.evaluate"}[command]
+    monkeypatch.setattr(f"ttsr_fast.{name}", interrupted)
     options = {"match": ("low.png", "--ref", "ref.png", "-o", "drawing.png")}
     options["eval"] = (".", "--references", ".", "--method", "bicubic")
     result = run(command, *options[command])

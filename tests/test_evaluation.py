@@ -141,7 +141,7 @@ def test_options_reach_the_search(model, pair, monkeypatch):
     small = evaluate(model, [pair], precision="bf16", backend="reference").psnr
     assert [(p, b) for p, b, _ in asked] == [(None, "torch"), ("bf16", "reference")]
     assert small == pytest.approx(plain, abs=0.5)
-    with pytest.raises(ValueError, match="hr: max_memory .* is below the smallest plan"):
+    with pytest.raises(ValueError, match="hr: max_memory .* is too little for method 'ttsr'"):
         evaluate(model, [pair], max_memory=1)
 
 

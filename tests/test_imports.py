@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ttsr_fast import choices, metrics, upscaling
+
 ROOT = Path(__file__).parent.parent
 
 # What each module or subpackage may import, besides the standard library and its own files.
@@ -23,7 +25,7 @@ LAW: dict[str, set[str]] = {
     "transfer": {"backends", "choosers", "portable", "torch"},
     "backends": {"build", "choices", "choosers", "compiled", "portable", "reference", "torch"},
     "schemas": {"torch"},
-    "compiled": {"choosers", "portable", "torch"},
+    "compiled": {"choosers", "portable", "schemas", "torch"},
     "choosers": {"torch"},
     "build": {"torch"},
     "bands": {"functional", "torch"},
@@ -35,7 +37,7 @@ LAW: dict[str, set[str]] = {
     "portable": {"choosers", "torch"},
     "reference": {"torch"},
     "modules": {"functional", "torch"},
-    "model": {"files", "modules", "torch", "safetensors"},
+    "model": {"choices", "files", "modules", "torch", "safetensors"},
     "images": {"files", "image_files", "image_formats", "numpy", "torch"},
     "image_files": {"files", "image_formats", "numpy"},
     "image_formats": {"files", "imagecodecs", "numpy", "PIL", "tifffile"},
@@ -57,17 +59,8 @@ LAW["folders"] = {"files", "images"}
 LAW["pairs"] = {"choices", "files", "folders", "images", "numpy"}
 LAW["training"] = {"PIL", "files", "folders", "images", "model", "numpy", "pairs", "torch"}
 LAW["evaluation"] = {"bank", "detail", "images", "inference", "metrics", "model", "numpy", "pairs"}
-LAW["evaluation"] |= {
-    "choices",
-    "files",
-    "finite",
-    "folders",
-    "pictures",
-    "plan",
-    "table",
-    "team",
-    "torch",
-}
+LAW["evaluation"] |= {"choices", "files", "finite", "folders", "pictures", "plan", "table", "team"}
+LAW["evaluation"] |= {"torch"}
 LAW["training"] |= {"accelerate", "omegaconf", "skimage", "yaml"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
@@ -185,6 +178,7 @@ def forbid(event, arguments):
 sys.addaudithook(forbid)
 import ttsr_fast
 assert not torch.cuda.is_initialized()
+assert torch.ops.ttsr_fast.search and ttsr_fast.search
 loaded = {name.split(".")[0] for name in set(sys.modules) - before}
 sys.exit(" ".join(loaded & %r) or 0)
 """
@@ -192,3 +186,21 @@ sys.exit(" ".join(loaded & %r) or 0)
         [sys.executable, "-c", program % LEFT_ALONE], capture_output=True, text=True, cwd=ROOT
     )
     assert (result.stdout, result.stderr.strip(), result.returncode) == ("", "", 0)
+
+
+def test_import_without_torch_loads_it_at_the_first_use() -> None:
+    program = """
+import sys, ttsr_fast
+from ttsr_fast import choices, cli
+assert not {"torch", "numpy", "PIL"} & set(sys.modules)
+from ttsr_fast import upscale
+assert sys.modules["ttsr_fast.upscaling"].upscale is upscale is ttsr_fast.upscale
+assert set(ttsr_fast.__all__) <= set(dir(ttsr_fast))
+sys.exit(hasattr(ttsr_fast, "nothing"))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_choices_are_what_the_modules_take() -> None:
+    assert tuple(metrics.PROTOCOLS) == choices.PROTOCOLS
+    assert tuple(upscaling.AMP) == choices.AMP

@@ -164,7 +164,7 @@ def test_bad_references_are_named(refs, message):
     [
         ({"tile": 0}, "tile must be at least 1 pixel, got 0"),
         ({"max_memory": 0}, "max_memory must be a positive number of bytes, got 0"),
-        ({"max_memory": 2**20}, "max_memory 0.00 GiB is below the smallest plan, which needs"),
+        ({"max_memory": 2**20}, "max_memory 1 MiB is too little for method 'ttsr' at these sizes"),
     ],
 )
 def test_bad_limits_are_refused(model, options, message):

@@ -1,6 +1,7 @@
 """Plans: sizes in words, what fits, what does not, and that the peak is that of the stages."""
 
 import platform
+import re
 import subprocess
 import sys
 
@@ -88,19 +89,29 @@ def test_a_tile_is_taken_for_every_stage(model):
 
 @each("options", [{}, {"tile": 100}])
 def test_too_little_memory_is_refused_with_what_is_needed(model, options):
-    with pytest.raises(ValueError, match=r"max_memory 1.00 GiB is below .* needs \d\.\d\d GiB"):
+    lines, refusal = describe(LR, [REF], model=model, max_memory=GIB, **options)
+    found = re.fullmatch(r"max_memory 1.00 GiB is too little .*: (\d\.\d)GiB is enough", refusal)
+    with pytest.raises(ValueError, match=r"max_memory 1.00 GiB is too little"):
         plan_ttsr(model, LR, [REF], max_memory=GIB, **options)
+    enough = float(found[1])
+    made = plan_ttsr(model, LR, [REF], max_memory=parse_bytes(f"{enough}GiB"), **options)
+    assert made.peak <= made.limit
+    with pytest.raises(ValueError, match="is too little"):
+        plan_ttsr(model, LR, [REF], max_memory=int(enough * 0.85 * GIB), **options)
+    assert dict(lines)["limit"].endswith("more than is taken now") and len(lines) > 5
 
 
 def test_detail_says_what_it_needs(model):
-    ((name, needed),) = describe(LR, [REF])
-    assert name == "detail" and needed.endswith(" GiB")
-    with pytest.raises(ValueError, match="max_memory 0.10 GiB is not enough for method 'detail'"):
-        describe(LR, [REF], max_memory=GIB // 10)
+    (limit, (name, needed)), refusal = describe(LR, [REF])
+    assert name == "detail" and needed.endswith(" GiB") and refusal is None
+    _, refusal = describe(LR, [REF], max_memory=GIB // 10)
+    assert refusal.startswith("max_memory 102 MiB is too little for method 'detail'")
 
 
 def test_a_plan_in_words(model):
-    lines = dict(describe(LR, [REF], model=model, max_memory=3 * GIB, method="ttsr"))
+    found, refusal = describe(LR, [REF], model=model, max_memory=3 * GIB, method="ttsr")
+    lines = dict(found)
+    assert refusal is None
     assert lines["limit"] == "3.00 GiB more than is taken now"
     assert lines["features are kept on"] == "cpu"
     side = plan_ttsr(model, LR, [REF], max_memory=3 * GIB).tiles["merge"]

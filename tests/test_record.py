@@ -10,8 +10,7 @@ import torch
 
 import ttsr_fast
 from tests.test_cli import LOW, REF, assert_refused, folder, names, noise, run  # noqa: F401
-from ttsr_fast.cli import record
-from ttsr_fast.cli import upscale as command
+from ttsr_fast.cli import batch, inputs, record
 from ttsr_fast.cli.record import NAME, Record
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
@@ -165,7 +164,7 @@ def test_results_are_no_inputs_of_the_next_run(folders):
     assert names(folders / "lows") == expected
     for number in range(3):
         Path(f"lows/{number}.png").unlink()
-    assert_refused(run("upscale", *options), "lows holds no images but results")
+    assert_refused(run("upscale", *options), "LR must name images, got only results")
 
 
 def test_an_input_is_never_replaced(folders):
@@ -272,7 +271,7 @@ def test_an_interrupted_folder_can_be_resumed(folders, monkeypatch):
             raise KeyboardInterrupt
         return upscale(*args, **options)
 
-    monkeypatch.setattr(command, "upscale", interrupted)
+    monkeypatch.setattr(batch, "upscale", interrupted)
     result = run("upscale", *OPTIONS)
     assert result.exit_code == 130
     message = "interrupted after 1 of 3 images; the same command with --resume goes on"
@@ -291,23 +290,23 @@ def test_an_interrupt_before_the_first_image_is_one_line(folders, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "upscale_options", interrupted)
+    monkeypatch.setattr(inputs, "upscale_options", interrupted)
     result = run("upscale", *OPTIONS)
-    message = "error: interrupted before the first image\n"
+    message = "error: interrupted before the first image: nothing is written\n"
     assert (result.exit_code, result.output) == (130, message)
 
 
 def test_weights_that_change_while_they_are_read_do_not_count(folders, monkeypatch):
-    options = command.upscale_options
+    options = inputs.upscale_options
 
     def read_and_replace(*arguments):
         result = options(*arguments)
         save(seed=2)
         return result
 
-    monkeypatch.setattr(command, "upscale_options", read_and_replace)
+    monkeypatch.setattr(inputs, "upscale_options", read_and_replace)
     run("upscale", *OPTIONS)
-    monkeypatch.setattr(command, "upscale_options", options)
+    monkeypatch.setattr(inputs, "upscale_options", options)
     again = [f"{path} is made again: the weights have changed" for path in ALL]
     resume(made=ALL, again=again, kept=[])
     assert_right()
@@ -322,7 +321,7 @@ def test_an_input_that_is_saved_anew_meanwhile_is_still_an_input(folders, monkey
         Path("new.png").replace("lows/00.png")
         return upscale(*arguments, **options)
 
-    monkeypatch.setattr(command, "upscale", save_again)
+    monkeypatch.setattr(batch, "upscale", save_again)
     result = run("upscale", "lows", "--ref", "ref.png", "-o", "lows", "--suffix", "0")
     assert "cannot write lows/00.png: it is an input or another result" in result.stderr
     assert Path("lows/00.png").read_bytes() == Path("lows/1.png").read_bytes()

@@ -114,7 +114,7 @@ class ReferenceBank:
         progress: Progress | None,
         common: dict[str, str],
     ) -> ReferenceFeatures:
-        dtype = model.MainNet.SFE.conv_head.weight.dtype
+        dtype = model.dtype
         ref, refsr = (x.to(dtype) for x in reference_pair(image, (0, 0), torch.device("cpu")))
         if self._cache is None:
             return reference_features(model, ref, refsr, plan, amp, progress)
@@ -166,7 +166,7 @@ def _numerics(model: TTSR, plan: Plan, references: list[Image]) -> str:
     Windows count only where they are small on the CPU, as `plan.LEAST_TILE` explains. A GPU may
     round otherwise in other windows, with a cache and without.
     """
-    device = model.MainNet.SFE.conv_head.weight.device
+    device = model.device
     facts = [torch.__version__, device.type]
     if device.type == "cuda":
         facts += [torch.cuda.get_device_name(device), str(torch.backends.cudnn.version())]

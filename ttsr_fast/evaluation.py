@@ -245,10 +245,9 @@ def _enlarge(
     if model == "bicubic":
         return bicubic, None
     if isinstance(model, TTSR):
-        weight = model.MainNet.SFE.conv_head.weight
-        lr, lrsr = (images.to_tensor(x).to(weight.dtype) for x in (low, bicubic))
+        lr, lrsr = (images.to_tensor(x).to(model.dtype) for x in (low, bicubic))
         if not model.hard_attention:
-            (sr,) = model(lr.to(weight.device))
+            (sr,) = model(lr.to(model.device))
             check_finite("the result holds", sr, model=model)
             return _pixels(sr), None
         plan = plan_ttsr(model, size, sizes, max_memory=job.max_memory)

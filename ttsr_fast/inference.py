@@ -74,7 +74,7 @@ def super_resolve(
     Raises:
         ValueError: the image or its scores hold NaN or infinity, as `check_finite` explains.
     """
-    device = model.MainNet.SFE.conv_head.weight.device
+    device = model.device
     (query,) = _features(model, lrsr, [3], plan, device, "features", progress)
     columns = max(features.key.shape[3] for features in references)
     match = search_references(
@@ -114,7 +114,7 @@ def super_resolve(
 
 def _mixed(model: TTSR, amp: torch.dtype | None) -> torch.autocast:
     """Convolutions in the type `amp`, if there is one."""
-    device = model.MainNet.SFE.conv_head.weight.device.type
+    device = model.device.type
     return torch.autocast(device, amp, enabled=amp is not None)
 
 

@@ -1,6 +1,7 @@
 """How much memory an upscaling will take, stage by stage, and in which windows it fits."""
 
 import ctypes
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -98,25 +99,42 @@ def plan_ttsr(
     Raises:
         ValueError: the smallest plan takes more than that, or `model` has no hard attention.
     """
+    plan = _fitting_or_smallest(model, lr, refs, max_memory, tile, made)
+    if plan.peak > plan.limit:
+        raise ValueError(_too_little("ttsr", plan.peak, model.device, max_memory))
+    return plan
+
+
+def _fitting_or_smallest(
+    model: TTSR,
+    lr: Size,
+    refs: Sequence[Size],
+    max_memory: int | None,
+    tile: int | None,
+    made: bool,
+) -> Plan:
     if not model.hard_attention:
         raise ValueError(
             "model must have hard attention to be helped by references; "
             "without it, model(lr) enlarges a picture"
         )
-    weight = model.MainNet.SFE.conv_head.weight
-    device = weight.device
+    device = model.device
     limit = room(device, max_memory)
-    stores = [device] if device.type == "cpu" else [device, torch.device("cpu")]
-    for store in stores:
-        try:
-            return _plan_on(model, lr, refs, limit, store, tile, made)
-        except MemoryError as error:
-            least = int(str(error))
-    taken = f", of which {gibibytes(resident_bytes())} are taken" if device.type == "cpu" else ""
-    given = gibibytes(limit if max_memory is None else max_memory)
-    raise ValueError(
-        f"max_memory {given} is below the smallest plan, which needs {gibibytes(least)} "
-        f"more than the process has now{taken}"
+    plan = _plan_on(model, lr, refs, limit, device, tile, made)
+    if plan.peak > limit and device.type != "cpu":
+        plan = _plan_on(model, lr, refs, limit, torch.device("cpu"), tile, made)
+    return plan
+
+
+def _too_little(method: str, needed: int, device: torch.device, max_memory: int | None) -> str:
+    """An error that says how much memory is enough: with a twentieth more than was counted."""
+    if max_memory is None:
+        free = gibibytes(room(device, None))
+        return f"method {method!r} needs {gibibytes(needed)} more than is taken, {free} may be used"
+    enough = math.ceil((needed + taken_bytes(device)) * 1.05 / 2**30 * 10) / 10
+    return (
+        f"max_memory {gibibytes(max_memory)} is too little for method {method!r} at these sizes: "
+        f"{enough:.1f}GiB is enough"
     )
 
 
@@ -129,9 +147,8 @@ def _plan_on(
     tile: int | None,
     made: bool,
 ) -> Plan:
-    """The same with maps kept on `store`; MemoryError with the bytes it needs."""
-    weight = model.MainNet.SFE.conv_head.weight
-    device, item = weight.device, weight.element_size()
+    """With maps kept on `store`: what fits, or else the smallest plan there is."""
+    device, item = model.device, model.dtype.itemsize
     queries = lr[0] * lr[1]
     grids = [(height // SCALE, width // SCALE) for height, width in refs]
     keys = [height * width for height, width in grids]
@@ -177,29 +194,22 @@ def _plan_on(
             tiles[stage.name] = max(grid)
         else:
             fit(stage, grid, before + between)
-    plan = Plan(limit, store, band, tiles, whole, stages)
-    if plan.peak > limit:
-        raise MemoryError(str(plan.peak))
-    return plan
+    return Plan(limit, store, band, tiles, whole, stages)
 
 
 def check_detail(
     lr: Size, refs: Sequence[Size], device: torch.device, max_memory: int | None
-) -> int:
-    """The bytes that method "detail" takes.
+) -> None:
+    """Raise ValueError if method "detail" takes more than `max_memory`."""
+    needed = _detail_bytes(lr, refs)
+    if max_memory is not None and needed > room(device, max_memory):
+        raise ValueError(_too_little("detail", needed, device, max_memory))
 
-    Raises:
-        ValueError: they are more than `max_memory`.
-    """
+
+def _detail_bytes(lr: Size, refs: Sequence[Size]) -> int:
     queries = lr[0] * lr[1]
     keys = max(height * width // SCALE**2 for height, width in refs)
-    needed = 4 * _PICTURE * (_DETAIL * queries + _DETAIL_REF * keys)
-    if max_memory is not None and needed > room(device, max_memory):
-        raise ValueError(
-            f"max_memory {gibibytes(max_memory)} is not enough for method 'detail', which needs "
-            f"{gibibytes(needed)} more than the {gibibytes(resident_bytes())} that are taken"
-        )
-    return needed
+    return 4 * _PICTURE * (_DETAIL * queries + _DETAIL_REF * keys)
 
 
 def _window(stage: Stage, grid: Size, item: int, room: int, tile: int | None) -> tuple[int, int]:
@@ -230,17 +240,20 @@ def describe(
     max_memory: int | None = None,
     tile: int | None = None,
     **_: object,
-) -> list[tuple[str, str]]:
-    """What `upscale` would do with these options, in lines of a name and a value.
+) -> tuple[list[tuple[str, str]], str | None]:
+    """What `upscale` would do with these options.
 
-    Raises:
-        ValueError: as `upscale`, if it does not fit.
+    Returns:
+        lines of a name and a value, of the smallest plan if none fits, and then why none does.
     """
     if model is None:
-        needed = check_detail(lr, refs, device or torch.device("cpu"), max_memory)
-        return [("detail", gibibytes(needed))]
-    plan = plan_ttsr(model, lr, refs, max_memory=max_memory, tile=tile)
-    lines = [("limit", f"{gibibytes(plan.limit)} more than is taken now")]
+        where = device or torch.device("cpu")
+        limit, peak = room(where, max_memory), _detail_bytes(lr, refs)
+        lines = [("limit", _more(limit)), ("detail", gibibytes(peak))]
+        fits = max_memory is None or peak <= limit
+        return lines, None if fits else _too_little("detail", peak, where, max_memory)
+    plan = _fitting_or_smallest(model, lr, refs, max_memory, tile, made=False)
+    lines = [("limit", _more(plan.limit))]
     lines.append(("features are kept on", str(plan.store)))
     bands = "whole references" if plan.band is None else f"bands of {plan.band} positions"
     lines.append(("searched are", bands))
@@ -248,7 +261,13 @@ def describe(
         side = plan.tiles.get(name)
         within = "" if side is None or side >= max(lr) else f", windows of {side} x {side}"
         lines.append((name, gibibytes(size) + within))
-    return lines
+    fits = plan.peak <= plan.limit
+    return lines, None if fits else _too_little("ttsr", plan.peak, model.device, max_memory)
+
+
+def _more(limit: int) -> str:
+    """A limit on top of what the process has taken, which may be more than it was given."""
+    return f"{gibibytes(max(0, limit))} more than is taken now"
 
 
 # --- memory ---
@@ -258,9 +277,14 @@ def room(device: torch.device, max_memory: int | None) -> int:
     """Bytes that may be taken on top of what is."""
     if max_memory is None:
         return int(SHARE * free_bytes(device))
-    cuda = device.type == "cuda"
-    taken = torch.cuda.memory_allocated(device) if cuda else resident_bytes()
-    return max_memory - taken
+    return max_memory - taken_bytes(device)
+
+
+def taken_bytes(device: torch.device) -> int:
+    """What this process has in memory now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return resident_bytes()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -307,4 +331,4 @@ def parse_bytes(text: str) -> int:
 
 
 def gibibytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**30:.2f} GiB" if count > 2**30 // 10 else f"{count / 2**20:.0f} MiB"

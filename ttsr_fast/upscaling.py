@@ -187,9 +187,8 @@ def _ttsr(
     progress: Progress | None,
 ) -> tuple[Tensor, ReferenceMatch]:  # [1, 3, 4*h, 4*w]
     """The model; the index of the match is that of a pixel of its reference."""
-    weight = model.MainNet.SFE.conv_head.weight
-    lr = source.to_tensor().to(weight.dtype)
-    lrsr = images.to_tensor(images.upscale_bicubic(source.pixels)).to(weight.dtype)
+    lr = source.to_tensor().to(model.dtype)
+    lrsr = images.to_tensor(images.upscale_bicubic(source.pixels)).to(model.dtype)
     features = bank.features(model, plan, grey=_is_grey(source), amp=amp, progress=progress)
     sr, match = super_resolve(
         model,

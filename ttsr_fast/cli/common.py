@@ -1,4 +1,7 @@
-"""What the commands share: options, the bar of progress, output in harmless lines."""
+"""What the commands share: options, the bar of progress, output in harmless lines.
+
+Nothing here loads PyTorch or NumPy, as it is needed for `--help`.
+"""
 
 import logging
 import os
@@ -8,23 +11,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
-import torch
-
-from ttsr_fast import backends, environment, plan
-from ttsr_fast.bank import ReferenceBank
+from ttsr_fast.choices import AMP, BACKENDS, METHODS, PHASES, PRECISIONS
 from ttsr_fast.files import shown
-from ttsr_fast.folders import namesake, pictures_in
-from ttsr_fast.functional import PRECISIONS
-from ttsr_fast.images import Image
-from ttsr_fast.model import load_model
-from ttsr_fast.upscaling import AMP, METHODS, PHASES
+
+if TYPE_CHECKING:
+    from ttsr_fast.images import Image
 
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+    from rich.text import Text
 except ImportError as error:
     raise SystemExit(f"error: {error.name} is missing: pip install 'ttsr-fast[cli]'") from error
 
@@ -45,16 +52,28 @@ def one_of(choices: Sequence[Any], help: str, default: str) -> Any:
     return typer.Option(callback=check, metavar=metavar, help=help, show_default=default)
 
 
+def flag(*names: str, **options: Any) -> Any:
+    """An option without a value."""
+    return typer.Option(*names, metavar="", **options)
+
+
 Weights = Annotated[
-    Path | None, typer.Option(help="A TTSR checkpoint: official, mmagic's or .safetensors.")
+    Path | None,
+    typer.Option(metavar="FILE", help="A TTSR checkpoint: official, mmagic's or .safetensors."),
 ]
 References = Annotated[
     list[Path] | None,
-    typer.Option(help="Reference picture, or a folder of them; may be given several times."),
+    typer.Option(
+        metavar="PATH", help="Reference picture, or a folder of them; may be given several times."
+    ),
 ]
 MaxMemory = Annotated[
     str | None,
-    typer.Option(help="4GiB, 512M, ...: what the process may take.", show_default="what is free"),
+    typer.Option(
+        metavar="SIZE",
+        help="4GiB, 512M, ...: what the process may take.",
+        show_default="what is free",
+    ),
 ]
 Method = Annotated[
     str | None,
@@ -66,15 +85,15 @@ Phases = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, cuda:1, mps, ...", show_default="the GPU if there is one"),
+    typer.Option(
+        metavar="NAME", help="cpu, cuda, cuda:1, mps, ...", show_default="the GPU if there is one"
+    ),
 ]
-Backend = Annotated[
-    str | None, one_of(backends.BACKENDS, "What runs the search.", "the fastest that can")
-]
+Backend = Annotated[str | None, one_of(BACKENDS, "What runs the search.", "the fastest that can")]
 Precision = Annotated[str | None, one_of(PRECISIONS, "What speed may cost in accuracy.", "fp32")]
 Amp = Annotated[
     str | None,
-    one_of(tuple(AMP), "For ttsr: convolutions in this type, not the search.", "the model's"),
+    one_of(AMP, "For ttsr: convolutions in this type, not the search.", "the model's"),
 ]
 
 
@@ -88,71 +107,11 @@ def _without_warnings(context: typer.Context, quiet: bool) -> bool:
 
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="Say nothing but errors.", callback=_without_warnings),
+    flag("--quiet", "-q", help="Say nothing but errors.", callback=_without_warnings),
 ]
 
 
-class ReferenceOptions:
-    """The references of every picture: all for each, or one of the same name."""
-
-    def __init__(self, ref: list[Path] | None, pairs: Path | None, cache: Path | None) -> None:
-        if bool(ref) == (pairs is not None):
-            raise ValueError("either --ref or --pairs is needed, and not both")
-        if pairs is not None and not pairs.is_dir():
-            raise ValueError(f"--pairs must be a folder, got {shown(pairs)}")
-        self._pairs, self._cache = pairs, cache
-        self._all = [file for path in ref or () for file in pictures_in(path)]
-        self._bank: ReferenceBank | None = None
-
-    def files(self, source: Path) -> list[Path]:
-        return self._all if self._pairs is None else [namesake(source, self._pairs)]
-
-    def leave_out(self, is_result: Callable[[Path], bool]) -> None:
-        """Leave out of the references for all images what earlier runs have written there."""
-        left = [file for file in self._all if not is_result(file)]
-        if self._all and not left:
-            raise ValueError("--ref must name images, got only results")
-        self._all = left
-
-    def bank(self, source: Path) -> ReferenceBank:
-        if self._pairs is not None or self._bank is None:
-            files = self.files(source)
-            self._bank = ReferenceBank(files if len(files) > 1 else files[0], cache=self._cache)
-        return self._bank
-
-
-def upscale_options(
-    weights: Path | None,
-    method: str | None,
-    phases: int | None,
-    device: str | None,
-    backend: str | None,
-    precision: str | None,
-) -> dict[str, Any]:
-    """What `upscale` takes beside the pictures; the model is loaded and moved."""
-    if method == "ttsr" and weights is None:
-        raise ValueError("--method ttsr needs --weights")
-    if weights is not None and (method == "detail" or phases is not None):
-        raise ValueError("--weights are for --method ttsr, which takes no --phases")
-    options = {"method": method, "phases": phases, "backend": backend, "precision": precision}
-    where = torch.device(device_named(device))
-    if backend is not None:
-        backends.can_run(backend, where, raise_error=True)
-    if weights is not None:
-        return {**options, "model": load_model(weights).to(where)}
-    return {**options, "device": where}
-
-
-def device_named(name: str | None) -> str:
-    known = environment.devices()
-    if name is None:
-        return next(iter(known[1:]), "cpu")
-    if name not in known and f"{name}:0" not in known:
-        raise ValueError(f"--device must be one of {', '.join(known)}, got {name}")
-    return name
-
-
-def report(path: Path, image: Image, start: float, quiet: bool) -> None:
+def report(path: Path, image: "Image", start: float, quiet: bool) -> None:
     """Print a result. A reader that has gone away does not end the work."""
     if quiet or sys.stdout is None:
         return
@@ -164,29 +123,56 @@ def report(path: Path, image: Image, start: float, quiet: bool) -> None:
             os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
+_bars: list[Progress] = []  # on the terminal now
+
+
+@contextmanager
+def terminal_bar(*columns: ProgressColumn, quiet: bool) -> Iterator[Progress | None]:
+    """A bar on the terminal of stderr, gone when done; None where that is no terminal.
+
+    `say` prints above it meanwhile.
+    """
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
+        _bars.append(bar)
+        try:
+            yield bar
+        finally:
+            _bars.remove(bar)
+
+
 @contextmanager
 def progress_bar(
     what: str, total: int, quiet: bool
 ) -> Iterator[tuple[Callable[[], None], Callable[[str], Callable[[str, int, int], None]]]]:
-    """A bar on the terminal, gone when done; one picture alone has no measure and only pulses.
+    """A bar of the pictures that are done; for one picture alone, of the steps of its stage.
 
     Gives a function for every picture that is done, and one that makes, of a picture's name, what
     `upscale` tells of its progress.
     """
     text = TextColumn("{task.description}", markup=False)  # `[red]` may be part of a name
-    columns = (SpinnerColumn(), text, BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    disable = quiet or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
-        task = progress.add_task(what, total=total if total > 1 else None)
+    count = [MofNCompleteColumn()] if total > 1 else []
+    columns = (SpinnerColumn(), text, BarColumn(), *count, TimeElapsedColumn())
+    with terminal_bar(*columns, quiet=quiet) as bar:
+        if bar is None:
+            yield lambda: None, lambda name: lambda stage, done, of: None
+            return
+        task = bar.add_task(what, total=total)
 
         def tell(name: str) -> Callable[[str, int, int], None]:
             def told(stage: str, done: int, of: int) -> None:
-                progress.update(task, description=f"{shown(name)}: {stage} {done}/{of}")
+                text = f"{shown(name)}: {stage} {done}/{of}"
+                if total > 1:
+                    bar.update(task, description=text)
+                else:
+                    bar.update(task, description=text, completed=done, total=of)
 
             return told
 
-        yield lambda: progress.advance(task), tell
+        yield lambda: bar.advance(task), tell
 
 
 @contextmanager
@@ -204,13 +190,6 @@ def one_line(error: BaseException) -> str:
     return shown((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def memory_limit(text: str | None) -> int | None:
-    try:
-        return None if text is None else plan.parse_bytes(text)
-    except ValueError as error:
-        raise ValueError(f"--max-memory: {error}") from None
-
-
 def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
     say(f"error: {message}", err=True)
     raise typer.Exit(code)
@@ -219,7 +198,11 @@ def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
 def say(line: str, *, err: bool = False) -> None:
     """Print a line, without what a terminal obeys, in the encoding of the stream if it is open."""
     stream = sys.stderr if err else sys.stdout
-    if stream is not None:
+    if stream is None:
+        return
+    if _bars and stream.isatty():
+        _bars[-1].console.print(Text(fitting(line, stream)), soft_wrap=True)
+    else:
         typer.echo(fitting(line, stream), err=err)
 
 

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ttsr_fast.cli.common import Quiet, errors_in_one_line, one_of, say
+from ttsr_fast.choices import CHECKPOINTS
+from ttsr_fast.cli.common import Quiet, errors_in_one_line, flag, one_of, say
 from ttsr_fast.files import shown
-from ttsr_fast.model import convert_checkpoint
 
 
 def convert_command(
@@ -18,10 +18,10 @@ def convert_command(
         Path, typer.Argument(metavar="OUT", help="File to write: .pt, .pth or .safetensors.")
     ],
     to: Annotated[
-        str | None, one_of(("official", "mmagic"), "Whose names the tensors get.", "official")
+        str | None, one_of(CHECKPOINTS, "Whose names the tensors get.", "official")
     ] = None,
     half: Annotated[
-        bool, typer.Option("--half", help="Round to float16; otherwise no bit changes.")
+        bool, flag("--half", help="Round to float16; otherwise no bit changes.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -30,6 +30,8 @@ def convert_command(
     Of a file of a whole training only the generator and its texture extractor are kept.
     """
     with errors_in_one_line():
+        from ttsr_fast.model import convert_checkpoint
+
         left_out = convert_checkpoint(source, target, to=to or "official", half=half)
     if quiet:
         return

@@ -5,16 +5,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-import torch.distributed as dist
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table as Sheet
 from rich.text import Text
 
+from ttsr_fast.choices import EVALUATED, LAYOUTS, PROTOCOLS, REFERENCES
 from ttsr_fast.cli.common import (
     SOME_FAILED,
     Backend,
@@ -23,22 +22,18 @@ from ttsr_fast.cli.common import (
     Precision,
     Quiet,
     Weights,
-    device_named,
     errors_in_one_line,
     fail,
     fitting,
-    memory_limit,
+    flag,
     one_of,
     progress_bar,
     say,
 )
-from ttsr_fast.evaluation import METHODS, MODES, evaluate
 from ttsr_fast.files import check_writable
-from ttsr_fast.folders import check_other_file
-from ttsr_fast.metrics import PROTOCOLS
-from ttsr_fast.model import load_model
-from ttsr_fast.pairs import LAYOUTS, find_pairs
-from ttsr_fast.table import Table
+
+if TYPE_CHECKING:
+    from ttsr_fast.table import Table
 
 
 def eval_command(
@@ -47,6 +42,7 @@ def eval_command(
     references: Annotated[
         str | None,
         typer.Option(
+            metavar="WHICH",
             help="For cufed5 and sun80 numbers, as 1 or 1,2,3,4,5; for folders the folder of "
             "references; for urban100 and manga109 a list of them in a text file.",
             show_default="1 for cufed5, otherwise all",
@@ -55,24 +51,25 @@ def eval_command(
     mode: Annotated[
         str | None,
         one_of(
-            MODES,
+            REFERENCES,
             "Of several references only the first, each patch from the best of all, or all stacked "
             "into one picture of 500 pixels width.",
             "all if --references names several, otherwise first",
         ),
     ] = None,
     weights: Weights = None,
-    method: Annotated[str | None, one_of(METHODS, "Instead of --weights.", "none")] = None,
-    protocol: Annotated[
-        str | None, one_of(tuple(PROTOCOLS), "Whose PSNR and SSIM.", "ttsr")
+    method: Annotated[str | None, one_of(EVALUATED, "Instead of --weights.", "none")] = None,
+    protocol: Annotated[str | None, one_of(PROTOCOLS, "Whose PSNR and SSIM.", "ttsr")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="For the table, as CSV.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For the table, as JSON.")
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="File for the table, as CSV.")] = None,
-    json: Annotated[Path | None, typer.Option(help="File for the table, as JSON.")] = None,
     pictures: Annotated[
-        Path | None, typer.Option(help="Folder for drawings: bicubic, result, truth, references.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For drawings: bicubic, result, truth, references."),
     ] = None,
     skip: Annotated[
-        bool, typer.Option("--skip", help="Go on without pairs that cannot be evaluated.")
+        bool, flag("--skip", help="Go on without pairs that cannot be evaluated.")
     ] = False,
     device: Device = None,
     max_memory: MaxMemory = None,
@@ -87,6 +84,14 @@ def eval_command(
     Exit codes: 0 all done, 1 some pictures were skipped, 2 bad input.
     """
     with errors_in_one_line(), _processes() as rank:
+        import torch
+
+        from ttsr_fast.cli.inputs import device_named, memory_limit
+        from ttsr_fast.evaluation import evaluate
+        from ttsr_fast.folders import check_other_file
+        from ttsr_fast.model import load_model
+        from ttsr_fast.pairs import find_pairs
+
         if (weights is None) == (method is None):
             raise ValueError("either --weights or --method is needed, and not both")
         tables = [path for path in (csv, json) if path is not None]
@@ -148,6 +153,8 @@ def _references(layout: str | None, text: str | None) -> Any:
 @contextmanager
 def _processes() -> Iterator[int]:
     """The rank of this process; those that torchrun has started become a group meanwhile."""
+    import torch.distributed as dist
+
     launched = dist.is_available() and dist.is_torchelastic_launched()
     if not launched:
         yield 0
@@ -161,13 +168,15 @@ def _processes() -> Iterator[int]:
 
 def _own_gpu() -> str | None:
     """For a process of torchrun, one of the GPUs of its machine in turn."""
+    import torch
+
     number = os.environ.get("LOCAL_RANK")
     if number is None or not torch.cuda.is_available():
         return None
     return f"cuda:{int(number) % torch.cuda.device_count()}"
 
 
-def _show(table: Table) -> None:
+def _show(table: "Table") -> None:
     sheet = Sheet(box=box.SIMPLE_HEAD, show_footer=True)
     sheet.add_column("picture", "mean", overflow="fold")
     sheet.add_column("PSNR", f"{table.psnr:.3f}", justify="right")

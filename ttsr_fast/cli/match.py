@@ -4,10 +4,8 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
-from ttsr_fast import images
 from ttsr_fast.cli.common import (
     Backend,
     Device,
@@ -16,25 +14,20 @@ from ttsr_fast.cli.common import (
     Phases,
     Precision,
     Quiet,
-    ReferenceOptions,
     References,
     Weights,
     errors_in_one_line,
-    memory_limit,
     progress_bar,
     report,
-    upscale_options,
 )
-from ttsr_fast.folders import check_other_file
-from ttsr_fast.images import Image
-from ttsr_fast.pictures import draw_match
-from ttsr_fast.upscaling import upscale
 
 
 def match_command(
     lr: Annotated[Path, typer.Argument(metavar="LR", help="Image to upscale.")],
     ref: References,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File for the drawing.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="File for the drawing.")
+    ],
     weights: Weights = None,
     method: Method = None,
     phases: Phases = None,
@@ -47,9 +40,17 @@ def match_command(
     """Draw where every patch of an image came from, and how similar it is."""
     start = time.perf_counter()
     with errors_in_one_line():
+        import numpy as np
+
+        from ttsr_fast import images
+        from ttsr_fast.cli.inputs import ReferenceOptions, memory_limit, upscale_options
+        from ttsr_fast.folders import check_other_file
+        from ttsr_fast.pictures import draw_match
+        from ttsr_fast.upscaling import upscale
+
         references = ReferenceOptions(ref, None, None)
         check_other_file(output, [lr, *references.files(lr), *([weights] if weights else [])])
-        images.check_output(output, Image(np.empty((1, 1, 3), np.uint8)))
+        images.check_output(output, images.Image(np.empty((1, 1, 3), np.uint8)))
         options = upscale_options(weights, method, phases, device, backend, precision)
         low, bank = images.read_image(lr), references.bank(lr)
         with progress_bar("matching", 1, quiet) as (_, tell):

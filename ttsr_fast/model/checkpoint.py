@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttsr_fast.choices import CHECKPOINTS
 from ttsr_fast.files import shown
 from ttsr_fast.model import tensor_files
 from ttsr_fast.model.ttsr import TTSR
@@ -174,7 +175,7 @@ def convert_checkpoint(
             `to`, a number beyond float16.
         OSError: `target` cannot be written.
     """
-    if to not in ("official", "mmagic"):
+    if to not in CHECKPOINTS:
         raise ValueError(f"to must be 'official' or 'mmagic', got {to!r}")
     path = _checked_path(target)
     if to == "mmagic" and path.suffix == ".safetensors":

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -62,6 +63,16 @@ class TTSR(nn.Module):
         if hard_attention:
             self.LTE = LTE(vgg19)
             self.SearchTransfer = SearchTransfer(precision=precision, backend=backend)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.MainNet.SFE.conv_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, in which images are expected."""
+        return self.MainNet.SFE.conv_head.weight.dtype
 
     def forward(
         self,

@@ -1,0 +1,240 @@
+"""The images of `ttsr-fast upscale`, their results, and the record of these."""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import ttsr_fast
+from ttsr_fast import images, plan
+from ttsr_fast.choices import DEFAULT_PHASES
+from ttsr_fast.cli.common import (
+    BAD_INPUT,
+    ERRORS,
+    SOME_FAILED,
+    errors_in_one_line,
+    fail,
+    one_line,
+    progress_bar,
+    report,
+    say,
+)
+from ttsr_fast.cli.inputs import ReferenceOptions
+from ttsr_fast.cli.record import Record, digest_of
+from ttsr_fast.files import shown
+from ttsr_fast.folders import ENDINGS, identities, identity, pictures_in, result_path
+from ttsr_fast.images import SCALE, SUFFIXES
+from ttsr_fast.inference import Progress
+from ttsr_fast.upscaling import upscale
+
+
+class Batch:
+    """Images to upscale with the same options.
+
+    Args:
+        given: images and folders of them.
+        output: file or folder for the results; None puts them beside the images, those of a folder
+            into a new one.
+        references: of all images.
+        suffix: added to the names of results.
+        ext: ending of results; "auto" for that of their image.
+        resume: whether results are kept that are right.
+        quiet: whether results are not reported.
+
+    Attributes:
+        sources: all images, each once.
+        several: whether the command was given a folder or several images.
+
+    Raises:
+        OSError, ValueError: as `pictures_in`; `ext` is no format; `output` is a file, or named as
+            one, and there are several images.
+    """
+
+    def __init__(
+        self,
+        given: Sequence[Path],
+        output: Path | None,
+        references: ReferenceOptions,
+        suffix: str,
+        ext: str,
+        resume: bool,
+        quiet: bool,
+    ) -> None:
+        self.several = len(given) > 1 or given[0].is_dir()
+        self.sources: list[Path] = []
+        self._output: dict[Path, Path | None] = {}  # where the result of an image goes
+        self._references, self._suffix, self._ext = references, suffix, ext
+        self._resume, self._quiet = resume, quiet
+        self._records: dict[Path, Record] = {}  # by the resolved folder of the results
+        self._taken: set[tuple[int, int]] = set()  # inputs, and results of this run
+        self._inputs: set[Path] = set()  # which other programs may replace meanwhile
+        self._made_from: dict[str, str] = {}  # what all results have in common
+        self._digests: dict[tuple[Path, ...], str] = {}  # of references
+        if ext != "auto" and f".{ext}" not in SUFFIXES:
+            raise ValueError(f"--ext must be auto or one of {ENDINGS}, got {ext}")
+        if self.several and output is not None and _is_file(output):
+            raise ValueError(f"--output must be a folder for several images, got {shown(output)}")
+        for path in given:
+            folder = output
+            if path.is_dir() and output is None:
+                named = path.resolve() if path.name in ("", "..") else path
+                folder = named.with_name(named.name + suffix)
+            for source in pictures_in(path):
+                if source not in self._output:
+                    self.sources.append(source)
+                    self._output[source] = folder
+
+    def prepare(self, weights: Path | None, made_from: dict[str, str]) -> None:
+        """Make folders, open records, leave out earlier results, read the references.
+
+        Args:
+            weights: file of the model, an input.
+            made_from: what all results have in common.
+
+        Raises:
+            OSError, ValueError: a folder cannot be made, a record or reference not be read; nothing
+                is left to do.
+        """
+        if self.several:
+            for folder in {folder for folder in self._output.values() if folder is not None}:
+                folder.mkdir(parents=True, exist_ok=True)
+        if self.several or self._resume:
+            for source in self.sources:
+                folder = self._folder(source)
+                if folder.resolve() not in self._records and folder.is_dir():
+                    self._records[folder.resolve()] = Record(folder)
+        if self.several:
+            left = [source for source in self.sources if not self._is_result(source)]
+            if not left:
+                raise ValueError("LR must name images, got only results")
+            self.sources = left
+        self._references.leave_out(self._is_result)
+        read = [*self.sources, *self._references.inputs()]
+        read += [] if weights is None else [weights]
+        self._taken |= identities(read)
+        self._inputs |= {path.resolve() for path in read}
+        self._made_from |= made_from
+        self._references.check(self.sources[0])  # an error in a reference is one of the command
+
+    def run(self, options: dict[str, Any]) -> None:
+        """All images, in spite of failures, which are printed at the end.
+
+        Args:
+            options: of `upscale`.
+
+        Raises:
+            typer.Exit: with the exit code of the command.
+        """
+        failures: list[str] = []
+        done = 0
+        how = "; the same command with --resume goes on" if self.several else ""
+        with errors_in_one_line(lambda: f" after {done} of {len(self.sources)} images{how}"):
+            try:
+                with progress_bar("upscaling", len(self.sources), self._quiet) as (step, tell):
+                    for source in self.sources:
+                        try:
+                            self._upscale(source, tell(source.name), options)
+                            done += 1
+                        except ERRORS as error:
+                            failures.append(one_line(error))
+                        step()
+            finally:
+                for failure in failures:
+                    say(f"error: {failure}", err=True)
+        if failures and self.several:
+            fail(f"{len(failures)} of {len(self.sources)} images failed", SOME_FAILED)
+        if failures:
+            raise typer.Exit(BAD_INPUT)
+
+    def _upscale(self, source: Path, on_progress: Progress, options: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        record = self._records.get(self._folder(source).resolve())
+        made_from = {} if record is None else self._made_from | self._digests_of(source)
+        low = images.read_image(source)
+        path = result_path(source, low, self._output[source], self._suffix, self._ext)
+        taken = path.exists() and identity(path) in self._taken
+        if taken or path.resolve() in self._inputs:
+            raise ValueError(f"cannot write {shown(path)}: it is an input or another result")
+        if not self._is_kept(path, record, made_from):
+            images.check_output(path, low, SCALE)
+            if record is not None:
+                record.check_writable()
+            bank = self._references.bank(source)
+            image = upscale(low, bank, progress=on_progress, **options).image
+            image.save(path)
+            if record is not None:
+                record.add(path, made_from)
+            report(path, image, start, self._quiet)
+        self._taken.add(identity(path))
+
+    def _folder(self, source: Path) -> Path:
+        """The folder of an image's result."""
+        output = self._output[source]
+        return output if output is not None and output.is_dir() else (output or source).parent
+
+    def _is_result(self, path: Path) -> bool:
+        record = self._records.get(path.parent.resolve())
+        return record is not None and record.holds(path)
+
+    def _digests_of(self, source: Path) -> dict[str, str]:
+        """Those of an image and its references, before they are read: a file may change."""
+        references = tuple(self._references.files(source))
+        if references not in self._digests:
+            digests = " ".join(digest_of(path) for path in references)
+            self._digests[references] = hashlib.sha256(digests.encode()).hexdigest()
+        return {"image": digest_of(source), "references": self._digests[references]}
+
+    def _is_kept(self, path: Path, record: Record | None, made_from: dict[str, str]) -> bool:
+        if record is None or not self._resume or not os.path.isfile(path):
+            return False
+        reason = record.why_again(path, made_from)
+        if reason is not None and not self._quiet:
+            say(f"{shown(path)} is made again: {reason}")
+        return reason is None
+
+
+def _is_file(output: Path) -> bool:
+    """Whether a path is a file, or would be taken for the name of one."""
+    return not output.is_dir() and (output.exists() or output.suffix.lower() in SUFFIXES)
+
+
+def made_from(
+    weights: Path | None, phases: int | None, amp: str | None, precision: str | None
+) -> dict[str, str]:
+    """What all results of a run are made from: what is computed, and not where or in what steps."""
+    if weights is None:
+        facts = {"method": "detail", "phases": phases or DEFAULT_PHASES}
+    else:
+        facts = {"method": "ttsr", "weights": digest_of(weights), "amp": amp}
+    facts |= {"precision": precision or "fp32", "version": ttsr_fast.__version__}
+    return {name: str(value).lower() for name, value in facts.items()}
+
+
+def show_plans(
+    sources: Sequence[Path], references: ReferenceOptions, options: dict[str, Any]
+) -> None:
+    """A plan for every size among the images.
+
+    Raises:
+        ValueError: one of them does not fit; all are shown.
+    """
+    seen = set()
+    refusals = []
+    for source in sources:
+        size = images.read_image(source).size
+        pictures = references.bank(source).pictures(grey=False)
+        sizes = [picture.size for picture in pictures]
+        if (size, *sizes) in seen:
+            continue
+        seen.add((size, *sizes))
+        lines, refusal = plan.describe(size, sizes, **options)
+        refusals += [] if refusal is None else [refusal]
+        say(f"{source} ({size[1]} x {size[0]})")
+        for name, value in lines:
+            say(f"  {name:<22} {value}")
+    if refusals:
+        raise ValueError(refusals[-1])

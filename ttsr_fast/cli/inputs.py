@@ -1,0 +1,89 @@
+"""What the commands make of their options: references, model, device, limits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttsr_fast import backends, environment, plan
+from ttsr_fast.bank import ReferenceBank
+from ttsr_fast.files import shown
+from ttsr_fast.folders import namesake, pictures_in
+from ttsr_fast.model import load_model
+
+
+class ReferenceOptions:
+    """The references of every picture: all for each, or one of the same name."""
+
+    def __init__(self, ref: list[Path] | None, pairs: Path | None, cache: Path | None) -> None:
+        if bool(ref) == (pairs is not None):
+            raise ValueError("either --ref or --pairs is needed, and not both")
+        if pairs is not None and not pairs.is_dir():
+            raise ValueError(f"--pairs must be a folder, got {shown(pairs)}")
+        self._pairs, self._cache = pairs, cache
+        self._all = [file for path in ref or () for file in pictures_in(path)]
+        self._bank: ReferenceBank | None = None
+
+    def files(self, source: Path) -> list[Path]:
+        return self._all if self._pairs is None else [namesake(source, self._pairs)]
+
+    def inputs(self) -> list[Path]:
+        """The references of any image."""
+        return self._all if self._pairs is None else pictures_in(self._pairs)
+
+    def check(self, source: Path) -> None:
+        """Read the references for all images; those of `source` alone are its own matter."""
+        if self._pairs is None:
+            self.bank(source)
+
+    def leave_out(self, is_result: Callable[[Path], bool]) -> None:
+        """Leave out of the references for all images what earlier runs have written there."""
+        left = [file for file in self._all if not is_result(file)]
+        if self._all and not left:
+            raise ValueError("--ref must name images, got only results")
+        self._all = left
+
+    def bank(self, source: Path) -> ReferenceBank:
+        if self._pairs is not None or self._bank is None:
+            files = self.files(source)
+            self._bank = ReferenceBank(files if len(files) > 1 else files[0], cache=self._cache)
+        return self._bank
+
+
+def upscale_options(
+    weights: Path | None,
+    method: str | None,
+    phases: int | None,
+    device: str | None,
+    backend: str | None,
+    precision: str | None,
+) -> dict[str, Any]:
+    """What `upscale` takes beside the pictures; the model is loaded and moved."""
+    if method == "ttsr" and weights is None:
+        raise ValueError("--method ttsr needs --weights")
+    if weights is not None and (method == "detail" or phases is not None):
+        raise ValueError("--weights are for --method ttsr, which takes no --phases")
+    options = {"method": method, "phases": phases, "backend": backend, "precision": precision}
+    where = torch.device(device_named(device))
+    if backend is not None:
+        backends.can_run(backend, where, raise_error=True)
+    if weights is not None:
+        return {**options, "model": load_model(weights).to(where)}
+    return {**options, "device": where}
+
+
+def device_named(name: str | None) -> str:
+    known = environment.devices()
+    if name is None:
+        return next(iter(known[1:]), "cpu")
+    if name not in known and f"{name}:0" not in known:
+        raise ValueError(f"--device must be one of {', '.join(known)}, got {name}")
+    return name
+
+
+def memory_limit(text: str | None) -> int | None:
+    try:
+        return None if text is None else plan.parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"--max-memory: {error}") from None
