@@ -1,23 +1,21 @@
-"""Super-resolve a photograph from another view of the same scene, without trained weights.
+"""Super-resolve a photograph from another view, without trained weights.
 
     python bench/demo.py
 
-The pair is scikit-image's `stereo_motorcycle`: the left view, reduced four times, is the input; the
-right view is the reference; the left view itself is the truth. Prints PSNR and SSIM on Y and the
-time, draws the pictures side by side into `--out`, and saves `lr.png`, `ref.png`, `sr.png` and
-`truth.png` beside it.
+The pair is scikit-image's `stereo_motorcycle`: the left view, reduced four
+times, is the input; the right view is the reference; the left view itself is
+the truth. Prints PSNR and SSIM on Y and the time, draws the pictures side by
+side into `--out`, and saves `lr.png`, `ref.png`, `sr.png` and `truth.png`
+beside it.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 import plots
-import tables
+import terminal
 import torch
-from rich.console import Console
-from rich.table import Table
 from skimage.data import stereo_motorcycle
 from torch import Tensor
 
@@ -87,9 +85,7 @@ def draw(panels: list[tuple[str, Image, list[Box]]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demonstration."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"), metavar="FILE")
     args = parser.parse_args(argv)
     lr, ref, truth = make_pair()
@@ -102,14 +98,14 @@ def main(argv: list[str] | None = None) -> int:
         for name, x in (("bicubic", bicubic), ("ttsr-fast", sr))
     }
 
-    title = f"\n{'x'.join(map(str, lr.size))} to {'x'.join(map(str, sr.size))}, measured on Y"
-    table = Table(title=title, **tables.STYLE)
-    for name in ("", "PSNR", "SSIM", "time"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, (decibel, similarity) in scores.items():
-        taken = f"{seconds:.2f} s" if name == "ttsr-fast" else ""
-        table.add_row(name, f"{decibel:.2f} dB", f"{similarity:.4f}", taken)
-    Console().print(table)
+    title = f"{'x'.join(map(str, lr.size))} to {'x'.join(map(str, sr.size))}, measured on Y"
+    times = {"ttsr-fast": f"{seconds:.2f} s"}
+    rows = [
+        [name, f"{decibel:.2f} dB", f"{similarity:.4f}", times.get(name, "")]
+        for name, (decibel, similarity) in scores.items()
+    ]
+    table = terminal.Table(title, ["", "PSNR", "SSIM", "time"], 1, rows)
+    terminal.console().print(table)
 
     boxes = [(x, y, x + DETAIL_SIZE[0], y + DETAIL_SIZE[1]) for x, y in DETAILS.values()]
     matched = [matched_box(box, result.index, ref.size) for box in boxes]

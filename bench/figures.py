@@ -2,7 +2,8 @@
 
     python bench/figures.py
 
-Writes a PNG for each into `--out`; that of the gaps, which searches in float64, takes a minute.
+Writes a PNG for each into `--out`; that of the gaps, which searches in float64,
+takes a minute.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What a GPU machine needs beside the checkout: both libraries and the compiled Triton kernels.
+"""Both libraries and the Triton kernels, compiled for a GPU machine.
 
-    python bench/gpu_bundle.py make       compile them for sm_90 into the folder gpu-bundle
-    python bench/gpu_bundle.py versions   on the GPU: read versions, load or build the libraries
-    python bench/gpu_bundle.py kernels    on the GPU: compile the kernels unless the bundle has them
+    python bench/gpu_bundle.py make      compile for sm_90 into gpu-bundle
+    python bench/gpu_bundle.py versions  on the GPU: load or build the libraries
+    python bench/gpu_bundle.py kernels   on the GPU: compile missing kernels
 
-Triton finds a kernel compiled here where Python, torch and Triton are of the same builds. Whatever
-does not fit is compiled again.
+Triton finds a kernel compiled here where Python, torch and Triton are of the
+same builds. Whatever does not fit is compiled again.
 """
 
 import argparse

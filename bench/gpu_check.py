@@ -1,15 +1,16 @@
-"""Everything that is to be known from a CUDA GPU, in two calls of ten minutes at most each.
+"""All checks on a CUDA GPU, in two calls of ten minutes at most each.
 
-    python bench/gpu_check.py a                  kernels: right or wrong, times, ceilings, profiles
-    python bench/gpu_check.py b                  benchmarks, tests, memcheck
-    python bench/gpu_check.py a --from times     go on from a step, keeping the results before it
-    python bench/gpu_check.py a --rehearse       a few pixels, the kernels interpreted on a CPU
-    python bench/gpu_check.py show FILE.json     print a summary again
+    python bench/gpu_check.py a               kernels: results, times, profiles
+    python bench/gpu_check.py b               benchmarks, tests, memcheck
+    python bench/gpu_check.py a --from times  go on from a step
+    python bench/gpu_check.py a --rehearse    a few pixels on a CPU
+    python bench/gpu_check.py show FILE.json  print a summary again
 
-Uses the Python that runs it as it is: nothing is installed or downloaded. A step is a process with
-a time limit. If one fails or lacks its tool, the others go on. After every step two files in the
-folder `$OUT`, or `bench/results`, are rewritten: `gpu-check-a.json` with all numbers and
-`gpu-check-a.tar.gz` with logs and raw results. Exits with status 1 unless all steps passed.
+Uses the Python that runs it as it is: nothing is installed or downloaded. A
+step is a process with a time limit. If one fails or lacks its tool, the others
+go on. After every step two files in the folder `$OUT`, or `bench/results`, are
+rewritten: `gpu-check-a.json` with all numbers and `gpu-check-a.tar.gz` with
+logs and raw results. Exits with status 1 unless all steps passed.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python bench/gpu_kernels.py check | times | ceilings | profile
 
-`--out FILE` is rewritten after every job. If a job leaves CUDA unusable or hangs, the process
-starts again with the next one. Nothing is timed whose result is wrong. `--tiny` runs at a few
-pixels, on the CPU with TRITON_INTERPRET=1. `profile` shows a profiler one launch of each kernel.
+`--out FILE` is rewritten after every job. If a job leaves CUDA unusable or
+hangs, the process starts again with the next one. Nothing is timed whose result
+is wrong. `--tiny` runs at a few pixels, on the CPU with TRITON_INTERPRET=1.
+`profile` shows a profiler one launch of each kernel.
 """
 
 import argparse

@@ -1,9 +1,13 @@
 """The summary of `gpu_check.py`: a line for each step, then its numbers in tables."""
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
-LINES, COLUMNS = 100, 110
+from text import GAP, groups, width
+
+LINES = 100
+COLUMNS = min(110, shutil.get_terminal_size((110, LINES)).columns)
 FAILURES = 5  # lines on what failed in a step
 Data = dict[str, Any]
 Cell = tuple[str, str, str, str]  # table, row, column, text
@@ -31,16 +35,17 @@ def summary(document: Data) -> str:
 
 
 def table_lines(title: str, cells: list[tuple[str, str, str]]) -> list[str]:
-    """Rows and columns in the order of their first cells."""
+    """Rows and columns in the order of their first cells, in groups of columns that fit."""
     rows, columns = (list(dict.fromkeys(cell[n] for cell in cells)) for n in (0, 1))
     texts = {cell[:2]: cell[2] for cell in cells}
     grid = [[title, *columns]] if len(title) < 36 else [["", *columns]]
     grid += [[row, *(texts.get((row, column), "-") for column in columns)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in grid
-    ]
+    labels, *columns = map(list, zip(*grid, strict=True))
+    lines = []
+    for part in groups(columns, COLUMNS - width(labels) - GAP):
+        for label, *numbers in zip(labels, *part, strict=True):
+            line = [label.ljust(width(labels)), *map(str.rjust, numbers, map(width, part))]
+            lines.append((" " * GAP).join(line).rstrip())
     return lines if grid[0][0] else [title, *lines]
 
 

@@ -1,17 +1,17 @@
-"""Time and peak memory of `ttsr-fast upscale` at high resolution, a process for each run.
+"""Time and peak memory of `ttsr-fast upscale` at high resolution.
 
-    python bench/highres.py            from 480x270 to 1920x1080 with a 1080p reference, ten minutes
-                                       and 10 GB of memory
-    python bench/highres.py --quick    from 60x40 to 240x160, half a minute
+    python bench/highres.py           480x270 to 1920x1080, 10 minutes and 10 GB
+    python bench/highres.py --quick   60x40 to 240x160, half a minute
 
-The picture is scikit-image's stereo pair, resized: the left view reduced four times is enlarged
-with the right view as reference, by the method "detail" and by TTSR as published with random
-weights, which take as long as any. Peak memory is that of the whole process, PyTorch included.
-Every result of TTSR is held against that of its networks run at once, without windows: 99.9 % of
-its values must be within 1. What the original form would need is said, not run.
+The picture is scikit-image's stereo pair, resized: the left view reduced four
+times is enlarged with the right view as reference, by the method "detail" and
+by TTSR as published with random weights, which take as long as any. Peak memory
+is that of the whole process, PyTorch included. Every result of TTSR is held
+against that of its networks run at once, without windows: 99.9 % of its values
+must be within 1. What the original form would need is said, not run.
 
-Writes `highres.json` into the folder `--out`. Exits with status 1 if a result was wrong, a process
-failed, or one took more memory than it was given.
+Writes `highres.json` into the folder `--out`. Exits with status 1 if a result
+was wrong, a process failed, or one took more memory than it was given.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from typing import Any
 
 import harness
 import numpy as np
-import report
 import tables
+import terminal
 import torch
 from rich.console import Console
 from skimage.data import stereo_motorcycle
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "rows": [],
     }
     runs = [("detail", None), ("ttsr", None)] + [("ttsr", limit) for limit in args.limits]
-    with TemporaryDirectory() as name, report.progress_bar(console) as progress:
+    with TemporaryDirectory() as name, terminal.progress_bar(console) as progress:
         folder = Path(name)
         task = progress.add_task("", total=len(runs))
         make_files(args.size, folder)
@@ -122,9 +122,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, report; 1 if anything was wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="a small picture")
     add("--limits", nargs="+", metavar="SIZE", help=f"of TTSR; default: {' '.join(LIMITS)}")
@@ -133,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.size = QUICK_SIZE if args.quick else SIZE
     args.limits = args.limits or list(QUICK_LIMITS if args.quick else LIMITS)
-    console = Console()
+    console = terminal.console()
     data = run(args, console)
     console.print(tables.highres_table(data))
     return int(any(row["status"] != "ok" for row in data["rows"]))

@@ -1,18 +1,20 @@
-"""Time and memory of `SearchTransfer` and of the whole model, against their original form.
+"""Time and memory of `SearchTransfer` and of TTSR, against their original form.
 
-    python bench/model.py                     takes ten minutes on a small CPU
-    python bench/model.py --quick             small maps and images, under a minute
-    python bench/model.py --sizes 270x480     SearchTransfer at these sizes of its maps
-    python bench/model.py --pair 88x125:368x500 --batch 9    image and reference, training batch
+    python bench/model.py                        ten minutes on a small CPU
+    python bench/model.py --quick                small maps, under a minute
+    python bench/model.py --sizes 270x480        maps of SearchTransfer
+    python bench/model.py --pair 88x125:368x500  image and reference of TTSR
 
-`SearchTransfer` forward, and with all its gradients where there are not too many pairs of
-positions; on a GPU also replayed from a CUDA graph. Then TTSR: forward on an image with its
-reference, and a training step (L1, backward, Adam) on a batch of patches, with the time of every
-stage. The original form is `ttsr_fast.reference.search_transfer`, in the same model; float32 is
-float32 throughout.
+`SearchTransfer` forward, and with all its gradients where there are not too
+many pairs of positions; on a GPU also replayed from a CUDA graph. Then TTSR:
+forward on an image with its reference, and a training step (L1, backward, Adam)
+on a batch of patches, with the time of every stage. The original form is
+`ttsr_fast.reference.search_transfer`, in the same model; float32 is float32
+throughout.
 
-Writes a result file and a plot into the folder `--out` (`model.json` on the CPU, `<gpu>-model.json`
-otherwise). Exits with status 1 if any result was wrong; no time is reported for that one.
+Writes a result file and a plot into the folder `--out` (`model.json` on the
+CPU, `<gpu>-model.json` otherwise). Exits with status 1 if any result was wrong;
+no time is reported for that one.
 """
 
 import argparse
@@ -32,6 +34,7 @@ import model_runs
 import peers
 import report
 import tables
+import terminal
 import text
 import torch
 from devices import Run
@@ -259,7 +262,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "cases": [],
     }
     total = sum(1 + (size.pairs <= PAIRS) for size in args.sizes) + len(MODEL)
-    with report.progress_bar(console) as progress:
+    with terminal.progress_bar(console) as progress:
         task = progress.add_task("", total=total)
 
         def measure(case: dict[str, Any], contenders: dict[str, Contender]) -> dict[str, Any]:
@@ -315,9 +318,7 @@ def measure_model(
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, with device, names and sizes resolved."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     add = parser.add_argument
     add("--device", metavar="DEVICE", help="cuda or cpu; default: the GPU where there is one")
     add("--sizes", nargs="+", type=Size.parse, metavar="SIZE", help="default: by device")
@@ -366,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     if args.device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # of convolutions, where it is torch's default
-    console = Console()
+    console = terminal.console()
     data = run(args, console)
     if not args.no_plot:
         report.draw(data, args.out / f"{devices.stem(args.device, 'model')}.png", console)

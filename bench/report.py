@@ -1,22 +1,21 @@
 """Tables and plots of the results of the benchmarks.
 
-    python bench/report.py out/*.json                        markdown on the terminal
-    python bench/report.py out/*.json --images docs/images   and the plots, <stem>.png
+    python bench/report.py out/*.json                       tables in markdown
+    python bench/report.py out/*.json --images docs/images  and the plots
 
-Plots need matplotlib; without it they are left out, and that is said.
+Plots (`<stem>.png`) need matplotlib; without it a message says so.
 
 The benchmarks themselves show their results with the same tables and plots.
 """
 
-import argparse
 import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import plots
+import terminal
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tables import (
     INDICES,
     Data,
@@ -49,12 +48,6 @@ def machine_text(data: Data) -> str:
         others = ("triton", "flashlib")
     named = [f"{name} {version}" for name, version in versions.items() if name not in others]
     return ", ".join([*unit, *named, machine["date"][:10]])
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar that disappears when it is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
 
 
 def draw(data: Data, path: Path, console: Console) -> None:
@@ -159,9 +152,7 @@ def _highres_markdown(data: Data) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables of every file; 2 if one cannot be read."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="write the plots there")
     args = parser.parse_args(argv)

@@ -5,9 +5,10 @@
     python bench/search.py --sizes 100x100:108x96   queries 100x100, keys 108x96
     python bench/search.py --sizes 9*40x40          nine images at once
 
-Runs on the GPU where there is one. Writes a result file and a plot into the folder `--out`
-(`search.json` on the CPU, the name of the GPU otherwise) and prints a table per size. Exits with
-status 1 if any candidate gave a wrong result; no time is reported for that one.
+Runs on the GPU where there is one. Writes a result file and a plot into the
+folder `--out` (`search.json` on the CPU, the name of the GPU otherwise) and
+prints a table per size. Exits with status 1 if any candidate gave a wrong
+result; no time is reported for that one.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import memory
 import peers
 import report
 import tables
+import terminal
 import text
 import torch
 from gate import SearchTruth
@@ -77,7 +79,7 @@ def sweep(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     names = [*args.backends, *args.peers]
     stem = devices.stem(args.device, "search")
-    with report.progress_bar(console) as progress:
+    with terminal.progress_bar(console) as progress:
         task = progress.add_task("", total=len(args.sizes) * (len(names) + 2))
         for size in args.sizes:
             title = text.size_title(vars(size))
@@ -240,9 +242,7 @@ def with_rates(
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, with device, names and threads resolved."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     add = parser.add_argument
     add("--device", metavar="DEVICE", help="cuda or cpu; default: the GPU where there is one")
     add(
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the libraries that are loaded later
     torch.set_num_threads(args.threads)
-    console = Console()
+    console = terminal.console()
     data = sweep(args, console)
     failed = [
         f"{row['label']} at {text.size_title(entry)}"

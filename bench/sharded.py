@@ -1,14 +1,15 @@
-"""Time and memory of a search whose key is shared out among processes, against one process.
+"""Time and memory of a search with a key shared out among processes.
 
     torchrun --nproc-per-node 2 bench/sharded.py
-    torchrun --nproc-per-node 2 bench/sharded.py --quick                 under a minute
-    torchrun --nproc-per-node 2 bench/sharded.py --sizes 100x100:108x96  queries, keys
+    torchrun --nproc-per-node 2 bench/sharded.py --quick
+    torchrun --nproc-per-node 2 bench/sharded.py --sizes 100x100:108x96
 
-On the CPU, under Linux. The search in one process is held against float64 ground truth, and that
-over processes has to be bit-equal to it; no time is reported for a wrong one. One process is
-measured with the threads of each of several, and with those of all. Prints a table per size: "key"
-is the largest share of it that a process holds, "memory" the most that one needs above inputs and
-results. Exits with status 1 if a result was wrong.
+On the CPU, under Linux. The search in one process is held against float64
+ground truth, and that over processes has to be bit-equal to it; no time is
+reported for a wrong one. One process is measured with the threads of each of
+several, and with those of all. Prints a table per size: "key" is the largest
+share of it that a process holds, "memory" the most that one needs above inputs
+and results. Exits with status 1 if a result was wrong.
 """
 
 import argparse
@@ -21,14 +22,13 @@ import devices
 import harness
 import memory
 import peers
+import terminal
 import torch
 import torch.distributed as dist
 from gate import SearchTruth, WrongResult
 from harness import Contender, Run
-from rich.console import Console
-from rich.table import Table
 from sizes import Size
-from tables import STYLE
+from terminal import Table
 from text import bytes_text, count_text, range_text, seconds_text, size_title
 
 from ttsr_fast import Match, backends, search
@@ -123,31 +123,29 @@ def _check(truth: SearchTruth, whole: Match, found: Match) -> dict[str, float]:
 
 
 def table(size: Size, channels: int, records: list[dict[str, Any]]) -> Table:
-    title = f"{size_title(vars(size))}, {channels} channels, {count_text(size.pairs)} pairs"
-    found = Table(title=f"\n{title}", **STYLE)
-    found.add_column("", no_wrap=True)
-    for name in ("time", "20 to 80 %", "pairs/s", "key", "memory"):
-        found.add_column(name, justify="right", no_wrap=True)
-    for row in records:
-        if row["status"] != "ok":
-            found.add_row(row["label"], f"FAILED: {row['reason']}")
-            continue
-        found.add_row(
-            row["label"],
-            seconds_text(row["median_s"]),
-            range_text(row["low_s"], row["high_s"]),
-            count_text(size.pairs / row["median_s"]),
-            bytes_text(row["key_bytes"]),
-            bytes_text(row["peak_bytes"]),
-        )
-    return found
+    right = [row for row in records if row["status"] == "ok"]
+    return Table(
+        f"{size_title(vars(size))}, {channels} channels, {count_text(size.pairs)} pairs",
+        ["", "time", "20 to 80 %", "pairs/s", "key", "memory"],
+        1,
+        [
+            [
+                row["label"],
+                seconds_text(row["median_s"]),
+                range_text(row["low_s"], row["high_s"]),
+                count_text(size.pairs / row["median_s"]),
+                bytes_text(row["key_bytes"]),
+                bytes_text(row["peak_bytes"]),
+            ]
+            for row in right
+        ],
+        [f"{row['label']}: FAILED: {row['reason']}" for row in records if row not in right],
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, and what torchrun says of the processes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     add = parser.add_argument
     add("--sizes", nargs="+", type=Size.parse, metavar="SIZE", help=f"default: {' '.join(SIZES)}")
     add("--quick", action="store_true", help="small sizes, short runs")
@@ -175,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     dist.init_process_group("gloo")
-    console = Console()
+    console = terminal.console()
     right = True
     for size in args.sizes:
         records = measure(size, args)

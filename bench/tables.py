@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from terminal import Table
 from text import (
     bytes_text,
     count_text,
@@ -16,14 +15,6 @@ from text import (
 )
 
 Data = dict[str, Any]
-STYLE: Data = {
-    "box": SIMPLE_HEAD,
-    "show_edge": False,
-    "pad_edge": False,
-    "collapse_padding": True,
-    "title_justify": "left",
-    "caption_justify": "left",
-}
 INDICES = ("random", "coherent", "all to one")
 OPERATIONS = ("gather_fold", "adjoint", "SearchTransfer", "with gradients")
 ORIGINAL = "reference"  # the name of what a drop-in is compared with
@@ -49,22 +40,19 @@ def search_table(data: Data, entry: Data) -> Table:
         f"one over pixels, {entry.get('pixel_gemm_operands', 'float32')}: "
         f"{seconds_text(entry['pixel_gemm_s'])}",
     ]
-    table = Table(
-        title=f"\n{size_title(entry)}, {data['channels']} channels, "
-        f"{count_text(entry['pairs'])} pairs",
-        **STYLE,
+    columns = search_columns(data, everything=True)
+    measured = [row for row in entry["rows"].values() if row["status"] == "ok"]
+    lines += [
+        f"{row['label']}: {cell(row, '')}" for row in entry["rows"].values() if row not in measured
+    ]
+    return Table(
+        f"{size_title(entry)}, {data['channels']} channels, {count_text(entry['pairs'])} pairs",
+        ["", *(name for name, _ in columns)],
+        1,
+        [[label(row), *(text(row) for _, text in columns)] for row in measured],
+        lines,
+        bold=sum(row["backend"] is not None for row in measured),
     )
-    table.add_column("", no_wrap=True)
-    for name, _ in search_columns(data, everything=True):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in entry["rows"].values():
-        if row["status"] != "ok":
-            lines.append(f"{row['label']}: {cell(row, '')}")
-            continue
-        cells = [cell(row) for _, cell in search_columns(data, everything=True)]
-        table.add_row(label(row), *cells, style="bold" if row["backend"] else "")
-    table.caption = "\n".join(lines)
-    return table
 
 
 def label(row: Data) -> str:
@@ -101,28 +89,7 @@ def transfer_table(data: Data) -> Table:
     copy = data["copy_bytes_per_s"] / 1e9
     title = f"{transfer_title(data)}; ms with indices {'/'.join(INDICES)}"
     lines = [f"a copy runs at {copy:.1f} GB/s", *reasons(data)]
-    return _table(title, lines, *transfer_header(data), transfer_rows(data, "\n"))
-
-
-def _table(
-    title: str,
-    lines: list[str],
-    header: list[str],
-    left: int,
-    rows: list[list[str]],
-    wrap_left: bool = False,
-) -> Table:
-    """A table with lines of text below; its first `left` columns describe a case.
-
-    Where it is too wide, either those are wrapped or the others.
-    """
-    table = Table(title=f"\n{title}", caption="\n".join(lines), **STYLE)
-    for n, name in enumerate(header):
-        justify, no_wrap = ("left", not wrap_left) if n < left else ("right", wrap_left)
-        table.add_column(name, justify=justify, no_wrap=no_wrap)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return Table(title, *transfer_header(data), transfer_rows(data, "\n"), lines)
 
 
 def reasons(data: Data) -> list[str]:
@@ -179,10 +146,12 @@ def _group_cell(rows: list[Data], separator: str) -> str:
 
 def model_tables(data: Data) -> list[Table]:
     """Time and memory of every case of a model run, and the stages of the whole model."""
-    cases = model_rows(data, "\n")
+    header, left, rows = model_rows(data, "\n")
+    header = ["", *header[left:]]
+    rows = [[", ".join(row[:left]), *row[left:]] for row in rows]
     return [
-        _table("Drop-in and original form", reasons(data), *cases, wrap_left=True),
-        _table("Stages", [], *stage_rows(data), wrap_left=True),
+        Table("Drop-in and original form", header, 1, rows, reasons(data)),
+        Table("Stages", *stage_rows(data)),
     ]
 
 
@@ -239,7 +208,7 @@ def stage_rows(data: Data) -> tuple[list[str], int, list[list[str]]]:
 
 def highres_table(data: Data) -> Table:
     """Time and memory of whole runs of the command."""
-    return _table(highres_title(data), [], *highres_rows(data))
+    return Table(highres_title(data), *highres_rows(data))
 
 
 def highres_title(data: Data) -> str:

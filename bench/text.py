@@ -1,8 +1,10 @@
-"""Numbers and sizes as the tables write them."""
+"""Numbers and sizes as the tables write them, and what fits beside what."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 UNITS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+GAP = 2  # spaces between the columns of a table
 
 
 def seconds_text(seconds: float) -> str:
@@ -49,3 +51,19 @@ def size_title(entry: dict[str, Any]) -> str:
     query, key = ("x".join(map(str, entry[side])) for side in ("query", "key"))
     grids = query if query == key else f"{query} in {key}"
     return grids if entry.get("batch", 1) == 1 else f"{entry['batch']} of {grids}"
+
+
+def width(column: Sequence[str]) -> int:
+    return max((len(line) for cell in column for line in cell.split("\n")), default=0)
+
+
+def groups(columns: Sequence[Sequence[str]], limit: int) -> Iterator[list[Sequence[str]]]:
+    """Consecutive columns that fit into `limit` characters, at least one at a time."""
+    found: list[Sequence[str]] = []
+    for column in columns:
+        if found and sum(width(x) + GAP for x in [*found, column]) - GAP > limit:
+            yield found
+            found = []
+        found = [*found, column]
+    if found:
+        yield found

@@ -1,16 +1,18 @@
 """Train a small TTSR from scratch on photographs, and show what it has learnt.
 
-    python bench/train_demo.py                       a quarter of an hour on two CPU cores
-    python bench/train_demo.py --photos FOLDER       on photographs of your own
-    python bench/train_demo.py --set num_epochs=80   as `ttsr-fast train --set`
+    python bench/train_demo.py                      15 minutes on two CPU cores
+    python bench/train_demo.py --photos FOLDER      on photographs of your own
+    python bench/train_demo.py --set num_epochs=80  as `ttsr-fast train --set`
 
-Without --photos the photographs are those of `photographs.py`, fetched once. Every sixth of your
-own is held out. The training is the preset `tiny`; its result, checkpoints and TensorBoard's logs
-go to `train` in the folder `--out`, and the demonstration, run again, goes on where it was stopped.
+Without --photos the photographs are those of `photographs.py`, fetched once.
+Every sixth of your own is held out. The training is the preset `tiny`; its
+result, checkpoints and TensorBoard's logs go to `train` in the folder `--out`,
+and the demonstration, run again, goes on where it was stopped.
 
-Writes `train-demo.json` and `train-demo.png` into `--out`: PSNR (RGB) on held-out photographs
-after every epoch, beside that of bicubic enlargement, and some of their parts. Exits with status 1
-if the model is not better than bicubic in the end.
+Writes `train-demo.json` and `train-demo.png` into `--out`: PSNR (RGB) on
+held-out photographs after every epoch, beside that of bicubic enlargement, and
+some of their parts. Exits with status 1 if the model is not better than bicubic
+in the end.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 import harness
 import photographs
 import plots
+import terminal
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -141,14 +144,12 @@ def draw(data: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, show; 1 if bicubic is as good."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="photographs of your own")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results")
     args = parser.parse_args(argv)
-    console = Console()
+    console = terminal.console()
     start = time.perf_counter()
     try:
         training, validation, shown = split(args, console)

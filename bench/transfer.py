@@ -1,16 +1,18 @@
-"""Time and memory of the transfer at the sizes of TTSR's three levels, against its peers.
+"""Time and memory of the transfer at TTSR's three levels, against its peers.
 
-    python bench/transfer.py                   queries 88x125, keys 92x125
-    python bench/transfer.py --size 9*40x40    nine images at once, as in training
-    python bench/transfer.py --quick           small maps, without torch.compile, under a minute
-    python bench/transfer.py --device cuda     on the GPU, which is the default where there is one
+    python bench/transfer.py                  queries 88x125, keys 92x125
+    python bench/transfer.py --size 9*40x40   nine images, as in training
+    python bench/transfer.py --quick          small maps, without torch.compile
+    python bench/transfer.py --device cuda    the default where there is a GPU
 
-`gather_fold` and its adjoint (the gradient to the value) at each level and at all three together,
-with contiguous and channels-last maps and with random, coherent and all-to-one indices. Peers other
-than unfold, gather and fold take part in all three together, unless they are named by `--peers`.
-Memory is that with random indices. Writes a result file and a plot into the folder `--out`
-(`transfer.json` on the CPU, `<gpu>-transfer.json` otherwise; `-batch` and the type follow where
-they are not the default). Exits with status 1 if any result was wrong; no time is reported for it.
+`gather_fold` and its adjoint (the gradient to the value) at each level and at
+all three together, with contiguous and channels-last maps and with random,
+coherent and all-to-one indices. Peers other than unfold, gather and fold take
+part in all three together, unless they are named by `--peers`. Memory is that
+with random indices. Writes a result file and a plot into the folder `--out`
+(`transfer.json` on the CPU, `<gpu>-transfer.json` otherwise; `-batch` and the
+type follow where they are not the default). Exits with status 1 if any result
+was wrong; no time is reported for it.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import devices
 import harness
 import report
 import tables
+import terminal
 import torch
 import torch.nn.functional as F
 import transfer_peers as peers
@@ -215,7 +218,7 @@ def run(size: Size, args: argparse.Namespace, console: Console) -> dict[str, Any
     }
     copy, copied = harness.copy_run(args.device)
     total = len(names) * len(tables.INDICES) * len(LAYOUTS) * len(TOLERANCE)
-    with report.progress_bar(console) as progress:
+    with terminal.progress_bar(console) as progress:
         task = progress.add_task("transfer", total=total)
         for case, contenders in cases(names, size, DTYPES[args.dtype], args.device):
             title = " ".join(text for text in case.values() if isinstance(text, str))
@@ -239,13 +242,12 @@ def run(size: Size, args: argparse.Namespace, console: Console) -> dict[str, Any
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, with device, names and sizes resolved."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.parser(__doc__)
     add = parser.add_argument
     add("--device", metavar="DEVICE", help="cuda or cpu; default: the GPU where there is one")
     add("--size", nargs="+", type=Size.parse, metavar="SIZE", help="default: by device")
-    add("--levels", nargs="+", choices=GROUPS, help="default: all; with --quick all three together")
+    text = f"{', '.join(map(repr, GROUPS))}; default: all; with --quick the last"
+    add("--levels", nargs="+", choices=GROUPS, metavar="LEVEL", help=text)
     add("--dtype", choices=DTYPES, default="float32")
     add("--quick", action="store_true", help="small maps and short runs")
     add("--backends", nargs="*", choices=peers.OURS, metavar="NAME", help=" ".join(peers.OURS))
@@ -291,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
-    console = Console()
+    console = terminal.console()
     failed = False
     for size in args.size:
         data = run(size, args, console)

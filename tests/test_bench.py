@@ -259,11 +259,16 @@ def test_transfer_cases_are_right_and_can_be_shown(
         data["cases"].append(case | {"rows": rows})
     assert len(data["cases"]) == 4 * 3 * 2 * 2
 
-    Console(width=160).print(tables.transfer_table(data))
-    assert "Transfer, 2 of 5x7 in 6x4, float32" in capsys.readouterr().out
+    Console(width=80).print(tables.transfer_table(data))
+    printed = capsys.readouterr().out
+    assert "Transfer, 2 of 5x7 in 6x4, float32" in printed
     cell = "2.00/2.00/2.00<br>5.00 MB"
     row = f"| gather_fold | lv1 | NHWC | {' | '.join([cell] * 3)} |  |"
     assert row in report.markdown(data)
+    for part in cell.split("<br>"):  # nothing is cut, and every row has its label
+        assert printed.count(part) == report.markdown(data).count(part)
+    assert printed.count("\nadjoint      all three  NHWC ") == 2
+    assert max(map(len, printed.splitlines())) <= 80
     plots.draw(data, tmp_path / "transfer.png")
     with Image.open(tmp_path / "transfer.png") as image:
         image.verify()

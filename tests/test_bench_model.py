@@ -89,6 +89,7 @@ def test_run_writes_results_a_plot_and_tables(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "PAIRS", 1000)
+    monkeypatch.delenv("COLUMNS", raising=False)
     options = [*SHORT, *IMAGES, "--backends", "torch", "reference", "--out", str(tmp_path)]
     assert model.main([*options, "--sizes", "7x8", "2*4x5"]) == 0
     data = json.loads((tmp_path / "model.json").read_text())
@@ -105,7 +106,10 @@ def test_run_writes_results_a_plot_and_tables(
     assert checked == [None, None, 3 * 56, None, None]
     with Image.open(tmp_path / "model.png") as image:
         image.verify()
-    assert "Drop-in and original form" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Drop-in and original form" in printed
+    for operation, title in cases:  # a pipe has no width
+        assert f"\n{operation}, {title} " in printed
 
     assert report.main([str(tmp_path / "model.json")]) == 0
     printed = capsys.readouterr().out
