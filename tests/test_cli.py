@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import ttsr_fast
 from ttsr_fast import backends, build, environment
-from ttsr_fast.cli import app, record
+from ttsr_fast.cli import record
+from ttsr_fast.cli.commands import app
 from ttsr_fast.environment import EXTRAS
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 from rich.console import Console
 
 from tests.test_cli import LOW, REF, assert_refused, folder, names, program, run  # noqa: F401
-from ttsr_fast.cli import app, common
+from tests.test_interruption import INTERRUPTED
+from tests.trainings import ROOT
+from ttsr_fast.cli import common
+from ttsr_fast.cli.commands import app
 from ttsr_fast.images import Image, read_image
 
 each = pytest.mark.parametrize
@@ -188,3 +192,20 @@ def test_ctrl_c_is_one_line(folder, monkeypatch, command):  # noqa: F811
     options["eval"] = (".", "--references", ".", "--method", "bicubic")
     result = run(command, *options[command])
     assert (result.exit_code, result.output) == (130, "error: interrupted\n")
+
+
+@each(
+    ("module", "where"),
+    [
+        ("typer", ": nothing has been done"),
+        ("torch", " before the first image: nothing is written"),
+        ("ttsr_fast.upscaling", " before the first image: nothing is written"),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported(folder, module, where):  # noqa: F811
+    arguments = ("upscale", "low.png", "--ref", "ref.png")
+    command = [sys.executable, "-c", INTERRUPTED, module, str(int(signal.SIGINT)), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    expected = (130, "", f"error: interrupted{where}\n")
+    assert (result.returncode, result.stdout, result.stderr) == expected

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ttsr_fast.cli import app
+from ttsr_fast.cli.commands import app
 from ttsr_fast.model import TTSR, convert_checkpoint, load_model
 from ttsr_fast.model.checkpoint import read_tensors, to_mmagic
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.trainings import ROOT, photographs, program
-from ttsr_fast.cli import app
+from ttsr_fast.cli.commands import app
 from ttsr_fast.training import trainer
 from ttsr_fast.training.interruption import SIGNALS, Ended, signals_raise
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.trainings import ROOT, configuration, photographs, program, run_training
-from ttsr_fast.cli import app
+from ttsr_fast.cli.commands import app
 from ttsr_fast.training.lock import LOCK, claimed
 from ttsr_fast.training.trainer import train
 

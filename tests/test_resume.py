@@ -18,7 +18,7 @@ from tests.trainings import (
     program,
     start,
 )
-from ttsr_fast.cli import app
+from ttsr_fast.cli.commands import app
 from ttsr_fast.model import TTSR, load_model
 from ttsr_fast.training import steps
 from ttsr_fast.training.checkpoints import BEST, LAST

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from tests.test_resume import assert_same_state
 from tests.trainings import configuration, photographs, program
-from ttsr_fast.cli import app
+from ttsr_fast.cli.commands import app
 from ttsr_fast.training.checkpoints import BEST, LAST
 from ttsr_fast.training.config import SETTINGS
 from ttsr_fast.training.trainer import MODELS, Trainer, train

@@ -229,7 +229,7 @@ def _fault_of_command(path: Path, kind: int, good: bool) -> str | None:
     """What is wrong with the command's outcome, None if nothing is."""
     from typer.testing import CliRunner
 
-    from ttsr_fast.cli import app
+    from ttsr_fast.cli.commands import app
 
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         folder = Path(name)

@@ -1,48 +1,20 @@
 """The command line: reads arguments, shows progress, reports every error in one line.
 
-A command is a file of its name; `common` is what they share.
+What takes time to load is imported inside the commands, so that `--help` is quick.
 """
 
 import logging
-import warnings
-from typing import Annotated
+import signal
 
-import ttsr_fast
-from ttsr_fast.cli.common import OneLineHandler, typer
-from ttsr_fast.cli.convert import convert_command
-from ttsr_fast.cli.env import env_command
-from ttsr_fast.cli.eval import eval_command
-from ttsr_fast.cli.match import match_command
-from ttsr_fast.cli.train import train_command
-from ttsr_fast.cli.upscale import upscale_command
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("upscale")(upscale_command)
-app.command("match")(match_command)
-app.command("eval")(eval_command)
-app.command("convert")(convert_command)
-app.command("train")(train_command)
-app.command("env")(env_command)
+from ttsr_fast.cli.signals import exit_at_signals
 
 
 def main() -> None:
     """The program `ttsr-fast`."""
-    logging.getLogger("ttsr_fast").addHandler(OneLineHandler())
-    app(prog_name="ttsr-fast")
+    line = "error: interrupted: nothing has been done"
+    with exit_at_signals(lambda name: line, signal.SIGINT, signal.SIGTERM):  # until a command runs
+        from ttsr_fast.cli.commands import app
+        from ttsr_fast.cli.common import OneLineHandler
 
-
-@app.callback(invoke_without_command=True)
-def _program(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-) -> None:
-    """x4 super-resolution with a reference picture."""
-    for module in ("PIL", "tifffile"):  # an error says what matters
-        warnings.filterwarnings("ignore", module=rf"{module}\.")
-    if version:
-        typer.echo(f"ttsr-fast {ttsr_fast.__version__}")
-        raise typer.Exit
+        logging.getLogger("ttsr_fast").addHandler(OneLineHandler())
+        app(prog_name="ttsr-fast")

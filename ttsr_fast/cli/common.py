@@ -5,15 +5,17 @@ Nothing here loads PyTorch or NumPy, as it is needed for `--help`.
 
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 from ttsr_fast.choices import AMP, BACKENDS, METHODS, PHASES, PRECISIONS
+from ttsr_fast.cli.signals import default_signals, exit_at_signals
 from ttsr_fast.files import shown
 
 if TYPE_CHECKING:
@@ -130,12 +132,15 @@ _bars: list[Progress] = []  # on the terminal now
 def terminal_bar(*columns: ProgressColumn, quiet: bool) -> Iterator[Progress | None]:
     """A bar on the terminal of stderr, gone when done; None where that is no terminal.
 
-    `say` prints above it meanwhile.
+    `say` prints above it meanwhile. Without colours a bar looks full from the start; then the other
+    columns have to do.
     """
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if quiet or not console.is_terminal or console.is_dumb_terminal:
         yield None
         return
+    if console.no_color:
+        columns = tuple(column for column in columns if not isinstance(column, BarColumn))
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
         _bars.append(bar)
         try:
@@ -178,12 +183,18 @@ def progress_bar(
 @contextmanager
 def errors_in_one_line(where: Callable[[], str] = lambda: "") -> Iterator[None]:
     """End the command with a line for an error, or for Ctrl-C, which came `where` it says."""
+    default_signals()
     try:
         yield
     except ERRORS as error:
         fail(one_line(error))
     except KeyboardInterrupt:
         fail(f"interrupted{where()}", INTERRUPTED)
+
+
+def loading(where: Callable[[], str] = lambda: "") -> AbstractContextManager[None]:
+    """Ctrl-C ends the process while modules are imported, with the line of `errors_in_one_line`."""
+    return exit_at_signals(lambda name: f"error: interrupted{where()}", signal.SIGINT)
 
 
 def one_line(error: BaseException) -> str:

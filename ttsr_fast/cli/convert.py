@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ttsr_fast.choices import CHECKPOINTS
-from ttsr_fast.cli.common import Quiet, errors_in_one_line, flag, one_of, say
+from ttsr_fast.cli.common import Quiet, errors_in_one_line, flag, loading, one_of, say
 from ttsr_fast.files import shown
 
 
@@ -25,12 +25,14 @@ def convert_command(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a checkpoint: the authors' names to mmagic's, .pt to .safetensors, and back.
+    """Convert a checkpoint to other names or another format.
 
-    Of a file of a whole training only the generator and its texture extractor are kept.
+    The authors' names to mmagic's, .pt to .safetensors, and back. Of a file of a whole training
+    only the generator and its texture extractor are kept.
     """
     with errors_in_one_line():
-        from ttsr_fast.model import convert_checkpoint
+        with loading():
+            from ttsr_fast.model import convert_checkpoint
 
         left_out = convert_checkpoint(source, target, to=to or "official", half=half)
     if quiet:

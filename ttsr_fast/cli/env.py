@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from ttsr_fast.cli.common import errors_in_one_line, flag, say
+from ttsr_fast.cli.common import errors_in_one_line, flag, loading, say
 
 
 def env_command(
@@ -10,14 +10,18 @@ def env_command(
         bool, flag("--build", help="First compile the kernels, in CUDA if torch has it.")
     ] = False,
 ) -> None:
-    """Show versions, devices, and which backends run here and why others do not."""
+    """Show versions, devices, and what runs here.
+
+    A backend that does not run comes with its reason.
+    """
     with errors_in_one_line():
         if build:
             from ttsr_fast.build import build_libraries
 
             for line in build_libraries():
                 say(line)
-        from ttsr_fast import environment
+        with loading():
+            from ttsr_fast import environment
 
         for name, value in environment.describe():
             say(f"{name:<20} {value}")

@@ -26,6 +26,7 @@ from ttsr_fast.cli.common import (
     fail,
     fitting,
     flag,
+    loading,
     one_of,
     progress_bar,
     say,
@@ -77,20 +78,23 @@ def eval_command(
     precision: Precision = None,
     quiet: Quiet = False,
 ) -> None:
-    """Reduce the pictures of a data set four times, enlarge them, and compare them with the truth.
+    """Measure PSNR and SSIM over a data set.
+
+    Every image is reduced four times, upscaled again with its references, and compared.
 
     In several processes, on as many GPUs: torchrun --nproc-per-node 2 -m ttsr_fast eval ...
 
     Exit codes: 0 all done, 1 some pictures were skipped, 2 bad input.
     """
     with errors_in_one_line(), _processes() as rank:
-        import torch
+        with loading():
+            import torch
 
-        from ttsr_fast.cli.inputs import device_named, memory_limit
-        from ttsr_fast.evaluation import evaluate
-        from ttsr_fast.folders import check_other_file
-        from ttsr_fast.model import load_model
-        from ttsr_fast.pairs import find_pairs
+            from ttsr_fast.cli.inputs import device_named, memory_limit
+            from ttsr_fast.evaluation import evaluate
+            from ttsr_fast.folders import check_other_file
+            from ttsr_fast.model import load_model
+            from ttsr_fast.pairs import find_pairs
 
         if (weights is None) == (method is None):
             raise ValueError("either --weights or --method is needed, and not both")
@@ -153,7 +157,8 @@ def _references(layout: str | None, text: str | None) -> Any:
 @contextmanager
 def _processes() -> Iterator[int]:
     """The rank of this process; those that torchrun has started become a group meanwhile."""
-    import torch.distributed as dist
+    with loading():
+        import torch.distributed as dist
 
     launched = dist.is_available() and dist.is_torchelastic_launched()
     if not launched:

@@ -17,6 +17,7 @@ from ttsr_fast.cli.common import (
     References,
     Weights,
     errors_in_one_line,
+    loading,
     progress_bar,
     report,
 )
@@ -37,16 +38,20 @@ def match_command(
     precision: Precision = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw where every patch of an image came from, and how similar it is."""
+    """Draw where each patch of an image came from.
+
+    The drawing shows the image, its references, the place of every match and how similar it is.
+    """
     start = time.perf_counter()
     with errors_in_one_line():
-        import numpy as np
+        with loading():
+            import numpy as np
 
-        from ttsr_fast import images
-        from ttsr_fast.cli.inputs import ReferenceOptions, memory_limit, upscale_options
-        from ttsr_fast.folders import check_other_file
-        from ttsr_fast.pictures import draw_match
-        from ttsr_fast.upscaling import upscale
+            from ttsr_fast import images
+            from ttsr_fast.cli.inputs import ReferenceOptions, memory_limit, upscale_options
+            from ttsr_fast.folders import check_other_file
+            from ttsr_fast.pictures import draw_match
+            from ttsr_fast.upscaling import upscale
 
         references = ReferenceOptions(ref, None, None)
         check_other_file(output, [lr, *references.files(lr), *([weights] if weights else [])])

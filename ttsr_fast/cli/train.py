@@ -3,18 +3,16 @@
 import json
 import os
 import shlex
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ttsr_fast.cli.common import Quiet, errors_in_one_line, fail, say
+from ttsr_fast.cli.common import Quiet, errors_in_one_line, flag, say, terminal_bar
+from ttsr_fast.cli.signals import exit_at_signals
 from ttsr_fast.files import shown
 from ttsr_fast.training.config import PRESETS, SETTINGS, Config, load_config, to_yaml
 from ttsr_fast.training.interruption import SIGNALS, Ended, signals_raise
@@ -32,45 +30,38 @@ The name of the part may be left out: batch_size is data.batch_size.
 
 
 def _print_help(context: typer.Context, wanted: bool) -> None:
-    """Print the help of the command, then a panel with the keys of every part."""
+    """Print the help of the command, and then the keys of every part."""
     if not wanted or context.resilient_parsing:
         return
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-
-    typer.echo(context.get_help(), nl=False)
-    console = Console(highlight=False)
-    console.print(Padding(Text(_KEYS), (0, 1)))
+    typer.echo(f"{context.get_help()}\n")
+    formatter = context.make_formatter()
+    formatter.write_text(_KEYS)
     for part, help, keys in explained(Config()):
-        table = Table(box=None, show_header=False, pad_edge=False, expand=True)
-        table.add_column(style="bold cyan", no_wrap=True, min_width=17)
-        table.add_column(style="yellow", no_wrap=True, min_width=14)
-        table.add_column(ratio=1)
-        for key in keys:
-            value = key.value if isinstance(key.value, str) else json.dumps(key.value)
-            table.add_row(Text(key.name), Text(value), Text(key.help))
-        title = Text(f"{part}: {help}")
-        console.print(Panel(table, title=title, title_align="left", border_style="dim"))
+        with formatter.section(f"{part} ({help})"):
+            formatter.write_dl([(f"{key.name}={_in_yaml(key.value)}", key.help) for key in keys])
+    typer.echo(formatter.getvalue(), nl=False)
     raise typer.Exit
+
+
+def _in_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def train_command(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar=f"[{'|'.join(PRESETS)}|FILE.yaml]",
+            metavar=f"{'|'.join(PRESETS)}|FILE.yaml",
             help="Preset or configuration.",
             show_default="ttsr; with --resume the one of the training",
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of training images (data.root).")
+        Path | None, typer.Option(metavar="FOLDER", help="Training images (data.root).")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for all results (run.out).")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="For all results (run.out)."),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -78,22 +69,18 @@ def train_command(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", metavar="", help="Resume from the last checkpoint in --out, or start there."
-        ),
+        flag("--resume", help="Resume from the last checkpoint in --out, or start there."),
     ] = False,
     show: Annotated[
         bool,
-        typer.Option(
-            "--show", metavar="", help="Print the configuration as YAML with comments, and stop."
-        ),
+        flag("--show", help="Print the configuration as YAML with comments, and stop."),
     ] = False,
     quiet: Quiet = False,
     help: Annotated[
         bool,
-        typer.Option(
-            *("--help", "-h"),
-            metavar="",
+        flag(
+            "--help",
+            "-h",
             is_eager=True,
             expose_value=False,
             callback=_print_help,
@@ -101,7 +88,9 @@ def train_command(
         ),
     ] = False,
 ) -> None:
-    """Train a generator: ttsr, ttsr-rec as published, tiny in minutes on a CPU.
+    """Train a generator.
+
+    Presets: ttsr and ttsr-rec as published, tiny for minutes on a CPU.
 
     With several GPUs or nodes: accelerate launch -m ttsr_fast train ...
 
@@ -113,20 +102,21 @@ def train_command(
     """
     display = _Display(resume, out)
     try:
-        with signals_raise(), errors_in_one_line():
-            with _signals_exit(display):
+        with errors_in_one_line(), signals_raise():
+            with exit_at_signals(display.ended_by, *SIGNALS):
                 config = _config(source, data, out, settings or [], resume)
             if show:
                 typer.echo(to_yaml(config), nl=False)
                 return
             _train(config, resume, quiet, display)
     except Ended as ended:
-        fail(f"{ended} {display.place}", 128 + ended.signal)
+        say(display.ended_by(str(ended)), err=True)
+        raise typer.Exit(128 + ended.signal) from None
 
 
 def _train(config: Config, resume: bool, quiet: bool, display: "_Display") -> None:
     start = time.perf_counter()
-    with _signals_exit(display):
+    with exit_at_signals(display.ended_by, *SIGNALS):
         from torch import distributed
 
         from ttsr_fast.training.checkpoints import BEST, LAST
@@ -168,25 +158,6 @@ def _config(
     return load_config("ttsr" if source is None else source, settings, values=values)
 
 
-@contextmanager
-def _signals_exit(display: "_Display") -> Iterator[None]:
-    """Signals end the process at once: an exception in an import may be swallowed there."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        say(f"error: {signal.Signals(number).name} {display.place}", err=True)
-        os._exit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class _Display:
     """Progress of a training: a bar, or a line for every epoch.
 
@@ -209,9 +180,12 @@ class _Display:
         self.step: int | None = None
         self._task: TaskID | None = None
 
+    def ended_by(self, name: str) -> str:
+        """A line of the signal's name, the place of the training, and the command to continue."""
+        return f"error: {name} {self._place}"
+
     @property
-    def place(self) -> str:
-        """Place of the training at a signal, and the command to continue with."""
+    def _place(self) -> str:
         begun = self.out is not None and (self.out / SETTINGS).exists()
         if self.step is None and (self._resume or not begun):
             return "before the first step: nothing is lost, run the same command again"
@@ -242,18 +216,12 @@ class _Display:
 
 @contextmanager
 def _progress(display: _Display, quiet: bool) -> Iterator[None]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
     from rich.progress import TextColumn as Text
 
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal or console.is_dumb_terminal:
-        display.lines = not quiet
-        yield
-        return
-    columns: list[Any] = [Text("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        display.bar = bar
+    columns = (Text("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with terminal_bar(*columns, quiet=quiet) as display.bar:
+        display.lines = display.bar is None and not quiet
         yield
 
 

@@ -18,12 +18,13 @@ from ttsr_fast.cli.common import (
     Weights,
     errors_in_one_line,
     flag,
+    loading,
 )
 
 
 def upscale_command(
     lr: Annotated[
-        list[Path], typer.Argument(metavar="LR...", help="Images to upscale, or folders of them.")
+        list[Path], typer.Argument(metavar="LR", help="Images to upscale, or folders of them.")
     ],
     ref: References = None,
     pairs: Annotated[
@@ -89,27 +90,24 @@ def upscale_command(
 ) -> None:
     """Upscale images, or all images of folders, four times.
 
-    Every patch of an image takes the best of all references.
+    Every patch of an image takes the best of all references. Existing files are replaced, each when
+    its successor is complete; inputs never are.
 
-    Existing files are replaced, each when its successor is complete. Inputs are never replaced.
+    If some of several images fail, the others are made all the same, and the failures listed at the
+    end. A hidden file .ttsr-fast.jsonl beside the results records what each was made from; such a
+    result is no input of a later run.
 
-    Of several images all are worked on, even if some fail; these are listed at the end.
-
-    A hidden file .ttsr-fast.jsonl beside the results of several images records what each was made
-    from; such a result is no input of a later run.
-
-    --resume keeps a whole result of the same LR, references, weights, options and version.
-
-    Options count that decide what is computed: --method, --phases, --amp and --precision.
-
-    Every other result is made again, with a line that says why.
+    --resume keeps a whole result of the same LR, references, weights, options and version. Options
+    count that decide what is computed: --method, --phases, --amp and --precision. Every other
+    result is made again, with a line that says why.
 
     Exit codes: 0 all done, 1 some of several images failed, 2 bad input, 130 Ctrl-C.
     """
-    with errors_in_one_line(lambda: " before the first image: nothing is written"):
-        from ttsr_fast import plan
-        from ttsr_fast.cli.batch import Batch, made_from, show_plans
-        from ttsr_fast.cli.inputs import ReferenceOptions, memory_limit, upscale_options
+    with errors_in_one_line(_before_all):
+        with loading(_before_all):
+            from ttsr_fast import plan
+            from ttsr_fast.cli.batch import Batch, made_from, show_plans
+            from ttsr_fast.cli.inputs import ReferenceOptions, memory_limit, upscale_options
 
         references = ReferenceOptions(ref, pairs, cache)
         batch = Batch(lr, output, references, suffix, ext, resume, quiet)
@@ -128,3 +126,7 @@ def upscale_command(
             return show_plans(batch.sources, references, options)
         batch.prepare(weights, common)
     batch.run(options)
+
+
+def _before_all() -> str:
+    return " before the first image: nothing is written"
