@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -204,7 +205,7 @@ def test_bad_pictures_are_named(pair, tmp_path):
             evaluate(method, [Pair("x", hr, references)], references=mode)
 
     refused(r"cannot read .*broken\.png: ", broken)
-    refused(r"cannot read .*broken\.png: ", references=(small, broken))
+    refused(r"cannot read .*broken\.png: ", references=(*pair.references, broken))
     refused(r"x: reference small\.png must be at least 12x12 pixels, got 20x8", references=(small,))
     refused(r"x: reference LR must be at least 12x12 pixels, got 5x2", small, ())
     refused(r"x: pictures must be at least 11x11 pixels .* got 20x8", small, method="bicubic")
@@ -212,6 +213,22 @@ def test_bad_pictures_are_named(pair, tmp_path):
     missing = pair._replace(hr=tmp_path / "no.png", references=(tmp_path / "nor.png",))
     with pytest.raises(FileNotFoundError, match=r"no\.png: no such file \(the first of 2 that are"):
         evaluate("detail", [pair, missing])
+
+
+def test_nothing_is_computed_before_all_is_checked(pair, tmp_path, monkeypatch):
+    """Neither for the last picture, nor without scikit-image, nor in too little memory."""
+    monkeypatch.setattr("ttsr_fast.evaluation.detail", None)
+    small, text = tmp_path / "small.png", tmp_path / "text.png"
+    Image(LEFT[:8, :20]).save(small)
+    text.write_text("no image")
+    for last in (pair._replace(references=(small,)), Pair("x", text, ())):
+        with pytest.raises(ValueError, match=r"must be at least 12x12|text\.png: it is no PNG"):
+            evaluate("detail", [pair, last])
+    with pytest.raises(ValueError, match="hr: max_memory 1 MiB is too little"):
+        evaluate("detail", [pair], max_memory=2**20)
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    with pytest.raises(ImportError, match="pip install scikit-image"):
+        evaluate("detail", [pair])
 
 
 def test_skipped_pictures_are_listed_and_not_counted(pair, tmp_path):
@@ -290,7 +307,7 @@ def test_two_processes_give_the_table_of_one(two, model, tmp_path):
 def test_an_error_in_one_process_ends_all(three, model, pair, tmp_path):
     """And the group can be used again."""
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"")
+    broken.write_bytes(pair.hr.read_bytes()[:200])  # its header is whole
     pairs = [pair, Pair("broken", broken, ()), pair, pair]
     first, second, third = three.run(evaluate_there, model, pairs, {})
     assert isinstance(second, ValueError)

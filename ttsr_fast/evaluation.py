@@ -127,6 +127,18 @@ class _Job(NamedTuple):
         """Whether references are of any use."""
         return self.model.hard_attention if isinstance(self.model, TTSR) else self.model == "detail"
 
+    def files(self, pair: Pair) -> Sequence[Path]:
+        """The references of a pair that are used."""
+        files = pair.references if self.helped else ()
+        return files[:1] if self.references == "first" else files
+
+    def check_memory(self, size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> None:
+        """Raise ValueError if `max_memory` is too little for these heights and widths."""
+        if isinstance(self.model, TTSR):
+            plan_ttsr(self.model, size, sizes, max_memory=self.max_memory)
+        else:
+            check_detail(size, sizes, torch.device(self.device or "cpu"), self.max_memory)
+
 
 class _Outcome(NamedTuple):
     """A pair that is done, and the pictures it made: the truth, the result and what helped."""
@@ -154,6 +166,7 @@ def _check(
     if isinstance(model, TTSR) and job.device is not None:
         raise ValueError("device is for 'detail'; with a TTSR move the model")
     metrics.check_protocol(job.protocol)
+    metrics.check_installed()
     if job.references not in REFERENCES:
         raise ValueError(f"references must be one of {REFERENCES}, got {job.references!r}")
     if on_error not in ("raise", "skip"):
@@ -168,6 +181,8 @@ def _check(
     if missing and on_error == "raise":
         others = f" (the first of {len(missing)} that are missing)" if len(missing) > 1 else ""
         raise FileNotFoundError(f"cannot read {shown(missing[0])}: no such file{others}")
+    for pair in pairs if on_error == "raise" else ():
+        _check_pair(job, pair)
     if pictures is not None:
         if len(set(names)) < len(names):
             raise ValueError("pairs must have different names for pictures of them")
@@ -177,6 +192,37 @@ def _check(
                 raise ValueError(f"cannot write {shown(path)}: it is an input; take another folder")
         Path(pictures).mkdir(parents=True, exist_ok=True)
     return (job.protocol, job.references, on_error, names)
+
+
+def _check_pair(job: _Job, pair: Pair) -> None:
+    """Raise what the headers of its files can tell."""
+    height, width = images.stored_size(pair.hr)
+    size = height // SCALE, width // SCALE
+    if 0 in size:
+        raise ValueError(f"{shown(pair.hr)} must be at least {SCALE}x{SCALE} pixels")
+    files = job.files(pair)
+    refs = [(path.name, images.stored_size(path)) for path in files]
+    stacked = job.references == "stack" and len(refs) > 0
+    if job.helped and not refs:
+        refs = [("LR", size)]
+    for name, (height, width) in refs:
+        if stacked and max(height, width) > CANVAS:
+            raise ValueError(
+                f"{shown(pair.name)}: reference {shown(name)} must fit into {CANVAS}x{CANVAS} "
+                f"pixels to be stacked, got {width}x{height}"
+            )
+        if not stacked and min(height, width) < _LEAST:
+            raise ValueError(
+                f"{shown(pair.name)}: reference {shown(name)} must be at least "
+                f"{_LEAST}x{_LEAST} pixels, got {width}x{height}"
+            )
+    try:
+        metrics.check_size(SCALE * size[0], SCALE * size[1], job.protocol)
+        if job.helped and job.max_memory is not None:
+            sizes = [(CANVAS * len(refs), CANVAS)] if stacked else [ref for _, ref in refs]
+            job.check_memory(size, sizes)
+    except ValueError as error:
+        raise ValueError(f"{shown(pair.name)}: {error}") from error
 
 
 def _evaluate(
@@ -201,27 +247,18 @@ def _evaluate(
 
 
 def _measure(job: _Job, pair: Pair) -> _Outcome:
+    _check_pair(job, pair)
     hr = read_rgb(pair.hr)
     height, width = (n // SCALE * SCALE for n in hr.shape[:2])
-    if not height or not width:
-        raise ValueError(f"{shown(pair.hr)} must be at least {SCALE}x{SCALE} pixels")
     hr = hr[:height, :width]
     low, bicubic = degrade(hr)
-    files = pair.references if job.helped else ()
-    if job.references == "first":
-        files = files[:1]
+    files = job.files(pair)
     refs = [Image(read_rgb(path)) for path in files]
     names = tuple(path.name for path in files)
     if job.helped and not files:
         refs, names = [Image(low)], ("LR",)
     elif job.references == "stack" and files:
-        refs = [_stacked(refs, files)]
-    for name, ref in zip(names, refs, strict=False):
-        if min(ref.size) < _LEAST:
-            raise ValueError(
-                f"{shown(pair.name)}: reference {shown(name)} must be at least "
-                f"{_LEAST}x{_LEAST} pixels, got {ref.size[1]}x{ref.size[0]}"
-            )
+        refs = [_stacked(refs)]
     start = time.perf_counter()
     try:
         sr, served = _enlarge(job, low, bicubic, refs)
@@ -273,15 +310,10 @@ def _pixels(sr: Tensor) -> np.ndarray:  # [1, 3, H, W] -> [H, W, 3] uint8
     return images.from_tensor(sr, np.empty((0, 0, 3), np.uint8))
 
 
-def _stacked(refs: list[Image], files: Sequence[Path]) -> Image:
+def _stacked(refs: list[Image]) -> Image:
     canvas = np.zeros((len(refs), CANVAS, CANVAS, 3), np.uint8)
-    for square, ref, path in zip(canvas, refs, files, strict=True):
+    for square, ref in zip(canvas, refs, strict=True):
         height, width = ref.size
-        if max(height, width) > CANVAS:
-            raise ValueError(
-                f"{shown(path)} must fit into {CANVAS}x{CANVAS} pixels to be stacked, "
-                f"got {width}x{height}"
-            )
         square[:height, :width] = ref.pixels
     return Image(canvas.reshape(-1, CANVAS, 3))
 

@@ -85,6 +85,19 @@ def decode(path: Path) -> Decoded:
         raise ValueError(f"cannot read {shown(path)}: {reason_of(error)}") from error
 
 
+def stored_size(path: Path) -> tuple[int, int]:
+    """Height and width as the header says, before EXIF turns the image.
+
+    Raises: as `decode`, for a header that is not understood.
+    """
+    try:
+        with _File(io.FileIO(path)) as file, pillow().Image.open(file, formats=_READ) as opened:
+            return opened.height, opened.width
+    except Exception:  # of any kind, for which decoding has the error, or a reader
+        height, width = decode(path).array.shape[:2]
+        return height, width
+
+
 def to_array(image: Any) -> np.ndarray:
     """`[H, W, 1 to 4]` of a Pillow image, upright by its EXIF orientation.
 

@@ -84,6 +84,21 @@ def ssim(
     )
 
 
+def check_installed() -> None:
+    """Raise ImportError if scikit-image is missing."""
+    _metrics()
+
+
+def check_size(height: int, width: int, protocol: str) -> None:
+    """Raise ValueError for pictures without room for a window."""
+    least = _WINDOW + 2 * check_protocol(protocol).border
+    if min(height, width) < least:
+        raise ValueError(
+            f"pictures must be at least {least}x{least} pixels for protocol {protocol!r}, "
+            f"got {width}x{height}"
+        )
+
+
 def check_protocol(name: str) -> Protocol:
     if name not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {tuple(PROTOCOLS)}, got {name!r}")
@@ -101,12 +116,7 @@ def _compared(a: np.ndarray, b: np.ndarray, name: str) -> tuple[np.ndarray, np.n
         raise ValueError(
             f"pictures must be two [H, W, 3] of one size, got {list(a.shape)} and {list(b.shape)}"
         )
-    least = _WINDOW + 2 * protocol.border
-    if min(a.shape[:2]) < least:
-        raise ValueError(
-            f"pictures must be at least {least}x{least} pixels for protocol {name!r}, "
-            f"got {a.shape[1]}x{a.shape[0]}"
-        )
+    check_size(a.shape[0], a.shape[1], name)
     return _prepared(a, protocol), _prepared(b, protocol)
 
 
