@@ -19,7 +19,7 @@ from PIL import Image as pillow
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-from ttsr_fast.cli import app
+from ttsr_fast.cli.commands import app
 from ttsr_fast.images import Image
 from ttsr_fast.model import TTSR, save_model
 

@@ -114,15 +114,10 @@ Quiet = Annotated[
 
 
 def report(path: Path, image: "Image", start: float, quiet: bool) -> None:
-    """Print a result. A reader that has gone away does not end the work."""
-    if quiet or sys.stdout is None:
-        return
+    """Print a result."""
     height, width = image.size
-    try:
+    if not quiet:
         say(f"{shown(path)} ({width} x {height}, {time.perf_counter() - start:.1f} s)")
-    except OSError:
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 _bars: list[Progress] = []  # on the terminal now
@@ -207,14 +202,21 @@ def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
 
 
 def say(line: str, *, err: bool = False) -> None:
-    """Print a line, without what a terminal obeys, in the encoding of the stream if it is open."""
+    """Print a line, without what a terminal obeys, in the encoding of the stream if it is open.
+
+    A reader that has gone away does not end the work.
+    """
     stream = sys.stderr if err else sys.stdout
     if stream is None:
         return
     if _bars and stream.isatty():
         _bars[-1].console.print(Text(fitting(line, stream)), soft_wrap=True)
-    else:
+        return
+    try:
         typer.echo(fitting(line, stream), err=err)
+    except OSError:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())
 
 
 def fitting(text: str, stream: TextIO) -> str:
