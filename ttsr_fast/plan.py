@@ -28,6 +28,7 @@ _PICTURES = 5  # that are there at a time for each size: pixels, floats, enlarge
 _DETAIL, _DETAIL_REF = 12, 8  # the same for "detail", which has features of two kinds, and textures
 _KEPT = 64 * (4 + 3 * 4)  # numbers per position that stay between the stages of MainNet
 _COPIES = 3  # halves: a search copies its inputs once, or one and a half times on a GPU
+_GROWTH = 2**28  # bytes that a process takes for itself with its first image: code, buffers
 _WORKSPACE = 16 * 2**20  # bytes of a thread of the search
 _GPU_WORKSPACE = 64 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc, see mallopt(3)
@@ -127,11 +128,11 @@ def _fitting_or_smallest(
 
 
 def _too_little(method: str, needed: int, device: torch.device, max_memory: int | None) -> str:
-    """An error that says how much memory is enough: with a twentieth more than was counted."""
+    """An error that says how much memory is enough, also for later images."""
     if max_memory is None:
         free = gibibytes(room(device, None))
         return f"method {method!r} needs {gibibytes(needed)} more than is taken, {free} may be used"
-    enough = math.ceil((needed + taken_bytes(device)) * 1.05 / 2**30 * 10) / 10
+    enough = math.ceil(10 * (needed + taken_bytes(device) + _GROWTH) / 2**30) / 10
     return (
         f"max_memory {gibibytes(max_memory)} is too little for method {method!r} at these sizes: "
         f"{enough:.1f}GiB is enough"

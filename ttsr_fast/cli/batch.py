@@ -140,7 +140,7 @@ class Batch:
                             self._upscale(source, tell(source.name), options)
                             done += 1
                         except ERRORS as error:
-                            failures.append(one_line(error))
+                            failures.append(self._named(source, one_line(error)))
                         step()
             finally:
                 for failure in failures:
@@ -170,6 +170,11 @@ class Batch:
                 record.add(path, made_from)
             report(path, image, start, self._quiet)
         self._taken.add(identity(path))
+
+    def _named(self, source: Path, error: str) -> str:
+        """An error that says which of several images it is of; those of files name them."""
+        named = not self.several or error.startswith("cannot ")
+        return error if named else f"{shown(source)}: {error}"
 
     def _folder(self, source: Path) -> Path:
         """The folder of an image's result."""
