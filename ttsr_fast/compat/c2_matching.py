@@ -33,6 +33,8 @@ def feature_match_index(
         -from mmsr.models.archs.ref_map_util import feature_match_index
         +from ttsr_fast.compat import feature_match_index
 
+    The import to replace reads `datsr.models.archs.ref_map_util` and `.ref_map_util` in the others.
+
     The similarity is the inner product of two patches. Patches lie wholly inside their map, one
     every stride pixels, so that the grid is `Ho = (H - patch_size) // input_stride + 1` high.
 
