@@ -110,12 +110,7 @@ def eval_command(
             raise ValueError("--csv and --json must be two files")
         where = torch.device(device_named(device or _own_gpu()))
         model = load_model(weights).to(where) if weights is not None else str(method)
-        with progress_bar("evaluating", len(pairs), quiet or rank > 0) as (step, tell):
-
-            def told(name: str, done: int, of: int) -> None:
-                tell(name)("done", done, of)
-                step()
-
+        with progress_bar("evaluating", len(pairs), quiet or rank > 0) as (step, _):
             table = evaluate(
                 model,
                 pairs,
@@ -127,7 +122,7 @@ def eval_command(
                 backend=backend,
                 on_error="skip" if skip else "raise",
                 pictures=pictures,
-                progress=told,
+                progress=lambda *_: step(),
             )
         if rank > 0:
             return
