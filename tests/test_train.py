@@ -27,6 +27,9 @@ def test_which_file_to_use_is_said(data, tmp_path):
     advice = "(weights of the last step; for upscale and eval use model-ema.safetensors)"
     assert last == f"{out}/model.safetensors {advice}"
     assert {path.name for path in out.glob("*.safetensors")} == set(MODELS)
+    again = CliRunner().invoke(app, ["train", "--out", str(out), "--resume"])
+    assert (again.exit_code, again.stdout) == (0, "")
+    assert again.stderr.endswith(f"nothing to resume in {out}: all 3 steps are done\n")
 
 
 @each("columns", ["80", "160"])

@@ -123,9 +123,10 @@ def _train(config: Config, resume: bool, quiet: bool, display: "_Display") -> No
         from ttsr_fast.training.trainer import MODELS, train
 
     display.out = out = None if config.run.out is None else Path(config.run.out)
+    speaks = not quiet and os.environ.get("RANK", "0") == "0"
     if resume and out is not None and not any((out / x).exists() for x in (SETTINGS, LAST, BEST)):
         resume = False
-        if not quiet and os.environ.get("RANK", "0") == "0":
+        if speaks:
             say(f"nothing to resume in {out}: the training starts from the beginning", err=True)
     with _progress(display, quiet):
         state = train(config, resume=resume, progress=display)
@@ -134,6 +135,8 @@ def _train(config: Config, resume: bool, quiet: bool, display: "_Display") -> No
     if state.signal:
         display.step, display.saved = state.step, True
         raise Ended(state.signal)
+    if display.step is None and speaks:
+        say(f"nothing to resume in {out}: all {state.step} steps are done", err=True)
     if display.step is not None and not quiet:
         model, average = MODELS
         took = f"{state.step} steps, {time.perf_counter() - start:.1f} s"
