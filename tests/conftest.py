@@ -1,6 +1,7 @@
 """Fixtures for all tests: poisoned memory, seeds, threads, the device and backends under test."""
 
 import ctypes
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -65,24 +66,46 @@ CPU_MODULES = {
     "test_upscale",
 }
 
-# About what nvcc makes of the kernels: left out where it is not.
+# About what nvcc makes of the kernels, or a compiler of C++: left out where it cannot be used.
 NVCC_MODULES = {"test_cuda_library"}
+COMPILER_MODULES = {"test_build", "test_cuda_kernels", "test_cuda_slab", "test_emulator"}
 
-# What a module cannot be imported without; it is left out where that is missing. Where the tools of
-# development are installed, of which mypy is one, that is an error.
+# What a module cannot be imported without; it is left out where that is missing or too old. Where
+# the tools of development are installed, of which mypy is one, that is an error.
 PACKAGES = {
+    "test_broken_calls": ("triton",),
     "test_cli": ("typer",),
     "test_convert": ("typer",),
+    "test_cuda_library": ("triton",),
+    "test_cuda_slab": ("triton",),
     "test_docs": ("latex2mathml", "sybil", "typer"),
     "test_eval": ("typer",),
+    "test_gpu": ("triton",),
+    "test_kernel_choice": ("triton",),
+    "test_kernels": ("triton",),
+    "test_layout": ("triton",),
     "test_properties": ("hypothesis",),
     "test_resume": ("typer",),
     "test_train_demo": ("skimage",),
     "test_training": ("accelerate",),
     "test_upscale": ("skimage",),
 }
+
+
+def _is_missing(package: str) -> bool:
+    if find_spec(package) is None:
+        return True
+    if package != "triton":
+        return False
+    return _release(importlib.import_module(package).__version__) < backends.OLDEST_TRITON
+
+
+def _release(number: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in number.split(".")[:2])
+
+
 MISSING = {
-    module: ", ".join(name for name in names if find_spec(name) is None)
+    module: ", ".join(name for name in names if _is_missing(name))
     for module, names in PACKAGES.items()
 }
 LEFT_OUT = {module: names for module, names in MISSING.items() if names}
@@ -99,6 +122,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: left out where there is no CUDA device")
     config.addinivalue_line("markers", "compiled: left out where cpp is not to be tested")
     config.addinivalue_line("markers", "double: searches in float64, which Triton declines")
+    config.addinivalue_line("markers", "torch(major, minor): left out where torch is older")
     torch.set_num_threads(1)
 
 
@@ -109,10 +133,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out |= {item for item in items if _is_declined(item)}
     if DEVICE.type != "cpu":
         left_out |= {item for item in items if item.path.stem in CPU_MODULES}
-    if build.why_not(cuda=True) is not None:
-        left_out |= {item for item in items if item.path.stem in NVCC_MODULES}
+    for modules, _ in _not_compiled():
+        left_out |= {item for item in items if item.path.stem in modules}
+    left_out |= {item for item in items if _is_for_newer_torch(item)}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def _not_compiled() -> Iterator[tuple[set[str], str]]:
+    """Modules that need a compiler or a newer torch, with the reason."""
+    for modules, cuda in ((NVCC_MODULES, True), (COMPILER_MODULES, False)):
+        reason = build.why_not(cuda=cuda)
+        if reason is not None:
+            yield modules, reason
+
+
+def _is_for_newer_torch(item: pytest.Item) -> bool:
+    oldest = [mark.args for mark in item.iter_markers("torch")]
+    return any(_release(torch.__version__) < release for release in oldest)
 
 
 def _is_declined(item: pytest.Item) -> bool:
@@ -132,12 +170,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"on {DEVICE}; these are for the CPU and did not run: {modules}"
         )
-    reason = build.why_not(cuda=True)
-    if reason is not None:
-        modules = ", ".join(sorted(NVCC_MODULES))
-        terminalreporter.write_line(f"{modules} did not run, as nvcc cannot be used: {reason}")
+    for modules, reason in _not_compiled():
+        names = ", ".join(sorted(modules))
+        terminalreporter.write_line(f"{names} did not run, as nothing can be compiled: {reason}")
     for module, names in LEFT_OUT.items():
-        terminalreporter.write_line(f"{module} did not run, as {names} cannot be imported")
+        terminalreporter.write_line(f"{module} did not run, as {names} is missing or too old")
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

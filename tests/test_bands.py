@@ -41,6 +41,7 @@ def test_rows_of_a_key_without_padding(first, last, rows):
     assert rows_needed(first, last, 9, 3, 0) == rows
 
 
+@pytest.mark.compiled
 @each(("kernel_size", "padding"), cases.PATCHES)
 @each("share", [1, 2, 4])
 def test_bands_are_bit_equal_to_the_whole(kernel_size, padding, share):

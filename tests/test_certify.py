@@ -9,6 +9,7 @@ from ttsr_fast import Match, certified, reference, search
 each = pytest.mark.parametrize
 
 
+@pytest.mark.compiled
 @each("precision", ["fp16", "bf16"])
 @each("name", ["signed", "after_relu", "small", "large"])
 def test_a_certified_choice_is_the_exact_one(precision, name):

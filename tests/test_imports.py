@@ -27,11 +27,12 @@ LAW: dict[str, set[str]] = {
     "schemas": {"torch"},
     "compiled": {"choosers", "portable", "schemas", "torch"},
     "choosers": {"torch"},
+    "devices": {"torch"},
     "build": {"torch"},
     "bands": {"functional", "torch"},
     "references": {"bands", "functional", "torch"},
     "distributed": {"bands", "functional", "team", "torch"},
-    "team": {"torch"},
+    "team": {"devices", "torch"},
     "certify": {"functional", "portable", "torch"},
     "compat": {"functional", "torch"},
     "portable": {"choosers", "torch"},
@@ -54,14 +55,14 @@ LAW: dict[str, set[str]] = {
     "files": set(),
 }
 LAW["upscaling"] |= {"references", "torch"}
-LAW["environment"] = {"__init__", "backends", "choices", "torch"}
+LAW["environment"] = {"__init__", "backends", "choices", "devices", "torch"}
 LAW["folders"] = {"files", "images"}
 LAW["pairs"] = {"choices", "files", "folders", "images", "numpy"}
 LAW["training"] = {"PIL", "files", "folders", "images", "model", "numpy", "pairs", "torch"}
 LAW["evaluation"] = {"bank", "detail", "images", "inference", "metrics", "model", "numpy", "pairs"}
 LAW["evaluation"] |= {"choices", "files", "finite", "folders", "pictures", "plan", "table", "team"}
 LAW["evaluation"] |= {"torch"}
-LAW["training"] |= {"accelerate", "omegaconf", "skimage", "yaml"}
+LAW["training"] |= {"accelerate", "devices", "omegaconf", "skimage", "yaml"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
 LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setuptools", "skimage"}

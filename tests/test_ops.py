@@ -113,6 +113,7 @@ def results_and_gradients(function, inputs, backend):
 COMPILERS = ["aot_eager"] + ["inductor"] * bool(shutil.which("c++") or shutil.which("g++"))
 
 
+@pytest.mark.torch(2, 6)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_without_graph_breaks(compiler):
     torch._dynamo.reset()
@@ -124,6 +125,7 @@ def test_compiled_without_graph_breaks(compiler):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.torch(2, 8)
 def test_compiled_once_for_all_sizes(backend):
     torch._dynamo.reset()
     graphs = []

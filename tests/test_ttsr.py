@@ -260,6 +260,7 @@ def test_sr_stands_alone_and_nothing_may_be_missing():
         model(torch.zeros(1, 3, 4, 4), image, image)
 
 
+@pytest.mark.torch(2, 6)
 def test_exported_program_is_for_all_sizes(tmp_path):
     """Saved and loaded; the operators check what it calls them with."""
     torch.manual_seed(0)

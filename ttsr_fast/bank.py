@@ -170,15 +170,22 @@ def _numerics(model: TTSR, plan: Plan, references: list[Image]) -> str:
     facts = [torch.__version__, device.type]
     if device.type == "cuda":
         facts += [torch.cuda.get_device_name(device), str(torch.backends.cudnn.version())]
-        facts.append(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+        facts.append(_precision(torch.backends.cudnn))
     if device.type == "cpu":
         facts.append(torch.backends.cpu.get_cpu_capability())
         facts.append(f"{torch.get_num_threads()} threads")
-        facts.append(torch.backends.mkldnn.conv.fp32_precision)  # type: ignore[attr-defined]
+        facts.append(_precision(torch.backends.mkldnn))
         largest = max(max(image.size) for image in references) // SCALE
         if plan.tiles["LTE"] < min(LEAST_TILE, largest):
             facts.append(f"windows of {plan.tiles['LTE']}")
     return ", ".join(facts)
+
+
+def _precision(library: Any) -> str:
+    """What a library may round float32 to in its convolutions."""
+    if hasattr(library, "conv"):  # from torch 2.9 on
+        return library.conv.fp32_precision
+    return f"{torch.get_float32_matmul_precision()} {torch.backends.cudnn.allow_tf32}"
 
 
 def _on(store: torch.device, x: Tensor) -> Tensor:

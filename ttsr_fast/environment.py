@@ -9,6 +9,7 @@ import torch
 import ttsr_fast
 from ttsr_fast import backends
 from ttsr_fast.choices import BACKENDS
+from ttsr_fast.devices import gpu
 
 # What the extras of pyproject.toml bring.
 EXTRAS = {
@@ -50,10 +51,10 @@ def describe() -> Iterator[tuple[str, str]]:
 
 def devices() -> list[str]:
     """Where tensors can be: the CPU, and every GPU that torch has support for."""
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    if gpu is None:
+    kind = gpu()
+    if kind is None:
         return ["cpu"]
-    return ["cpu", *(f"{gpu.type}:{n}" for n in range(torch.accelerator.device_count()))]
+    return ["cpu", *(f"{kind}:{n}" for n in range(torch.get_device_module(kind).device_count()))]
 
 
 def _version(distribution: str) -> str:

@@ -147,8 +147,15 @@ def _blocks(*extents: int) -> Iterator[tuple[int, ...]]:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """float32 products in float32, whatever the user allows elsewhere."""
-    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set by name
-    settings = (torch.backends.cuda.matmul, mkldnn)
+    if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9: one setting
+        allowed = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+        return
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"

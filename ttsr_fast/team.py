@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ttsr_fast.devices import gpu
+
 TIMEOUT = 30.0  # seconds
 LONGEST_TIMEOUT = 1e6
 
@@ -98,8 +100,9 @@ class Team:
 
         def run() -> dict[str, str]:
             done.append(step())
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()  # so that what it took is known, and its errors
+            kind = gpu()
+            if kind is not None:  # so that what it took is known, and its errors
+                torch.get_device_module(kind).synchronize()
             return {}
 
         self.agree(run)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ttsr_fast.devices import gpu
 from ttsr_fast.model import TTSR, load_model
 from ttsr_fast.model.discriminator import Discriminator
 from ttsr_fast.model.vgg import VGG19, find_vgg19
@@ -127,7 +128,7 @@ def make_accelerator(config: Config) -> Accelerator:
     whole = model.hard_attention and model.soft_attention and model.csfi
     wrapping = DistributedDataParallelKwargs(find_unused_parameters=not whole)
     # Left to itself, accelerate takes processes without a GPU for trainings of one process each.
-    cpu = config.run.cpu or not torch.accelerator.is_available()
+    cpu = config.run.cpu or gpu() is None
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=config.run.amp or "no", kwargs_handlers=[wrapping]
     )
