@@ -88,7 +88,9 @@ def test_reasons(
     with monkeypatch.context() as patch:
         older = build.Torch(tmp_path, "2.10.1+cpu", None)
         patch.setattr(build, "find_torch", lambda: older)
-        assert build.why_not() == "they need torch 2.11 or newer, this is 2.10.1+cpu"
+        assert build.why_not() == "the kernels need torch 2.11 or newer, this is 2.10.1+cpu"
+        with pytest.raises(RuntimeError, match=r"the kernels need torch 2\.11"):
+            build.build_library()
         patch.setattr(build, "find_torch", lambda: None)
         assert build.why_not() == "torch is not installed"
     with monkeypatch.context() as patch:

@@ -97,7 +97,8 @@ def why_not_under(torch_version: str) -> str | None:
     """Why the kernels do not run under a version of PyTorch, None if they do."""
     if tuple(int(part) for part in torch_version.split(".")[:2]) >= OLDEST_TORCH:
         return None
-    return f"they need torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch_version}"
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    return f"the kernels need torch {oldest} or newer, this is {torch_version}"
 
 
 def remedy(*, cuda: bool = False) -> str:
@@ -186,9 +187,14 @@ def build_library(*, cuda: bool = False) -> Path:
         The library, where `cached_library` finds it from then on.
 
     Raises:
-        RuntimeError: as `compile_library`; or other users can write to that place.
+        RuntimeError: as `compile_library`; PyTorch is too old; or other users can write to that
+            place.
     """
     library = _cache_path(cuda)
+    torch = find_torch()
+    outdated = None if torch is None else why_not_under(torch.version)
+    if outdated is not None:
+        raise RuntimeError(outdated)
     for folder in (library.parent.parent, library.parent):
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     reason = _why_not_trusted(library)
