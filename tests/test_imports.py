@@ -62,7 +62,7 @@ LAW["training"] = {"PIL", "files", "folders", "images", "model", "numpy", "pairs
 LAW["evaluation"] = {"bank", "detail", "images", "inference", "metrics", "model", "numpy", "pairs"}
 LAW["evaluation"] |= {"choices", "files", "finite", "folders", "pictures", "plan", "table", "team"}
 LAW["evaluation"] |= {"torch"}
-LAW["training"] |= {"accelerate", "devices", "omegaconf", "skimage", "yaml"}
+LAW["training"] |= {"accelerate", "choices", "devices", "omegaconf", "skimage", "yaml"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
 LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setuptools", "skimage"}

@@ -10,7 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, NamedTuple
 
-LAYOUTS = ("cufed", "cufed5", "sun80", "urban100", "manga109", "folders", "photographs")
+from ttsr_fast.choices import BACKENDS, PRECISIONS
+from ttsr_fast.choices import LAYOUTS as FOLDERS
+
+LAYOUTS = (*FOLDERS, "photographs")
 
 
 def setting(default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
@@ -55,10 +58,10 @@ class Model:
         "file of VGG19's weights; auto: torch.hub's cache, if they are there; none: random LTE",
     )
     precision: str | None = setting(
-        None, "arithmetic of the search: fp32, fp16x3, fp16, bf16, tf32; null: fp32"
+        None, f"arithmetic of the search: {', '.join(PRECISIONS)}; null: fp32"
     )
     backend: str | None = setting(
-        None, "backend of the search: cpp, triton, torch, reference; null: the fastest"
+        None, f"backend of the search: {', '.join(BACKENDS)}; null: the fastest"
     )
 
     def __post_init__(self) -> None:
