@@ -22,6 +22,7 @@ LANGUAGES = {"ttsr_fast._C": "C++", "ttsr_fast._C_cuda": "CUDA"}
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
+        library.unlink(missing_ok=True)  # of an earlier build, in case that this one fails
         try:
             BUILD["compile_library"](library, cuda=LANGUAGES[ext.name] == "CUDA")
         except RuntimeError as error:

@@ -109,8 +109,9 @@ def versions(out: Path, *, tiny: bool) -> int:
 
 def why_not() -> str | None:
     """Why nothing can be measured here."""
-    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < build.OLDEST_TORCH:
-        return f"it needs torch 2.11 or newer, this is {torch.__version__}"
+    reason = build.why_not_under(torch.__version__)
+    if reason is not None:
+        return reason
     if not torch.cuda.is_available():
         return f"there is no CUDA GPU: torch {torch.__version__} sees none"
     return backends.why_not("triton", torch.device("cuda", 0))

@@ -152,7 +152,7 @@ def test_missing_kernels_are_warned_of_once(monkeypatch, caplog):
 def test_older_torch_runs_without_the_kernels(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
     reason = backends.load_library.__wrapped__()
-    assert reason == "the kernels need torch 2.11 or newer, this is 2.6.0+cu124"
+    assert reason == "the kernels need torch 2.10 or newer, this is 2.6.0+cu124"
 
 
 def test_library_that_does_not_load_gives_the_reason(monkeypatch, tmp_path):

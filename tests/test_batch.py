@@ -1,5 +1,6 @@
 """Several images on one command line."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ def assert_right(result, low):
 
 
 def test_images_and_folders_go_into_one(several):
-    result = run("upscale", "0.png", "1.png", "lows", "0.png", *OPTIONS, "-o", "out/deep")
+    again = several / "lows" / ".." / "0.png"
+    result = run("upscale", "0.png", "1.png", "lows", again, *OPTIONS, "-o", "out/deep")
     assert (result.exit_code, result.stderr) == (0, "")
     paths = ["0_x4.png", "1_x4.png", "a0_x4.png", "a1_x4.png"]
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
@@ -48,9 +50,13 @@ def test_each_goes_beside_its_image_where_nothing_else_is_said(several):
     made = ["0_x4.png", "1_x4.png", "lows_x4/a0_x4.png", "lows_x4/a1_x4.png"]
     assert names(several) == sorted([*before, *made])
     again = run("upscale", "0.png", "0_x4.png", "1.png", "1_x4.png", "lows", *OPTIONS, "--resume")
-    assert (again.exit_code, again.output) == (0, ""), "results are no inputs, and are kept"
+    lines = [f"{n}_x4.png is left out: it is a result of an earlier run\n" for n in range(2)]
+    assert (again.exit_code, again.output) == (0, "".join(lines)), "the others are kept"
     assert names(several) == sorted([*before, *made])
-    assert_refused(run("upscale", "0_x4.png", "1_x4.png", *OPTIONS), "LR must name images, got .*")
+    only = run("upscale", "0_x4.png", "1_x4.png", *OPTIONS, "--quiet")
+    assert_refused(only, "LR must name images, got only results")
+    assert run("upscale", "lows", "lows_x4", *OPTIONS, "--quiet").exit_code == 0
+    assert names(several) == sorted([*before, *made]), "no folder for images that are left out"
     assert run("upscale", "0_x4.png", *OPTIONS, "--quiet").exit_code == 0, "by itself it may be one"
 
 
@@ -68,6 +74,26 @@ def test_a_file_is_no_place_for_several(several, output):
     message = f"--output must be a folder for several images, got {output}"
     assert_refused(run("upscale", "0.png", "1.png", *OPTIONS, "-o", output), message)
     assert names(several) == before
+
+
+@each("order", [("lows", "lows/a0.png"), ("lows/a0.png", "lows")])
+def test_an_image_that_is_named_goes_beside_itself(several, order):
+    assert run("upscale", *order, *OPTIONS, "--quiet").exit_code == 0
+    assert Path("lows/a0_x4.png").exists() and names(Path("lows_x4")) == ["a1_x4.png"]
+
+
+def test_a_folder_that_is_a_file_is_refused(several):
+    Path("lows_x4").touch()
+    message = "cannot write into lows_x4: it is no folder"
+    assert_refused(run("upscale", "lows", *OPTIONS), message)
+
+
+def test_plans_name_the_largest_need(several):
+    Image(noise(200, 200, 3)).save("1.png")
+    result = run("upscale", "0.png", "1.png", "lows", *OPTIONS, "--plan", "--max-memory", "10M")
+    assert result.exit_code == 2 and result.stdout.count("detail") == 3
+    enough = float(re.search(r"sizes: (.*)GiB is enough", result.stderr)[1])
+    assert enough > 0.5, "the largest, and not the last"
 
 
 def test_images_of_one_name_do_not_replace_one_another(several):

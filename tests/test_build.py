@@ -62,9 +62,7 @@ def test_error_in_a_source(
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_cache_belongs_to_the_sources(
-    write_source: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_belongs_to_the_sources(write_source: Callable[..., None]) -> None:
     write_source(f"{ANSWER} return 1; }}")
     assert build.cached_library() is None
     first = build.build_library()
@@ -76,8 +74,36 @@ def test_cache_belongs_to_the_sources(
     second = build.build_library()
     assert (answer_of(second), second != first) == (2, True)
 
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    second.write_bytes(b"damaged")
     assert build.build_library() == second
+    assert second.read_bytes() != b"damaged"
+
+
+@pytest.mark.parametrize(
+    ("text", "version", "cuda"),
+    [
+        (
+            "from typing import Optional\n__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n",
+            "2.13.0+cpu",
+            None,
+        ),
+        ("__version__ = '2.4.1+cu121'\ncuda = '12.1'\n", "2.4.1+cu121", "12.1"),
+        ('__version__ = "2.14.0a0+git1"\nraise ImportError\n', "2.14.0a0+git1", None),
+    ],
+)
+def test_torch_is_found_without_its_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, version: str, cuda: str | None
+) -> None:
+    """By the path of imports, and where pip's isolated build hides it."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text(text)
+    found = build.Torch(tmp_path / "torch", version, cuda)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name, vars: str(tmp_path))
+    assert build.find_torch() == found
+    (tmp_path / "torch" / "version.py").write_text("")
+    monkeypatch.setattr("site.ENABLE_USER_SITE", False)
+    assert build.find_torch() is None
 
 
 def test_reasons(
@@ -86,10 +112,10 @@ def test_reasons(
     write_source(f"{ANSWER} return 1; }}")
     assert build.why_not() is None
     with monkeypatch.context() as patch:
-        older = build.Torch(tmp_path, "2.10.1+cpu", None)
+        older = build.Torch(tmp_path, "2.9.1+cpu", None)
         patch.setattr(build, "find_torch", lambda: older)
-        assert build.why_not() == "the kernels need torch 2.11 or newer, this is 2.10.1+cpu"
-        with pytest.raises(RuntimeError, match=r"the kernels need torch 2\.11"):
+        assert build.why_not() == "the kernels need torch 2.10 or newer, this is 2.9.1+cpu"
+        with pytest.raises(RuntimeError, match=r"the kernels need torch 2\.10"):
             build.build_library()
         patch.setattr(build, "find_torch", lambda: None)
         assert build.why_not() == "torch is not installed"

@@ -170,8 +170,8 @@ def test_why_a_machine_will_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_bundle.backends, "why_not", lambda *x: "it needs Triton 3.6 or newer")
     assert gpu_bundle.why_not() == "it needs Triton 3.6 or newer"
-    monkeypatch.setattr(torch, "__version__", "2.10.1+cu129")
-    assert gpu_bundle.why_not() == "it needs torch 2.11 or newer, this is 2.10.1+cu129"
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu129")
+    assert gpu_bundle.why_not() == "the kernels need torch 2.10 or newer, this is 2.9.1+cu129"
 
 
 def test_folders_and_files_that_will_not_do(

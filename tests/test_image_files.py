@@ -15,7 +15,7 @@ from PIL import Image as pillow
 from tests.image_samples import chunk, noise, png, tiff
 from tests.test_images import assert_same
 from ttsr_fast import image_files
-from ttsr_fast.images import Image, as_image, read_image, stored_size
+from ttsr_fast.images import Image, as_image, read_image, size_of
 
 each = pytest.mark.parametrize
 SHORT = 3  # type of tags
@@ -40,7 +40,7 @@ def test_tiff_is_read_to_its_full_range(tmp_path, photometric, channels, bits, o
     levels = (array / top * np.iinfo(dtype).max).round().astype(dtype)
     expected = np.iinfo(dtype).max - levels if photometric == 0 else levels
     assert_same(read_image(tmp_path / "a.tif"), expected)
-    assert stored_size(tmp_path / "a.tif") == (6, 5)
+    assert size_of(tmp_path / "a.tif") == (6, 5)
     if (bits, channels) == (16, 1) and not (photometric == 0 and order == ">"):
         with pillow.open(tmp_path / "a.tif") as opened:  # Pillow knows all but that one
             assert_same(as_image(opened), expected)

@@ -155,7 +155,7 @@ def test_metadata(wheel: Path) -> None:
         metadata = message_from_bytes(file.read(name))
         scripts = file.read(name.replace("METADATA", "entry_points.txt")).decode()
     required = metadata.get_all("Requires-Dist", [])
-    assert [line for line in required if "extra ==" not in line] == ["torch>=2.11", "numpy"]
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.4", "numpy"]
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
     assert "ttsr-fast = ttsr_fast.cli:main" in scripts
@@ -188,8 +188,8 @@ def test_without_the_library(python_only: Path, wheel: Path, tmp_path: Path) -> 
 
 
 FAKE_TORCH = """
-import os
-__version__, cuda = "2.13.0", os.environ.get("FAKE_TORCH_CUDA")
+__version__ = '2.13.0+cpu'
+cuda: Optional[str] = %r
 """
 NO_CXX, NO_NVCC, WITH_CUDA = {"CXX": "nowhere"}, {"CUDACXX": "nowhere"}, {"FAKE_TORCH_CUDA": "13.0"}
 WITHOUT = "ttsr-fast: building without the kernels in "
@@ -203,7 +203,7 @@ WITHOUT = "ttsr-fast: building without the kernels in "
         ("cpu", NO_NVCC, [LIBRARY], f"{WITHOUT}CUDA: TTSR_FAST_BUILD=cpu"),
         ("cuda", {}, [LIBRARY, CUDA_LIBRARY], ""),
         ("", WITH_CUDA, [LIBRARY, CUDA_LIBRARY], ""),
-        ("", {}, [LIBRARY], f"{WITHOUT}CUDA: torch 2.13.0 is a build without CUDA"),
+        ("", {}, [LIBRARY], f"{WITHOUT}CUDA: torch 2.13.0+cpu is a build without CUDA"),
         ("", WITH_CUDA | NO_NVCC, [LIBRARY], f"{WITHOUT}CUDA: there is no CUDA compiler 'nowhere'"),
         ("", {"CXX": "false"}, [], '"ttsr_fast._C" failed: the compiler stopped with status 1'),
         ("", NO_CXX, [], f"{WITHOUT}C++: there is no C++ compiler 'nowhere'"),
@@ -218,7 +218,7 @@ def test_choice_of_kernels(
 ) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").touch()
-    (tmp_path / "torch" / "version.py").write_text(FAKE_TORCH)
+    (tmp_path / "torch" / "version.py").write_text(FAKE_TORCH % changed.get("FAKE_TORCH_CUDA"))
     environment = {"CXX": FAKE_COMPILER, "CUDACXX": FAKE_NVCC, "PYTHONPATH": str(tmp_path)}
     environment |= {"TTSR_FAST_BUILD": wanted, **changed}
     command = ("setup.py", "build_ext", "--build-lib", tmp_path / "built")

@@ -292,7 +292,7 @@ def test_an_interrupt_before_the_first_image_is_one_line(folders, monkeypatch):
 
     monkeypatch.setattr(inputs, "upscale_options", interrupted)
     result = run("upscale", *OPTIONS)
-    message = "error: interrupted before the first image: nothing is written\n"
+    message = "error: interrupted before the first image\n"
     assert (result.exit_code, result.output) == (130, message)
 
 

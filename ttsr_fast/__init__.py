@@ -1,12 +1,8 @@
-"""Exact, fast, memory-linear patch search for reference-based super-resolution.
+"""Exact, fast, memory-linear patch search for reference-based super-resolution."""
 
-Where PyTorch is loaded already, the import loads everything and registers the operators. Elsewhere
-the first use of a public name does, so that `ttsr-fast --help` answers without PyTorch.
-"""
-
-import importlib
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -26,29 +22,18 @@ __all__ = [
     "upscale",
 ]
 
-if TYPE_CHECKING or "torch" in sys.modules:
-    from ttsr_fast.api import (
-        TTSR,
-        Match,
-        ReferenceBank,
-        ReferenceMatch,
-        Result,
-        SearchTransfer,
-        certified,
-        gather_fold,
-        gather_fold_references,
-        load_model,
-        search,
-        search_references,
-        upscale,
-    )
-else:
 
-    def __getattr__(name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(importlib.import_module("ttsr_fast.api"), name)
-        return value
+def _is_program() -> bool:
+    """Whether this process is `ttsr-fast`, or `python -m` of a module in this package."""
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    return program == "-m" or os.path.basename(program) in ("ttsr-fast", "ttsr-fast.exe")
 
-    def __dir__() -> list[str]:
-        return [*globals(), *__all__]
+
+if TYPE_CHECKING or not _is_program():  # whose --help needs no PyTorch
+    from ttsr_fast.bank import ReferenceBank
+    from ttsr_fast.certify import certified
+    from ttsr_fast.functional import Match, gather_fold, search
+    from ttsr_fast.model import TTSR, load_model
+    from ttsr_fast.modules import SearchTransfer
+    from ttsr_fast.references import ReferenceMatch, gather_fold_references, search_references
+    from ttsr_fast.upscaling import Result, upscale

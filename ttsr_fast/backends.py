@@ -50,7 +50,7 @@ def choose(op: str, x: Tensor, backend: str | None) -> Callable[..., None]:
         ]
         backend = next(name for name in names if can_run(name, x.device, op, x.dtype))
         if backend == "torch":
-            _warn_of_missing_kernels(x.device, op)
+            _warn_of_missing_kernels(x.device, op, x.dtype)
     can_run(backend, x.device, op, x.dtype, raise_error=True)
     return _IMPLEMENTATIONS[backend][op]
 
@@ -92,25 +92,29 @@ def why_not(
     return None
 
 
-def _warn_of_missing_kernels(device: torch.device, op: str) -> None:
+def _warn_of_missing_kernels(device: torch.device, op: str, dtype: torch.dtype) -> None:
     """Warn, once for each reason, where kernels could run that are not installed."""
-    reason = None
     if device.type == "cpu" and platform.system() in build.SYSTEMS:
         reason = load_library()
+        if reason is not None:
+            _warn_once(
+                f"ttsr-fast works without its kernels, several times slower: {reason} "
+                f"({ENVIRONMENT_VARIABLE}=torch silences this)"
+            )
     elif device.type == "cuda" and _why_not_gpu(device) is None:
-        cuda = torch.version.cuda is not None
-        reason = _why_no_triton() if op == "search" else load_cuda_library() if cuda else None
-    if reason is not None:
-        _warn_once(reason)
+        if op == "search":
+            reason = _why_no_triton() if dtype != torch.float64 else None
+            if reason is not None:
+                _warn_once(f"ttsr-fast searches without its kernels, slowly: {reason}")
+        elif torch.version.cuda is not None:
+            reason = load_cuda_library()
+            if reason is not None:
+                _warn_once(f"ttsr-fast transfers without its CUDA kernels: {reason}")
 
 
 @cache
-def _warn_once(reason: str) -> None:
-    _logger.warning(
-        "ttsr-fast works without its kernels, several times slower: %s (%s=torch silences this)",
-        reason,
-        ENVIRONMENT_VARIABLE,
-    )
+def _warn_once(message: str) -> None:
+    _logger.warning("%s", message)
 
 
 @cache

@@ -13,7 +13,7 @@ import hashlib
 import importlib.util
 import os
 import platform
-import runpy
+import re
 import shlex
 import shutil
 import site
@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 LIBRARY = "_C.abi3.so"
 CUDA_LIBRARY = "_C_cuda.abi3.so"
-OLDEST_TORCH = (2, 11)
-FLAGS = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # OLDEST_TORCH
+OLDEST_TORCH = (2, 10)
+FLAGS = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000")  # OLDEST_TORCH
 CXX_FLAGS = ("-fPIC", "-fvisibility=hidden")
 NVCC_FLAGS = (
     "-DUSE_CUDA",
@@ -59,18 +59,40 @@ class Torch(NamedTuple):
 def find_torch() -> Torch | None:
     """The PyTorch of this Python, not imported.
 
-    It is found from an isolated build of pip, too, which hides what is installed: a library that is
-    compiled against its headers serves every other PyTorch as well.
+    Site-packages are searched as well, because pip's isolated builds hide them. By the stable ABI,
+    the headers of any PyTorch from `OLDEST_TORCH` on fit all others.
     """
     spec = importlib.util.find_spec("torch")
-    folders = [] if spec is None or spec.origin is None else [Path(spec.origin).parent]
-    installed = (sysconfig.get_path("platlib"), sysconfig.get_path("purelib"))
-    folders += [Path(path, "torch") for path in (*installed, site.getusersitepackages())]
-    for folder in folders:
+    found = [] if spec is None else list(spec.submodule_search_locations or ())
+    roots = [{"base": sys.prefix, "platbase": sys.exec_prefix}]
+    if "include-system-site-packages = true" in _environment_settings():
+        roots.append({"base": sys.base_prefix, "platbase": sys.base_exec_prefix})
+    found += [
+        os.path.join(sysconfig.get_path(name, vars=root), "torch")
+        for root in roots
+        for name in ("platlib", "purelib")
+    ]
+    if site.ENABLE_USER_SITE:
+        found.append(os.path.join(site.getusersitepackages(), "torch"))
+    for folder in map(Path, found):
         if (folder / "version.py").is_file():
-            facts = runpy.run_path(str(folder / "version.py"))
-            return Torch(folder, facts["__version__"], facts["cuda"])
+            text = (folder / "version.py").read_text(errors="replace")
+            version, cuda = (_value(name, text) for name in ("__version__", "cuda"))
+            if version is not None:
+                return Torch(folder, version, cuda)
     return None
+
+
+def _environment_settings() -> str:
+    """The file that makes a folder a virtual environment; empty elsewhere."""
+    file = Path(sys.prefix, "pyvenv.cfg")
+    return file.read_text(errors="replace").lower() if file.is_file() else ""
+
+
+def _value(name: str, source: str) -> str | None:
+    """The string that Python code assigns to a variable; None for anything else."""
+    found = re.search(rf"^{name}\b[^=\n]*= *['\"]([^'\"\n]+)['\"]", source, re.MULTILINE)
+    return None if found is None else found[1]
 
 
 def why_not(*, cuda: bool = False) -> str | None:
@@ -95,7 +117,8 @@ def why_not(*, cuda: bool = False) -> str | None:
 
 def why_not_under(torch_version: str) -> str | None:
     """Why the kernels do not run under a version of PyTorch, None if they do."""
-    if tuple(int(part) for part in torch_version.split(".")[:2]) >= OLDEST_TORCH:
+    found = re.match(r"(\d+)\.(\d+)", torch_version)
+    if found is None or tuple(map(int, found.groups())) >= OLDEST_TORCH:
         return None
     oldest = ".".join(map(str, OLDEST_TORCH))
     return f"the kernels need torch {oldest} or newer, this is {torch_version}"
@@ -181,27 +204,21 @@ def build_libraries() -> Iterator[str]:
 
 
 def build_library(*, cuda: bool = False) -> Path:
-    """Compile the kernels once into torch's cache of extensions, for an installation without them.
+    """Compile the kernels into torch's cache of extensions, for an installation without them.
 
     Returns:
         The library, where `cached_library` finds it from then on.
 
     Raises:
-        RuntimeError: as `compile_library`; PyTorch is too old; or other users can write to that
-            place.
+        RuntimeError: as `compile_library`; or other users can write to that place.
     """
     library = _cache_path(cuda)
-    torch = find_torch()
-    outdated = None if torch is None else why_not_under(torch.version)
-    if outdated is not None:
-        raise RuntimeError(outdated)
     for folder in (library.parent.parent, library.parent):
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     reason = _why_not_trusted(library)
     if reason is not None:
         raise RuntimeError(f"{reason}; name another folder in TORCH_EXTENSIONS_DIR")
-    if not library.is_file():
-        compile_library(library, cuda=cuda)
+    compile_library(library, cuda=cuda)
     return library
 
 

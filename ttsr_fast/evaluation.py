@@ -196,12 +196,12 @@ def _check(
 
 def _check_pair(job: _Job, pair: Pair) -> None:
     """Raise what the headers of its files can tell."""
-    height, width = images.stored_size(pair.hr)
+    height, width = images.size_of(pair.hr)
     size = height // SCALE, width // SCALE
     if 0 in size:
         raise ValueError(f"{shown(pair.hr)} must be at least {SCALE}x{SCALE} pixels")
     files = job.files(pair)
-    refs = [(path.name, images.stored_size(path)) for path in files]
+    refs = [(path.name, images.size_of(path)) for path in files]
     stacked = job.references == "stack" and len(refs) > 0
     if job.helped and not refs:
         refs = [("LR", size)]

@@ -85,15 +85,18 @@ def decode(path: Path) -> Decoded:
         raise ValueError(f"cannot read {shown(path)}: {reason_of(error)}") from error
 
 
-def stored_size(path: Path) -> tuple[int, int]:
-    """Height and width as the header says, before EXIF turns the image.
+def size_of(path: Path) -> tuple[int, int]:
+    """Height and width by the header, upright by its EXIF orientation.
 
-    Raises: as `decode`, for a header that is not understood.
+    Raises: as `decode`, for a header that Pillow does not understand.
     """
+    check_readable(path)
     try:
         with _File(io.FileIO(path)) as file, pillow().Image.open(file, formats=_READ) as opened:
-            return opened.height, opened.width
-    except Exception:  # of any kind, for which decoding has the error, or a reader
+            at_hand = opened.format != "PNG" or "exif" in opened.info  # or Pillow would decode it
+            rotated = at_hand and opened.getexif().get(_ORIENTATION, 1) > 4
+            return (opened.width, opened.height) if rotated else (opened.height, opened.width)
+    except Exception:  # decoding reads more formats, and raises the proper error
         height, width = decode(path).array.shape[:2]
         return height, width
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ttsr_fast import files, image_files, image_formats
 from ttsr_fast.files import shown
-from ttsr_fast.image_files import stored_size as stored_size
+from ttsr_fast.image_files import size_of as size_of
 from ttsr_fast.image_formats import SUFFIXES as SUFFIXES
 from ttsr_fast.image_formats import Chunks
 

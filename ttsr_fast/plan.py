@@ -63,6 +63,18 @@ class Plan:
         return max(size for _, size in self.stages)
 
 
+class NotEnoughMemory(ValueError):
+    """What is needed does not fit.
+
+    Attributes:
+        needed: bytes on top of what is taken.
+    """
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
 def keep_freed_memory() -> None:
     """Let this process use memory again that it has freed, in blocks of up to a gigabyte.
 
@@ -98,11 +110,12 @@ def plan_ttsr(
         made: whether the features of the references are in memory already.
 
     Raises:
-        ValueError: the smallest plan takes more than that, or `model` has no hard attention.
+        NotEnoughMemory: the smallest plan takes more than that.
+        ValueError: `model` has no hard attention.
     """
     plan = _fitting_or_smallest(model, lr, refs, max_memory, tile, made)
     if plan.peak > plan.limit:
-        raise ValueError(_too_little("ttsr", plan.peak, model.device, max_memory))
+        raise _not_enough("ttsr", plan.peak, model.device, max_memory)
     return plan
 
 
@@ -127,16 +140,20 @@ def _fitting_or_smallest(
     return plan
 
 
-def _too_little(method: str, needed: int, device: torch.device, max_memory: int | None) -> str:
+def _not_enough(
+    method: str, needed: int, device: torch.device, max_memory: int | None
+) -> NotEnoughMemory:
     """An error that says how much memory is enough, also for later images."""
     if max_memory is None:
         free = gibibytes(room(device, None))
-        return f"method {method!r} needs {gibibytes(needed)} more than is taken, {free} may be used"
-    enough = math.ceil(10 * (needed + taken_bytes(device) + _GROWTH) / 2**30) / 10
-    return (
-        f"max_memory {gibibytes(max_memory)} is too little for method {method!r} at these sizes: "
-        f"{enough:.1f}GiB is enough"
-    )
+        message = f"method {method!r} needs {gibibytes(needed)} at these sizes, {free} may be used"
+    else:
+        enough = math.ceil(10 * (needed + taken_bytes(device) + _GROWTH) / 2**30) / 10
+        message = (
+            f"max_memory {gibibytes(max_memory)} is too little for method {method!r} at these "
+            f"sizes: {enough:.1f}GiB is enough"
+        )
+    return NotEnoughMemory(message, needed)
 
 
 def _plan_on(
@@ -168,7 +185,8 @@ def _plan_on(
 
     bands = [None, BAND] if here else [BAND]
     before = pictures + kept
-    fitting = (band for band in bands if before + copies(band) + workspace <= limit)
+    query = item * key * queries
+    fitting = (band for band in bands if before + query + copies(band) + workspace <= limit)
     band = next(fitting, bands[-1])
     search = copies(band)
     between = item * _KEPT * queries if here else 0
@@ -182,7 +200,6 @@ def _plan_on(
         stages.append((stage.name, taken + size))
 
     largest = max(grids, key=lambda grid: grid[0] * grid[1])
-    query = item * key * queries
     fit(LTE_STAGE, _around(largest, grid), before + query)
     stages.append(("search", before + query + search + workspace))
     main = main_net_stages(model.MainNet)
@@ -201,10 +218,10 @@ def _plan_on(
 def check_detail(
     lr: Size, refs: Sequence[Size], device: torch.device, max_memory: int | None
 ) -> None:
-    """Raise ValueError if method "detail" takes more than `max_memory`."""
+    """Raise NotEnoughMemory if method "detail" takes more than `max_memory`."""
     needed = _detail_bytes(lr, refs)
     if max_memory is not None and needed > room(device, max_memory):
-        raise ValueError(_too_little("detail", needed, device, max_memory))
+        raise _not_enough("detail", needed, device, max_memory)
 
 
 def _detail_bytes(lr: Size, refs: Sequence[Size]) -> int:
@@ -241,20 +258,20 @@ def describe(
     max_memory: int | None = None,
     tile: int | None = None,
     **_: object,
-) -> tuple[list[tuple[str, str]], str | None]:
+) -> tuple[list[tuple[str, str]], NotEnoughMemory | None]:
     """What `upscale` would do with these options.
 
     Returns:
-        lines of a name and a value, of the smallest plan if none fits, and then why none does.
+        lines of a name and a value, of the smallest plan if none fits, and the error in that case.
     """
     if model is None:
         where = device or torch.device("cpu")
         limit, peak = room(where, max_memory), _detail_bytes(lr, refs)
-        lines = [("limit", _more(limit)), ("detail", gibibytes(peak))]
+        lines = [("limit", _headroom(limit)), ("detail", gibibytes(peak))]
         fits = max_memory is None or peak <= limit
-        return lines, None if fits else _too_little("detail", peak, where, max_memory)
+        return lines, None if fits else _not_enough("detail", peak, where, max_memory)
     plan = _fitting_or_smallest(model, lr, refs, max_memory, tile, made=False)
-    lines = [("limit", _more(plan.limit))]
+    lines = [("limit", _headroom(plan.limit))]
     lines.append(("features are kept on", str(plan.store)))
     bands = "whole references" if plan.band is None else f"bands of {plan.band} positions"
     lines.append(("searched are", bands))
@@ -263,11 +280,11 @@ def describe(
         within = "" if side is None or side >= max(lr) else f", windows of {side} x {side}"
         lines.append((name, gibibytes(size) + within))
     fits = plan.peak <= plan.limit
-    return lines, None if fits else _too_little("ttsr", plan.peak, model.device, max_memory)
+    return lines, None if fits else _not_enough("ttsr", plan.peak, model.device, max_memory)
 
 
-def _more(limit: int) -> str:
-    """A limit on top of what the process has taken, which may be more than it was given."""
+def _headroom(limit: int) -> str:
+    """Remaining bytes, at least 0."""
     return f"{gibibytes(max(0, limit))} more than is taken now"
 
 

@@ -6,15 +6,15 @@ What takes time to load is imported inside the commands, so that `--help` is qui
 import logging
 import signal
 
-from ttsr_fast.cli.signals import exit_at_signals
+from ttsr_fast.cli.signals import at_start, exit_at_signals
 
 
 def main() -> None:
     """The program `ttsr-fast`."""
     line = "error: interrupted: nothing has been done"
-    with exit_at_signals(lambda name: line, signal.SIGINT, signal.SIGTERM):  # until a command runs
-        from ttsr_fast.cli.commands import app
-        from ttsr_fast.cli.common import OneLineHandler
+    at_start.enter_context(exit_at_signals(lambda name: line, signal.SIGINT, signal.SIGTERM))
+    from ttsr_fast.cli.commands import app
+    from ttsr_fast.cli.common import OneLineHandler
 
-        logging.getLogger("ttsr_fast").addHandler(OneLineHandler())
-        app(prog_name="ttsr-fast")
+    logging.getLogger("ttsr_fast").addHandler(OneLineHandler())
+    app(prog_name="ttsr-fast")

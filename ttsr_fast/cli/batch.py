@@ -37,8 +37,8 @@ class Batch:
 
     Args:
         given: images and folders of them.
-        output: file or folder for the results; None puts them beside the images, those of a folder
-            into a new one.
+        output: file or folder for the results; None puts them beside the images, and those of a
+            folder into a new one.
         references: of all images.
         suffix: added to the names of results.
         ext: ending of results; "auto" for that of their image.
@@ -65,8 +65,8 @@ class Batch:
         quiet: bool,
     ) -> None:
         self.several = len(given) > 1 or given[0].is_dir()
-        self.sources: list[Path] = []
         self._output: dict[Path, Path | None] = {}  # where the result of an image goes
+        self._named = {path for path in given if not path.is_dir()}
         self._references, self._suffix, self._ext = references, suffix, ext
         self._resume, self._quiet = resume, quiet
         self._records: dict[Path, Record] = {}  # by the resolved folder of the results
@@ -78,15 +78,17 @@ class Batch:
             raise ValueError(f"--ext must be auto or one of {ENDINGS}, got {ext}")
         if self.several and output is not None and _is_file(output):
             raise ValueError(f"--output must be a folder for several images, got {shown(output)}")
+        known: dict[Path, Path] = {}  # by the resolved path, as one file may have several
         for path in given:
             folder = output
             if path.is_dir() and output is None:
                 named = path.resolve() if path.name in ("", "..") else path
                 folder = named.with_name(named.name + suffix)
             for source in pictures_in(path):
-                if source not in self._output:
-                    self.sources.append(source)
+                source = known.setdefault(source.resolve(), source)
+                if source not in self._output or path in self._named:  # it goes beside itself
                     self._output[source] = folder
+        self.sources = list(self._output)
 
     def prepare(self, weights: Path | None, made_from: dict[str, str]) -> None:
         """Make folders, open records, leave out earlier results, read the references.
@@ -99,19 +101,17 @@ class Batch:
             OSError, ValueError: a folder cannot be made, a record or reference not be read; nothing
                 is left to do.
         """
+        self._open_records()
         if self.several:
-            for folder in {folder for folder in self._output.values() if folder is not None}:
-                folder.mkdir(parents=True, exist_ok=True)
-        if self.several or self._resume:
-            for source in self.sources:
-                folder = self._folder(source)
-                if folder.resolve() not in self._records and folder.is_dir():
-                    self._records[folder.resolve()] = Record(folder)
-        if self.several:
-            left = [source for source in self.sources if not self._is_result(source)]
-            if not left:
+            self.sources = [source for source in self.sources if not self._is_left_out(source)]
+            if not self.sources:
                 raise ValueError("LR must name images, got only results")
-            self.sources = left
+            for folder in {self._output[source] for source in self.sources} - {None}:
+                assert folder is not None
+                if folder.exists() and not folder.is_dir():
+                    raise ValueError(f"cannot write into {shown(folder)}: it is no folder")
+                folder.mkdir(parents=True, exist_ok=True)
+            self._open_records()
         self._references.leave_out(self._is_result)
         read = [*self.sources, *self._references.inputs()]
         read += [] if weights is None else [weights]
@@ -140,7 +140,7 @@ class Batch:
                             self._upscale(source, tell(source.name), options)
                             done += 1
                         except ERRORS as error:
-                            failures.append(self._named(source, one_line(error)))
+                            failures.append(self._with_name(source, one_line(error)))
                         step()
             finally:
                 for failure in failures:
@@ -171,15 +171,30 @@ class Batch:
             report(path, image, start, self._quiet)
         self._taken.add(identity(path))
 
-    def _named(self, source: Path, error: str) -> str:
-        """An error that says which of several images it is of; those of files name them."""
+    def _with_name(self, source: Path, error: str) -> str:
+        """Prefix the image's path, unless the message already names a file."""
         named = not self.several or error.startswith("cannot ")
         return error if named else f"{shown(source)}: {error}"
 
     def _folder(self, source: Path) -> Path:
-        """The folder of an image's result."""
+        """The folder of an image's result, which may not exist yet."""
         output = self._output[source]
-        return output if output is not None and output.is_dir() else (output or source).parent
+        inside = output is not None and (self.several or output.is_dir())
+        return output if inside and output is not None else (output or source).parent
+
+    def _open_records(self) -> None:
+        """The records of all folders that results go to and that exist."""
+        for source in self.sources if self.several or self._resume else ():
+            folder = self._folder(source)
+            if folder.resolve() not in self._records and folder.is_dir():
+                self._records[folder.resolve()] = Record(folder)
+
+    def _is_left_out(self, source: Path) -> bool:
+        """Whether an image is a result of an earlier run, and a line about one that was named."""
+        found = self._is_result(source)
+        if found and source in self._named and not self._quiet:
+            say(f"{shown(source)} is left out: it is a result of an earlier run")
+        return found
 
     def _is_result(self, path: Path) -> bool:
         record = self._records.get(path.parent.resolve())
@@ -225,10 +240,10 @@ def show_plans(
     """A plan for every size among the images.
 
     Raises:
-        ValueError: one of them does not fit; all are shown.
+        NotEnoughMemory: that of the image which needs most; all plans are shown.
     """
     seen = set()
-    refusals = []
+    refusals: list[plan.NotEnoughMemory] = []
     for source in sources:
         size = images.read_image(source).size
         pictures = references.bank(source).pictures(grey=False)
@@ -242,4 +257,4 @@ def show_plans(
         for name, value in lines:
             say(f"  {name:<22} {value}")
     if refusals:
-        raise ValueError(refusals[-1])
+        raise max(refusals, key=lambda error: error.needed)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 from ttsr_fast.choices import AMP, BACKENDS, METHODS, PHASES, PRECISIONS
-from ttsr_fast.cli.signals import default_signals, exit_at_signals
+from ttsr_fast.cli.signals import at_start, exit_at_signals
 from ttsr_fast.files import shown
 
 if TYPE_CHECKING:
@@ -114,10 +114,14 @@ Quiet = Annotated[
 
 
 def report(path: Path, image: "Image", start: float, quiet: bool) -> None:
-    """Print a result."""
+    """Print a result. An output that cannot be written does not end the work."""
     height, width = image.size
-    if not quiet:
+    if quiet:
+        return
+    try:
         say(f"{shown(path)} ({width} x {height}, {time.perf_counter() - start:.1f} s)")
+    except OSError:
+        _discard(sys.stdout)
 
 
 _bars: list[Progress] = []  # on the terminal now
@@ -148,10 +152,10 @@ def terminal_bar(*columns: ProgressColumn, quiet: bool) -> Iterator[Progress | N
 def progress_bar(
     what: str, total: int, quiet: bool
 ) -> Iterator[tuple[Callable[[], None], Callable[[str], Callable[[str, int, int], None]]]]:
-    """A bar of the pictures that are done; for one picture alone, of the steps of its stage.
+    """A bar of the images that are done; for one image alone, of the steps of its stage.
 
-    Gives a function for every picture that is done, and one that makes, of a picture's name, what
-    `upscale` tells of its progress.
+    Yields a function to call after each image, and a factory of `progress` callbacks for `upscale`
+    by the name of the image.
     """
     text = TextColumn("{task.description}", markup=False)  # `[red]` may be part of a name
     count = [MofNCompleteColumn()] if total > 1 else []
@@ -162,23 +166,23 @@ def progress_bar(
             return
         task = bar.add_task(what, total=total)
 
-        def tell(name: str) -> Callable[[str, int, int], None]:
-            def told(stage: str, done: int, of: int) -> None:
+        def progress_of(name: str) -> Callable[[str, int, int], None]:
+            def on_progress(stage: str, done: int, of: int) -> None:
                 text = f"{shown(name)}: {stage} {done}/{of}"
                 if total > 1:
                     bar.update(task, description=text)
                 else:
                     bar.update(task, description=text, completed=done, total=of)
 
-            return told
+            return on_progress
 
-        yield lambda: bar.advance(task), tell
+        yield lambda: bar.advance(task), progress_of
 
 
 @contextmanager
 def errors_in_one_line(where: Callable[[], str] = lambda: "") -> Iterator[None]:
     """End the command with a line for an error, or for Ctrl-C, which came `where` it says."""
-    default_signals()
+    at_start.close()
     try:
         yield
     except ERRORS as error:
@@ -202,10 +206,7 @@ def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
 
 
 def say(line: str, *, err: bool = False) -> None:
-    """Print a line, without what a terminal obeys, in the encoding of the stream if it is open.
-
-    A reader that has gone away does not end the work.
-    """
+    """Print one line, control characters escaped. A closed stream or pipe is ignored."""
     stream = sys.stderr if err else sys.stdout
     if stream is None:
         return
@@ -214,9 +215,14 @@ def say(line: str, *, err: bool = False) -> None:
         return
     try:
         typer.echo(fitting(line, stream), err=err)
-    except OSError:
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), stream.fileno())
+    except BrokenPipeError:
+        _discard(stream)
+
+
+def _discard(stream: TextIO) -> None:
+    """Send all further output of a stream nowhere."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), stream.fileno())
 
 
 def fitting(text: str, stream: TextIO) -> str:

@@ -23,6 +23,7 @@ class ReferenceOptions:
             raise ValueError(f"--pairs must be a folder, got {shown(pairs)}")
         self._pairs, self._cache = pairs, cache
         self._all = [file for path in ref or () for file in pictures_in(path)]
+        self._named = set(ref or ())
         self._bank: ReferenceBank | None = None
 
     def files(self, source: Path) -> list[Path]:
@@ -33,13 +34,13 @@ class ReferenceOptions:
         return self._all if self._pairs is None else pictures_in(self._pairs)
 
     def check(self, source: Path) -> None:
-        """Read the references for all images; those of `source` alone are its own matter."""
+        """Read shared references now: a bad one fails the command. With --pairs, images do."""
         if self._pairs is None:
             self.bank(source)
 
     def leave_out(self, is_result: Callable[[Path], bool]) -> None:
-        """Leave out of the references for all images what earlier runs have written there."""
-        left = [file for file in self._all if not is_result(file)]
+        """Leave results of earlier runs out of folders of references."""
+        left = [file for file in self._all if file in self._named or not is_result(file)]
         if self._all and not left:
             raise ValueError("--ref must name images, got only results")
         self._all = left

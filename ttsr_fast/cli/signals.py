@@ -1,11 +1,16 @@
-"""Signals while nothing has been done yet: an exception in an import is sometimes lost there."""
+"""Signals before a command begins and while it imports modules.
+
+An import may lose an exception that a signal raises, so these end the process directly.
+"""
 
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
+
+at_start = ExitStack()  # closed when a command begins
 
 
 @contextmanager
@@ -27,19 +32,11 @@ def exit_at_signals(line: Callable[[str], str], *numbers: int) -> Iterator[None]
         os.write(2, f"{line(signal.Signals(number).name)}\n".encode(errors="backslashreplace"))
         os._exit(128 + number)
 
-    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, end) for number in heard}
+    untouched = (signal.SIG_IGN, None)  # None: not set by Python
+    handled = [number for number in numbers if signal.getsignal(number) not in untouched]
+    before = {number: signal.signal(number, end) for number in handled}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def default_signals() -> None:
-    """Handle SIGINT and SIGTERM as Python does at its start, unless they are ignored."""
-    if threading.current_thread() is threading.main_thread():
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)

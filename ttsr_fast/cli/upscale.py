@@ -72,7 +72,7 @@ def upscale_command(
     ] = None,
     resume: Annotated[
         bool,
-        flag("--resume", help="Keep results that are whole and right, as said above."),
+        flag("--resume", help="Skip images with a result that is up to date."),
     ] = False,
     suffix: Annotated[
         str, typer.Option(metavar="TEXT", help="Added to the names of results.")
@@ -94,12 +94,12 @@ def upscale_command(
     its successor is complete; inputs never are.
 
     If some of several images fail, the others are made all the same, and the failures listed at the
-    end. A hidden file .ttsr-fast.jsonl beside the results records what each was made from; such a
-    result is no input of a later run.
+    end. A hidden file .ttsr-fast.jsonl beside the results records what each was made from. Later
+    runs into that folder leave these results out of their inputs.
 
-    --resume keeps a whole result of the same LR, references, weights, options and version. Options
-    count that decide what is computed: --method, --phases, --amp and --precision. Every other
-    result is made again, with a line that says why.
+    --resume keeps a whole result of the same LR, references, weights, options and version. Compared
+    options: --method, --phases, --amp and --precision. Every other result is made again, with a
+    line that says why.
 
     Exit codes: 0 all done, 1 some of several images failed, 2 bad input, 130 Ctrl-C.
     """
@@ -129,4 +129,4 @@ def upscale_command(
 
 
 def _before_all() -> str:
-    return " before the first image: nothing is written"
+    return " before the first image"
