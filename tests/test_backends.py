@@ -123,12 +123,14 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch, backend):
     assert {wanted for _, wanted in asked} == {backend}
 
 
+@pytest.mark.torch(2, 10)
 def test_missing_library_is_explained(monkeypatch):
     monkeypatch.setattr(backends, "_library", lambda: None)
     reason = backends.load_library.__wrapped__()
     assert reason.endswith(f"; `{sys.executable} -m ttsr_fast.build` compiles it")
 
 
+@pytest.mark.torch(2, 10)
 def test_missing_kernels_are_warned_of_once(monkeypatch, caplog):
     monkeypatch.setattr(backends, "_library", lambda: None)
     monkeypatch.setattr(backends, "load_library", backends.load_library.__wrapped__)
@@ -155,6 +157,7 @@ def test_older_torch_runs_without_the_kernels(monkeypatch):
     assert reason == "the kernels need torch 2.10 or newer, this is 2.6.0+cu124"
 
 
+@pytest.mark.torch(2, 10)
 def test_library_that_does_not_load_gives_the_reason(monkeypatch, tmp_path):
     broken = tmp_path / "_C.abi3.so"
     broken.write_bytes(b"not a library")
@@ -164,6 +167,7 @@ def test_library_that_does_not_load_gives_the_reason(monkeypatch, tmp_path):
     assert "file too short" in reason or "invalid ELF header" in reason
 
 
+@pytest.mark.torch(2, 10)
 def test_library_without_the_kernels_is_refused():
     """A library that loads and is another one, in a process of its own."""
     other = Path(torch.__file__).parent / "lib" / "libshm.so"
@@ -236,6 +240,7 @@ def test_triton_is_chosen_for_gpus_alone(monkeypatch):
     assert on_cpu is backends.choose("search", OnGpu, "torch")
 
 
+@pytest.mark.torch(2, 10)
 @pytest.mark.parametrize(
     ("ours", "theirs", "reason"),
     [
@@ -256,6 +261,7 @@ def test_cuda_of_the_library_and_of_torch(monkeypatch, ours, theirs, reason):
     assert found is reason is None or reason in found
 
 
+@pytest.mark.torch(2, 10)
 def test_missing_cuda_library_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(backends, "_library", lambda *, cuda: None)

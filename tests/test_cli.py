@@ -313,6 +313,7 @@ def program(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
 
 
+@pytest.mark.compiled  # or a warning says that they are missing
 def test_the_program_runs(folder):
     result = program("upscale", *PAIR)
     assert (result.returncode, result.stderr) == (0, "")
