@@ -51,6 +51,7 @@ def test_each_goes_beside_its_image_where_nothing_else_is_said(several):
     assert names(several) == sorted([*before, *made])
     again = run("upscale", "0.png", "0_x4.png", "1.png", "1_x4.png", "lows", *OPTIONS, "--resume")
     lines = [f"{n}_x4.png is left out: it is a result of an earlier run\n" for n in range(2)]
+    lines.append("kept 4 of 4 results, which are up to date\n")
     assert (again.exit_code, again.output) == (0, "".join(lines)), "the others are kept"
     assert names(several) == sorted([*before, *made])
     only = run("upscale", "0_x4.png", "1_x4.png", *OPTIONS, "--quiet")

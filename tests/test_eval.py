@@ -124,7 +124,7 @@ def test_quiet_says_nothing(folder):
         ),
         (
             ("CUFED5", "--method", "bicubic"),
-            "references must be the folder of references, got None",
+            "--references FOLDER is needed for --layout folders",
         ),
         ((*CUFED5, "--weights", "none.pth"), "cannot read none.pth: no such file"),
         (

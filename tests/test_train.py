@@ -27,9 +27,13 @@ def test_which_file_to_use_is_said(data, tmp_path):
     advice = "(weights of the last step; for upscale and eval use model-ema.safetensors)"
     assert last == f"{out}/model.safetensors {advice}"
     assert {path.name for path in out.glob("*.safetensors")} == set(MODELS)
+    before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*"))}
     again = CliRunner().invoke(app, ["train", "--out", str(out), "--resume"])
     assert (again.exit_code, again.stdout) == (0, "")
     assert again.stderr.endswith(f"nothing to resume in {out}: all 3 steps are done\n")
+    after = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*"))}
+    lock = out / "training.lock"
+    assert {**after, lock: 0, out: 0} == {**before, lock: 0, out: 0}, "nothing is written"
 
 
 @each("columns", ["80", "160"])

@@ -9,6 +9,7 @@ nothing of the package, and no torch. It is a program, too:
     python ttsr_fast/build.py ttsr_fast/_C.abi3.so   # in place
 """
 
+import argparse
 import hashlib
 import importlib.util
 import os
@@ -315,10 +316,23 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m ttsr_fast.build",
+        description="Compile the kernels for this user, in CUDA where PyTorch has it.",
+    )
+    parser.add_argument(
+        "library",
+        type=Path,
+        nargs="?",
+        help=f"compile this file instead: {LIBRARY} or {CUDA_LIBRARY}, in any folder",
+    )
+    target = parser.parse_args().library
+    if target is not None and target.name not in (LIBRARY, CUDA_LIBRARY):
+        parser.error(f"the library must be named {LIBRARY} or {CUDA_LIBRARY}, got {target.name}")
     try:
-        for argument in sys.argv[1:]:
-            compile_library(Path(argument), cuda=Path(argument).name == CUDA_LIBRARY)
-        for line in () if sys.argv[1:] else build_libraries():
+        if target is not None:
+            compile_library(target, cuda=target.name == CUDA_LIBRARY)
+        for line in build_libraries() if target is None else ():
             print(line)
     except (RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")

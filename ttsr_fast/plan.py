@@ -28,7 +28,7 @@ _PICTURES = 5  # that are there at a time for each size: pixels, floats, enlarge
 _DETAIL, _DETAIL_REF = 12, 8  # the same for "detail", which has features of two kinds, and textures
 _KEPT = 64 * (4 + 3 * 4)  # numbers per position that stay between the stages of MainNet
 _COPIES = 3  # halves: a search copies its inputs once, or one and a half times on a GPU
-_GROWTH = 2**28  # bytes that a process takes for itself with its first image: code, buffers
+_GROWTH = 7 * 2**26  # bytes that a process on the CPU takes for itself with its first image
 _WORKSPACE = 16 * 2**20  # bytes of a thread of the search
 _GPU_WORKSPACE = 64 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc, see mallopt(3)
@@ -295,7 +295,14 @@ def room(device: torch.device, max_memory: int | None) -> int:
     """Bytes that may be taken on top of what is."""
     if max_memory is None:
         return int(SHARE * free_bytes(device))
-    return max_memory - taken_bytes(device)
+    return max_memory - taken_bytes(device) - _growth(device)
+
+
+def _growth(device: torch.device) -> int:
+    """What this process is still to take for itself: code and buffers of its first image."""
+    if device.type != "cpu":
+        return 0
+    return max(0, _RESIDENT_AT_START + _GROWTH - resident_bytes())
 
 
 def taken_bytes(device: torch.device) -> int:
@@ -334,6 +341,9 @@ def resident_bytes() -> int:
     if not statm.exists():
         return 0
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+_RESIDENT_AT_START = resident_bytes()
 
 
 def parse_bytes(text: str) -> int:

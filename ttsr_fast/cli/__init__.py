@@ -5,6 +5,7 @@ What takes time to load is imported inside the commands, so that `--help` is qui
 
 import logging
 import signal
+import sys
 
 from ttsr_fast.cli.signals import at_start, exit_at_signals
 
@@ -17,4 +18,7 @@ def main() -> None:
     from ttsr_fast.cli.common import OneLineHandler
 
     logging.getLogger("ttsr_fast").addHandler(OneLineHandler())
-    app(prog_name="ttsr-fast")
+    try:
+        app(prog_name="ttsr-fast")
+    except OSError as error:  # of standard output, such as a full disk
+        sys.exit(f"error: {error}")

@@ -130,14 +130,14 @@ class Batch:
             typer.Exit: with the exit code of the command.
         """
         failures: list[str] = []
-        done = 0
+        done = kept = 0
         how = "; the same command with --resume goes on" if self.several else ""
         with errors_in_one_line(lambda: f" after {done} of {len(self.sources)} images{how}"):
             try:
                 with progress_bar("upscaling", len(self.sources), self._quiet) as (step, tell):
                     for source in self.sources:
                         try:
-                            self._upscale(source, tell(source.name), options)
+                            kept += self._upscale(source, tell(source.name), options)
                             done += 1
                         except ERRORS as error:
                             failures.append(self._with_name(source, one_line(error)))
@@ -145,12 +145,15 @@ class Batch:
             finally:
                 for failure in failures:
                     say(f"error: {failure}", err=True)
+        if kept and not self._quiet:
+            say(f"kept {kept} of {len(self.sources)} results, which are up to date")
         if failures and self.several:
             fail(f"{len(failures)} of {len(self.sources)} images failed", SOME_FAILED)
         if failures:
             raise typer.Exit(BAD_INPUT)
 
-    def _upscale(self, source: Path, on_progress: Progress, options: dict[str, Any]) -> None:
+    def _upscale(self, source: Path, on_progress: Progress, options: dict[str, Any]) -> bool:
+        """Make a result; True if it is there already."""
         start = time.perf_counter()
         record = self._records.get(self._folder(source).resolve())
         made_from = {} if record is None else self._made_from | self._digests_of(source)
@@ -159,7 +162,8 @@ class Batch:
         taken = path.exists() and identity(path) in self._taken
         if taken or path.resolve() in self._inputs:
             raise ValueError(f"cannot write {shown(path)}: it is an input or another result")
-        if not self._is_kept(path, record, made_from):
+        is_kept = self._is_kept(path, record, made_from)
+        if not is_kept:
             images.check_output(path, low, SCALE)
             if record is not None:
                 record.check_writable()
@@ -170,10 +174,11 @@ class Batch:
                 record.add(path, made_from)
             report(path, image, start, self._quiet)
         self._taken.add(identity(path))
+        return is_kept
 
     def _with_name(self, source: Path, error: str) -> str:
         """Prefix the image's path, unless the message already names a file."""
-        named = not self.several or error.startswith("cannot ")
+        named = not self.several or error.startswith(("cannot ", shown(source)))
         return error if named else f"{shown(source)}: {error}"
 
     def _folder(self, source: Path) -> Path:

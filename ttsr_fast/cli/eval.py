@@ -101,6 +101,8 @@ def eval_command(
         tables = [path for path in (csv, json) if path is not None]
         for path in tables:
             check_writable(path)
+        if (layout or "folders") == "folders" and references is None:
+            raise ValueError("--references FOLDER is needed for --layout folders")
         pairs = find_pairs(root, layout or "folders", references=_references(layout, references))
         read = [file for pair in pairs for file in (pair.hr, *pair.references)]
         read += [Path(name) for name in (weights, references) if name is not None]
@@ -130,8 +132,8 @@ def eval_command(
             table.to_csv(csv)
         if json is not None:
             table.to_json(json)
-    if not quiet:
-        _show(table)
+        if not quiet:
+            _show(table)
     for failure in table.failures:
         say(f"error: {failure.message}", err=True)
     if table.failures:

@@ -79,7 +79,9 @@ def device_named(name: str | None) -> str:
     if name is None:
         return next(iter(known[1:]), "cpu")
     if name not in known and f"{name}:0" not in known:
-        raise ValueError(f"--device must be one of {', '.join(known)}, got {name}")
+        builds = f"; torch {torch.__version__} is a build without CUDA"
+        why = builds if name.startswith("cuda") and torch.version.cuda is None else ""
+        raise ValueError(f"--device must be one of {', '.join(known)}, got {name}{why}")
     return name
 
 

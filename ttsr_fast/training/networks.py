@@ -1,6 +1,9 @@
 """What is trained: the networks, their optimisers and schedules, built and taken apart."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -9,7 +12,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ttsr_fast.devices import gpu
-from ttsr_fast.model import TTSR, load_model
+from ttsr_fast.model import TTSR, load_model, lte
 from ttsr_fast.model.discriminator import Discriminator
 from ttsr_fast.model.vgg import VGG19, find_vgg19
 from ttsr_fast.training import config as configs
@@ -34,6 +37,7 @@ class Networks:
         generator: as it is called.
         ttsr: the model itself.
         discriminator, vgg, ema: None where the training has none.
+        lacks_vgg19: whether LTE starts from random weights because others were not found.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
@@ -41,7 +45,10 @@ class Networks:
         self._accelerator = accelerator
         vgg19 = _vgg19(config)
         set_seed(config.run.seed)
-        self.ttsr = _generator(config.model, vgg19).to(accelerator.device)
+        with _without_warnings(lte):
+            self.ttsr = _generator(config.model, vgg19).to(accelerator.device)
+        textures = config.model.hard_attention and config.model.weights is None
+        self.lacks_vgg19 = vgg19 is None and config.model.vgg19 == "auto" and textures
         optimizer = _optimizer(self.ttsr, optim)
         self._schedules = [StepLR(optimizer, optim.decay, optim.gamma)] if optim.decay else []
         self.ema = None
@@ -169,6 +176,18 @@ def _generator(model: configs.Model, vgg19: Mapping[str, Tensor] | None) -> TTSR
     return ttsr
 
 
+@contextmanager
+def _without_warnings(module: ModuleType) -> Iterator[None]:
+    """Whoever trains hears of random weights only where nothing replaces them."""
+    logger = logging.getLogger(module.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _keep_matches(ttsr: TTSR) -> None:
     """Let features and search stay in float32 under autocast, or 16 bits would choose for them."""
     outside = torch.autocast(ttsr.MainNet.SFE.conv_head.weight.device.type, enabled=False)
@@ -191,7 +210,7 @@ def _vgg19(config: Config) -> dict[str, Tensor] | None:
     try:
         return find_vgg19()
     except FileNotFoundError:
-        return None  # LTE says that it starts from random weights
+        return None
 
 
 def _optimizer(ttsr: TTSR, optim: configs.Optim) -> torch.optim.Optimizer:

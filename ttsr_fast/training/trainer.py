@@ -130,11 +130,13 @@ class Trainer:
         with ExitStack() as stack:
             self._in_main(lambda: stack.enter_context(claimed(self.out)))
             self._start(resume)
-            record = Record(self.out / "logs" if self._main else None, self.state.step)
-            with Interruption() as self._interruption, record as self._record:
-                while self.state.epoch < self.epochs and not self.state.signal:
-                    self._epoch()
-            if self._main:
+            goes_on = self.state.epoch < self.epochs
+            if goes_on:
+                record = Record(self.out / "logs" if self._main else None, self.state.step)
+                with Interruption() as self._interruption, record as self._record:
+                    while self.state.epoch < self.epochs and not self.state.signal:
+                        self._epoch()
+            if self._main and (goes_on or not (self.out / MODELS[0]).exists()):
                 self._export()
         return self.state
 
@@ -251,8 +253,13 @@ class Trainer:
             self.restore(checkpoint)
         elif resume:
             _logger.warning("%s holds no checkpoint yet: starting from the beginning", self.out)
+        if checkpoint is None and self.networks.lacks_vgg19 and self._main:
+            _logger.warning(
+                "LTE starts from random weights, as those of VGG19 are not found: name their file "
+                "with vgg19=FILE, or accept it with vgg19=none"
+            )
         self.accelerator.wait_for_everyone()  # until all have looked
-        if self._main:
+        if self._main and self.state.epoch < self.epochs:
             # Files are accepted for this run, and not for those that go on from it.
             data = replace(self.config.data, on_change="raise")
             write_bytes(self.out / SETTINGS, to_yaml(replace(self.config, data=data)).encode())
