@@ -99,7 +99,9 @@ def test_a_plan_is_shown_and_nothing_else_done(folders):
     assert run("upscale", "low.png", "--ref", "ref.png", "--plan").stdout.count("detail ") == 1
     assert names(folders) == before
     options = ("--weights", "tiny.pth", "--plan", "--max-memory", "1M")
-    assert_refused(run("upscale", "low.png", "--ref", "ref.png", *options), "max_memory .*")
+    result = run("upscale", "low.png", "--ref", "ref.png", *options)
+    assert result.exit_code == 2 and result.stdout.startswith("low.png (7 x 6)\n  limit ")
+    assert re.fullmatch(r"error: max_memory 1 MiB is too little .* is enough\n", result.stderr)
 
 
 def test_failures_do_not_stop_a_folder(folders):

@@ -93,7 +93,7 @@ def test_any_character_may_be_part_of_a_name(folder):  # noqa: F811
 def test_a_result_name_that_is_too_long_is_refused_before_the_work(folder, monkeypatch):  # noqa: F811
     name = "a" * 251 + ".png"
     Path("low.png").rename(name)
-    monkeypatch.setattr("ttsr_fast.cli.upscale.upscale", None)
+    monkeypatch.setattr("ttsr_fast.cli.batch.upscale", None)
     result = run("upscale", name, "--ref", "ref.png")
     assert_refused(result, ".*File name too long.*")
     assert f"{'a' * 251}_x4.png" in result.stderr
