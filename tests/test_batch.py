@@ -83,6 +83,12 @@ def test_an_image_that_is_named_goes_beside_itself(several, order):
     assert Path("lows/a0_x4.png").exists() and names(Path("lows_x4")) == ["a1_x4.png"]
 
 
+def test_a_link_is_an_image_of_its_own(several):
+    Path("lows/again.png").symlink_to("a0.png")
+    assert run("upscale", "lows", *OPTIONS, "--quiet").exit_code == 0
+    assert names(Path("lows_x4")) == ["a0_x4.png", "a1_x4.png", "again_x4.png"]
+
+
 def test_a_folder_that_is_a_file_is_refused(several):
     Path("lows_x4").touch()
     message = "cannot write into lows_x4: it is no folder"

@@ -78,14 +78,14 @@ class Batch:
             raise ValueError(f"--ext must be auto or one of {ENDINGS}, got {ext}")
         if self.several and output is not None and _is_file(output):
             raise ValueError(f"--output must be a folder for several images, got {shown(output)}")
-        known: dict[Path, Path] = {}  # by the resolved path, as one file may have several
+        known: dict[Path, Path] = {}  # by folder and name; links are images of their own
         for path in given:
             folder = output
             if path.is_dir() and output is None:
                 named = path.resolve() if path.name in ("", "..") else path
                 folder = named.with_name(named.name + suffix)
             for source in pictures_in(path):
-                source = known.setdefault(source.resolve(), source)
+                source = known.setdefault(source.parent.resolve() / source.name, source)
                 if source not in self._output or path in self._named:  # it goes beside itself
                     self._output[source] = folder
         self.sources = list(self._output)
