@@ -1,6 +1,7 @@
 """Peak memory, by accounting for every allocation: no patches, nor the scores of all pairs."""
 
 import ctypes
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def peak_allocated(run: Callable[[], object], folder: Path) -> int:
 
 def peak_resident(run: Callable[[], object]) -> int:
     """At least the same, seen by the operating system: memory from elsewhere counts too."""
+    gc.collect()  # or what earlier tests have left may be freed meanwhile
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
     before = _status("VmRSS")
