@@ -104,6 +104,15 @@ def test_too_little_memory_is_refused_with_what_is_needed(model, options):
     assert dict(lines)["limit"].endswith("more than is taken now") and len(lines) > 5
 
 
+def test_more_memory_is_never_refused(model):
+    lr, refs = (446, 275), [(2389, 499), (2106, 2737)]
+    fits = []
+    for limit in range(GIB, 8 * GIB, GIB // 16):
+        _, refusal = describe(lr, refs, model=model, max_memory=limit)
+        fits.append(refusal is None)
+    assert not fits[0] and fits[-1] and fits == sorted(fits)
+
+
 def test_detail_says_what_it_needs(model):
     (limit, (name, needed)), refusal = describe(LR, [REF])
     assert name == "detail" and needed.endswith(" GiB") and refusal is None
