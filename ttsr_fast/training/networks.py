@@ -190,7 +190,7 @@ def _without_warnings(module: ModuleType) -> Iterator[None]:
 
 def _keep_matches(ttsr: TTSR) -> None:
     """Let features and search stay in float32 under autocast, or 16 bits would choose for them."""
-    outside = torch.autocast(ttsr.MainNet.SFE.conv_head.weight.device.type, enabled=False)
+    outside = torch.autocast(ttsr.device.type, enabled=False)
     ttsr.LTE.forward = outside(ttsr.LTE.forward)  # type: ignore[method-assign]
     ttsr.SearchTransfer.precision = ttsr.SearchTransfer.precision or "fp32"
 
