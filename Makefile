@@ -13,11 +13,11 @@ WITH_OLDEST := PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python
 LIBRARY := ttsr_fast/_C.abi3.so
 CUDA_LIBRARY := ttsr_fast/_C_cuda.abi3.so
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
-BUILD_FILES := ttsr_fast/build.py $(wildcard csrc/*.*) $(ENVIRONMENT)
+BUILD_FILES := ttsr_fast/operators/build.py $(wildcard csrc/*.*) $(ENVIRONMENT)
 CPU_FILES := $(BUILD_FILES) $(wildcard csrc/cpu/*.*)
 CUDA_FILES := $(BUILD_FILES) $(wildcard csrc/cuda/*.*)
 
-# Looked for as in ttsr_fast/build.py; nothing where there is none.
+# Looked for as in ttsr_fast/operators/build.py; nothing where there is none.
 CUDACXX ?= $(shell PATH="$${CUDA_HOME:+$$CUDA_HOME/bin:}$$PATH:/usr/local/cuda/bin" command -v nvcc)
 CUDA_WARNINGS := -Xcompiler='$(WARNINGS)' $(if $(filter -Werror,$(WARNINGS)),-Werror=all-warnings)
 
@@ -49,10 +49,10 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 build: $(LIBRARY) $(if $(CUDACXX),$(CUDA_LIBRARY))  ## compile the kernels in place, in CUDA where nvcc is
 
 $(LIBRARY): $(CPU_FILES)
-	CXXFLAGS="$(WARNINGS) $$CXXFLAGS" $(BIN)/python ttsr_fast/build.py $@
+	CXXFLAGS="$(WARNINGS) $$CXXFLAGS" $(BIN)/python ttsr_fast/operators/build.py $@
 
 $(CUDA_LIBRARY): $(CUDA_FILES)
-	NVCCFLAGS="$(CUDA_WARNINGS) $$NVCCFLAGS" $(BIN)/python ttsr_fast/build.py $@
+	NVCCFLAGS="$(CUDA_WARNINGS) $$NVCCFLAGS" $(BIN)/python ttsr_fast/operators/build.py $@
 
 demo: build  ## super-resolve a stereo pair, draw what matched, time the search
 	$(BIN)/python bench/demo.py
@@ -97,7 +97,7 @@ campaigns: build $(SANITIZED)  ## run the long random tests, the operators under
 	$(BIN)/python -m tests.campaigns.kill_and_resume --kills 40
 
 $(SANITIZED): $(CPU_FILES)
-	CXX=$(SANITIZER) CXXFLAGS="$(SANITIZER_FLAGS)" $(BIN)/python ttsr_fast/build.py $@
+	CXX=$(SANITIZER) CXXFLAGS="$(SANITIZER_FLAGS)" $(BIN)/python ttsr_fast/operators/build.py $@
 
 docs: env  ## build the user guide into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

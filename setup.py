@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-BUILD = runpy.run_path("ttsr_fast/build.py")
+BUILD = runpy.run_path("ttsr_fast/operators/build.py")
 LANGUAGES = {"ttsr_fast._C": "C++", "ttsr_fast._C_cuda": "CUDA"}
 
 
@@ -63,8 +63,13 @@ setup(
         "ttsr_fast",
         "ttsr_fast.cli",
         "ttsr_fast.compat",
+        "ttsr_fast.distributed",
+        "ttsr_fast.evaluation",
+        "ttsr_fast.images",
         "ttsr_fast.model",
+        "ttsr_fast.operators",
         "ttsr_fast.training",
+        "ttsr_fast.upscaling",
         "ttsr_fast.kernels",
         "ttsr_fast.csrc",
     ],

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from demo import make_pair
 from torch import Tensor
 
-from ttsr_fast import gather_fold, portable, search
+from ttsr_fast import gather_fold, search
 from ttsr_fast.images import Image, downscale, upscale_bicubic
 from ttsr_fast.model import LTE
+from ttsr_fast.operators import pytorch
 
 
 class Products(NamedTuple):
@@ -130,7 +131,7 @@ def gaps() -> Gaps:
     truth, second = search(query.double(), key.double()), torch.empty(1, *query.shape[2:]).double()
     options = (3, 1, "both", 1e-12, "fp64")
     where = torch.empty_like(truth.index)
-    portable.search(query.double(), key.double(), None, second, where, *options, barred=truth.index)
+    pytorch.search(query.double(), key.double(), None, second, where, *options, barred=truth.index)
     runs = {
         "search,\nfloat32": search(query, key),
         "unfold + matmul,\nfloat32": _plain(query, key),

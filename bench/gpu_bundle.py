@@ -28,14 +28,14 @@ import devices
 import harness
 import torch
 
-from ttsr_fast import backends, build
+from ttsr_fast.operators import backends, build
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / "gpu-bundle"
 LARGEST = 30 << 20  # bytes
 TARGET = 90  # compute capability
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-LOAD = "import sys; from ttsr_fast import backends; sys.exit(backends.{}())"
+LOAD = "import sys; from ttsr_fast.operators import backends; sys.exit(backends.{}())"
 LIBRARIES = {
     "CPU": (build.LIBRARY, "TTSR_FAST_LIBRARY", LOAD.format("load_library")),
     "CUDA": (build.CUDA_LIBRARY, "TTSR_FAST_CUDA_LIBRARY", LOAD.format("load_cuda_library")),
@@ -47,7 +47,9 @@ def digests() -> dict[str, str]:
     from triton.runtime.cache import triton_key
 
     files = [*(ROOT / "csrc").rglob("*.[ch]*"), *(ROOT / "kernels").glob("*.py")]
-    sources = b"".join(file.read_bytes() for file in [ROOT / "ttsr_fast/build.py", *sorted(files)])
+    sources = b"".join(
+        file.read_bytes() for file in [ROOT / "ttsr_fast/operators/build.py", *sorted(files)]
+    )
     parts = {"sources": sources, "triton": triton_key().encode()}
     return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
 

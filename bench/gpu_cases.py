@@ -16,7 +16,8 @@ from harness import Contender
 from model_runs import make_features, module_run
 from sizes import Size
 
-from ttsr_fast import backends, gather_fold, reference
+from ttsr_fast import gather_fold, reference
+from ttsr_fast.operators import backends
 
 SIZE = Size((9, 11), (6, 5), 2)
 

@@ -35,7 +35,7 @@ from devices import Run
 from gate import SearchTruth, WrongResult, check_close
 from sizes import Size
 
-from ttsr_fast import backends
+from ttsr_fast.operators import backends
 
 Cells = list[dict[str, Any]]
 Jobs = Iterator[tuple[str, Callable[[], Cells]]]

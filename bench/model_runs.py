@@ -16,9 +16,11 @@ from sizes import Size
 from torch import Tensor, nn
 from transfer import LEVELS, make_index
 
-from ttsr_fast import TTSR, SearchTransfer, backends, functional, inference, reference
+from ttsr_fast import TTSR, SearchTransfer, functional, reference
 from ttsr_fast.model import lte, main_net
-from ttsr_fast.plan import plan_ttsr
+from ttsr_fast.operators import backends
+from ttsr_fast.upscaling import ttsr
+from ttsr_fast.upscaling.plan import plan_ttsr
 
 STAGES = ("LTE", "search", "transfer", "MainNet", "backward", "Adam")
 SHIFT = (12, 20)  # pixels by which the image lies elsewhere than in its reference
@@ -228,8 +230,8 @@ class Subject:
         """Picture and scores, as `upscale` makes them."""
         plan = plan_ttsr(self.model, self.size.query, [self.size.key])
         lr, lrsr, ref, refsr = (self.images[name] for name in ("lr", "lrsr", "ref", "refsr"))
-        features = inference.reference_features(self.model, ref, refsr, plan, variant.amp)
-        sr, match = inference.super_resolve(
+        features = ttsr.reference_features(self.model, ref, refsr, plan, variant.amp)
+        sr, match = ttsr.super_resolve(
             self.model, lr, lrsr, [features], plan, backend=variant.backend, amp=variant.amp
         )
         return sr, match.score.unsqueeze(1)

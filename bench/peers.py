@@ -20,7 +20,8 @@ from harness import OPERANDS, Declined, Run, matmul_precision, products_of
 from sizes import Size
 from torch import Tensor
 
-from ttsr_fast import backends, functional, reference
+from ttsr_fast import functional, reference
+from ttsr_fast.operators import backends
 
 Found = tuple[Tensor, Tensor]  # score [N, H, W], index [N, H, W]
 BLOCK_BYTES = 64 << 20  # of scores held at a time by the chunked product

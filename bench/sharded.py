@@ -31,8 +31,9 @@ from sizes import Size
 from terminal import Table
 from text import bytes_text, count_text, range_text, seconds_text, size_title
 
-from ttsr_fast import Match, backends, search
+from ttsr_fast import Match, search
 from ttsr_fast.distributed import search_sharded, shard_rows
+from ttsr_fast.operators import backends
 
 SIZES = ("40x40", "100x100:108x96", "160x160")
 QUICK_SIZES = ("24x24", "37x53:61x45")

@@ -16,7 +16,8 @@ import transfer
 from gate import SearchTruth, check_close
 from sizes import Size
 
-from ttsr_fast import backends, search
+from ttsr_fast import search
+from ttsr_fast.operators import backends
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name in ("cpp", "torch") if backends.can_run(name, CPU)]

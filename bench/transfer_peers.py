@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from harness import Declined
 from torch import Tensor
 
-from ttsr_fast import backends, gather_fold, reference
+from ttsr_fast import gather_fold, reference
+from ttsr_fast.operators import backends
 
 Maps = tuple[Tensor, ...]
 Fold = Callable[[Tensor, Tensor, int], Tensor]  # value, index, stride -> output

@@ -1,4 +1,4 @@
-// Registers the compiled kernels; their schemas are defined in ttsr_fast/schemas.py.
+// Registers the compiled kernels; their schemas are defined in ttsr_fast/operators/schemas.py.
 
 #include "check.h"
 #include "cpu/isa.h"

@@ -1,4 +1,4 @@
-// The operators that the library implements; see ttsr_fast/ops.py for their contracts. All check their
+// The operators that the library implements; see ttsr_fast/operators/ops.py for their contracts. All check their
 // arguments.
 #pragma once
 

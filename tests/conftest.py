@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tests import emulated
 from tests.processes import Processes
-from ttsr_fast import backends, build, plan
+from ttsr_fast.operators import backends, build
+from ttsr_fast.upscaling import plan
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported

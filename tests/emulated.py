@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ttsr_fast import build
+from ttsr_fast.operators import build
 
 ROOT = Path(__file__).parent.parent
 EMULATOR = Path(__file__).parent / "emulator"

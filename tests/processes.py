@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from tests.checks import assert_same_choice
-from ttsr_fast import backends, search
+from ttsr_fast import search
 from ttsr_fast.distributed import gather_fold_sharded, search_sharded, shard_rows
+from ttsr_fast.operators import backends
 
 LIMIT = 60.0  # seconds
 PATCH = ("kernel_size", "padding")

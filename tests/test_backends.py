@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ttsr_fast import backends, choices, gather_fold, search
+from ttsr_fast import choices, gather_fold, search
+from ttsr_fast.operators import backends
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 OPERATORS = ("search", "gather_fold", "gather_fold_adjoint", "gather_dot")
@@ -127,7 +128,7 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch, backend):
 def test_missing_library_is_explained(monkeypatch):
     monkeypatch.setattr(backends, "_library", lambda: None)
     reason = backends.load_library.__wrapped__()
-    assert reason.endswith(f"; `{sys.executable} -m ttsr_fast.build` compiles it")
+    assert reason.endswith(f"; `{sys.executable} -m ttsr_fast.operators.build` compiles it")
 
 
 @pytest.mark.torch(2, 10)
@@ -142,7 +143,8 @@ def test_missing_kernels_are_warned_of_once(monkeypatch, caplog):
     (message,) = caplog.messages
     assert re.fullmatch(
         r"ttsr-fast works without its kernels, several times slower: the compiled library is not "
-        r"part .*; `\S+ -m ttsr_fast.build` compiles it \(TTSR_FAST_BACKEND=torch silences this\)",
+        r"part .*; `\S+ -m ttsr_fast.operators.build` compiles it "
+        r"\(TTSR_FAST_BACKEND=torch silences this\)",
         message,
     )
     monkeypatch.setattr("platform.system", lambda: "Windows")
@@ -171,7 +173,7 @@ def test_library_that_does_not_load_gives_the_reason(monkeypatch, tmp_path):
 def test_library_without_the_kernels_is_refused():
     """A library that loads and is another one, in a process of its own."""
     other = Path(torch.__file__).parent / "lib" / "libshm.so"
-    script = "from ttsr_fast import backends; print(backends.load_library())"
+    script = "from ttsr_fast.operators import backends; print(backends.load_library())"
     result = run([sys.executable, "-c", script], TTSR_FAST_LIBRARY=str(other))
     assert result.stdout.startswith(f"{other} was compiled from other sources; `")
 

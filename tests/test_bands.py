@@ -7,7 +7,7 @@ import torch
 
 from tests import cases
 from ttsr_fast import search
-from ttsr_fast.bands import is_better, rows_needed, search_band
+from ttsr_fast.references import is_better, rows_needed, search_band
 
 each = pytest.mark.parametrize
 

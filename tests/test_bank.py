@@ -16,12 +16,11 @@ import torch
 
 from tests.test_inference import REFS
 from tests.test_upscale import LOW, REF, smooth
-from ttsr_fast import feature_cache, inference
-from ttsr_fast.bank import ReferenceBank
 from ttsr_fast.images import to_grey
 from ttsr_fast.model import TTSR
-from ttsr_fast.plan import plan_ttsr
-from ttsr_fast.upscaling import upscale
+from ttsr_fast.upscaling import feature_cache, ttsr, upscale
+from ttsr_fast.upscaling.bank import ReferenceBank
+from ttsr_fast.upscaling.plan import plan_ttsr
 
 each = pytest.mark.parametrize
 
@@ -36,9 +35,9 @@ def model():
 def made(monkeypatch):
     """The references whose features are made, as long as the test runs."""
     calls = []
-    make = inference.reference_features
+    make = ttsr.reference_features
     monkeypatch.setattr(
-        "ttsr_fast.bank.reference_features",
+        "ttsr_fast.upscaling.bank.reference_features",
         lambda model, ref, *rest: calls.append(list(ref.shape[2:])) or make(model, ref, *rest),
     )
     return calls

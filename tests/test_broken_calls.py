@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.campaigns import fuzz_operators
-from ttsr_fast import compiled, gather_fold, ops, search
+from ttsr_fast import gather_fold, search
 from ttsr_fast.kernels import search as kernel_search
+from ttsr_fast.operators import cpp, ops
 
 each = pytest.mark.parametrize
 rand = torch.randn
@@ -133,9 +134,9 @@ def test_time_of_a_search_is_not_only_in_products(set_threads):
         ((1, 64, 2000, 3000), (1, 64, 1, 1)),
     ):
         maps = (torch.empty(size, device="meta") for size in (query, key))
-        assert compiled._seconds(*maps, 3) > compiled._LONG
+        assert cpp._seconds(*maps, 3) > cpp._LONG
     maps = (torch.empty(1, 256, 40, 40, device="meta") for _ in range(2))
-    assert compiled._seconds(*maps, 3) < compiled._LONG
+    assert cpp._seconds(*maps, 3) < cpp._LONG
 
 
 @each("wrong", [10**9, 64, -1, -1000])
@@ -207,7 +208,7 @@ def test_interrupted_function_ends_before_the_exception_of_the_handler_is_raised
     ended: list[int] = []
     handle(interrupt)
     with pytest.raises(Interrupt):
-        compiled.interruptible(wait_for_stop, 42)
+        cpp.interruptible(wait_for_stop, 42)
     assert ended == [42]
 
 
@@ -223,7 +224,7 @@ def test_function_goes_on_after_a_handler_that_returns(handle):
     seen: list[bool] = []
     ended: list[bool] = []
     handle(lambda *_: seen.append(True))
-    compiled.interruptible(wait_for_handler)
+    cpp.interruptible(wait_for_handler)
     assert (seen, ended) == ([True], [True])
 
 
@@ -234,7 +235,7 @@ def test_long_search_is_like_a_short_one_and_can_be_stopped(monkeypatch):
     threads: list[int] = []
     start = _thread.start_new_thread
     monkeypatch.setattr(_thread, "start_new_thread", lambda *a: threads.append(0) or start(*a))
-    monkeypatch.setattr(compiled, "_LONG", 0)
+    monkeypatch.setattr(cpp, "_LONG", 0)
     match = search(query, key, backend="cpp")
     with ThreadPoolExecutor(1) as other:  # no handler runs there
         other.submit(search, query, key, backend="cpp").result()
@@ -250,7 +251,7 @@ def test_long_search_is_like_a_short_one_and_can_be_stopped(monkeypatch):
 
 @pytest.mark.compiled
 def test_errors_of_a_long_search_arrive(monkeypatch):
-    monkeypatch.setattr(compiled, "_LONG", 0)
+    monkeypatch.setattr(cpp, "_LONG", 0)
     with pytest.raises(RuntimeError, match="batch size 1 or 3"):
         searched(rand(3, 4, 8, 8), rand(2, 4, 8, 8))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ttsr_fast import build
+from ttsr_fast.operators import build
 
 FAKE_COMPILER = shlex.join([sys.executable, str(Path(__file__).with_name("fake_compiler.py"))])
 ANSWER = '#define EXPORT extern "C" __attribute__((visibility("default")))\nEXPORT int answer() {'

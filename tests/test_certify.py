@@ -69,7 +69,7 @@ def test_one_key_for_a_batch_in_blocks(monkeypatch):
     query, key = torch.randn(3, 8, 9, 7), torch.randn(1, 8, 11, 10)
     match = search(query, key, precision="fp16")
     whole = certified(query, key, match, precision="fp16")
-    monkeypatch.setattr("ttsr_fast.portable.SLAB_BYTES", 5000)
+    monkeypatch.setattr("ttsr_fast.operators.pytorch.SLAB_BYTES", 5000)
     assert certified(query, key, match, precision="fp16").equal(whole)
     apart = [
         certified(query[n : n + 1], key, Match(*(x[n : n + 1] for x in match)), precision="fp16")

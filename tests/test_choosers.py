@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ttsr_fast.choosers import Choosers
+from ttsr_fast.operators.choosers import Choosers
 
 each = pytest.mark.parametrize
 INDICES = {

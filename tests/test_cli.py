@@ -12,14 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 import ttsr_fast
-from ttsr_fast import backends, build, environment
-from ttsr_fast.cli import record
+from ttsr_fast.cli import environment, record
 from ttsr_fast.cli.commands import app
-from ttsr_fast.environment import EXTRAS
+from ttsr_fast.cli.environment import EXTRAS
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
-from ttsr_fast.pictures import draw_match
+from ttsr_fast.operators import backends, build
 from ttsr_fast.upscaling import upscale
+from ttsr_fast.visualize import draw_match
 
 ROOT = Path(__file__).parent.parent
 each = pytest.mark.parametrize

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ttsr_fast.backends import BACKENDS
 from ttsr_fast.functional import PRECISIONS
+from ttsr_fast.operators.backends import BACKENDS
 from ttsr_fast.training.config import PRESETS, Config, load_config, to_dict, to_yaml
 from ttsr_fast.training.settings import explained
 

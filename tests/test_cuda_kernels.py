@@ -28,7 +28,8 @@ from tests.test_gather_fold import (  # noqa: F401  # run here as well
     test_weight_of_another_dtype,
 )
 from tests.test_modules import test_dtypes, test_equals_the_oracle  # noqa: F401  # the same
-from ttsr_fast import backends, choosers, compiled, gather_fold, ops, reference
+from ttsr_fast import gather_fold, reference
+from ttsr_fast.operators import backends, choosers, cpp, ops
 
 each = pytest.mark.parametrize
 
@@ -37,9 +38,9 @@ each = pytest.mark.parametrize
 def backend(emulator, monkeypatch):
     """`cpp`, of which the transfer is that of the CUDA library."""
     operators = backends._IMPLEMENTATIONS["cpp"]
-    monkeypatch.setitem(operators, "gather_fold", compiled.cuda_gather_fold)
-    monkeypatch.setattr(compiled, "_cpu_adjoint", compiled.cuda_gather_fold_adjoint)
-    monkeypatch.setattr(torch.ops.ttsr_fast, "cpp_gather_dot", compiled.cuda_gather_dot)
+    monkeypatch.setitem(operators, "gather_fold", cpp.cuda_gather_fold)
+    monkeypatch.setattr(cpp, "_cpu_adjoint", cpp.cuda_gather_fold_adjoint)
+    monkeypatch.setattr(torch.ops.ttsr_fast, "cpp_gather_dot", cpp.cuda_gather_dot)
     return "cpp"
 
 
@@ -113,14 +114,14 @@ def test_index_outside_the_grid(backend, monkeypatch, outside):
     out, weight = torch.empty(1, 4, 2, 5), (index != outside).double()
     options = ([value], index, None, [out], [1], 3, 1, "area")
     with pytest.raises(RuntimeError, match="index outside the key grid"):
-        compiled.cuda_gather_fold(*options)
+        cpp.cuda_gather_fold(*options)
     monkeypatch.setenv(choosers.CHECK_INDEX_VARIABLE, "0")
-    compiled.cuda_gather_fold(*options)
+    cpp.cuda_gather_fold(*options)
     expected = reference.gather_fold(value.double(), index.clamp(0, 11), weight)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
 
     grad, dot = torch.randn(1, 4, 2, 5), torch.empty(index.shape)
-    compiled.cuda_gather_dot(value, grad, index, dot, 1, 3, 1, 3, 4, "area")
+    cpp.cuda_gather_dot(value, grad, index, dot, 1, 3, 1, 3, 4, "area")
     clamped = index.clamp(0, 11)
     expected = reference.gather_dot(value.double(), grad.double(), clamped) * weight
     torch.testing.assert_close(dot.double(), expected, rtol=0, atol=1e-5)
@@ -161,4 +162,4 @@ def test_weight_of_another_sum(backend):
     weight, outs = torch.rand(1, 3, 4), [torch.empty(1, 4, 3, 4), torch.empty(1, 4, 3, 4).double()]
     values = [value, value.double()]
     with pytest.raises(RuntimeError, match="of the type that the values are summed in"):
-        compiled.cuda_gather_fold(values, index, weight, outs, [1, 1], 3, 1, "area")
+        cpp.cuda_gather_fold(values, index, weight, outs, [1, 1], 3, 1, "area")

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests import sass
-from ttsr_fast import build
 from ttsr_fast.kernels import slab_search
+from ttsr_fast.operators import build
 
 LIBRARY = Path(build.__file__).with_name(build.CUDA_LIBRARY)
 TARGETS = {f"sm_{number}" for number in build.ARCHITECTURES}
@@ -34,7 +34,7 @@ import ctypes, sys, torch
 library, *stand_in = sys.argv[1:]
 if torch.version.cuda is None and stand_in:
     ctypes.CDLL(stand_in[0])
-from ttsr_fast import ops
+from ttsr_fast.operators import ops
 torch.ops.load_library(library)
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 for op in ("gather_fold", "gather_fold_adjoint", "gather_dot", "slab_search", "box_max"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.trainings import configuration, photographs
+from ttsr_fast.datasets import Pair
 from ttsr_fast.images import Image, read_image
-from ttsr_fast.pairs import Pair
 from ttsr_fast.training.checkpoints import LAST
 from ttsr_fast.training.config import SETTINGS, load_config
 from ttsr_fast.training.data_files import FILES, File, data_files, difference, summary, write_list

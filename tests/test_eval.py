@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from tests.processes import LIMIT
 from tests.sets import save_cufed5
 from ttsr_fast.cli.commands import app
+from ttsr_fast.datasets import find_pairs
 from ttsr_fast.evaluation import evaluate
 from ttsr_fast.images import Image
 from ttsr_fast.model import TTSR, save_model
-from ttsr_fast.pairs import find_pairs
 
 ROOT = Path(__file__).parent.parent
 each = pytest.mark.parametrize

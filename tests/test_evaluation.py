@@ -12,12 +12,12 @@ import torch.distributed as dist
 from tests.processes import LIMIT
 from tests.sets import LEFT, RIGHT, save_cufed5
 from ttsr_fast import metrics
+from ttsr_fast.datasets import Pair, find_pairs
 from ttsr_fast.evaluation import evaluate
 from ttsr_fast.images import Image, downscale, read_image, to_tensor, upscale_bicubic
-from ttsr_fast.inference import super_resolve
 from ttsr_fast.model import TTSR
-from ttsr_fast.pairs import Pair, find_pairs
 from ttsr_fast.upscaling import upscale
+from ttsr_fast.upscaling.ttsr import super_resolve
 
 each = pytest.mark.parametrize
 
@@ -136,7 +136,7 @@ def test_options_reach_the_search(model, pair, monkeypatch):
         asked.append((options["precision"], options["backend"], arguments[4].tiles))
         return super_resolve(*arguments, **options)
 
-    monkeypatch.setattr("ttsr_fast.evaluation.super_resolve", watched)
+    monkeypatch.setattr("ttsr_fast.evaluation.runner.super_resolve", watched)
     monkeypatch.setattr(model.SearchTransfer, "backend", "torch")
     plain = evaluate(model, [pair]).psnr
     small = evaluate(model, [pair], precision="bf16", backend="reference").psnr
@@ -217,7 +217,7 @@ def test_bad_pictures_are_named(pair, tmp_path):
 
 def test_nothing_is_computed_before_all_is_checked(pair, tmp_path, monkeypatch):
     """Neither for the last picture, nor without scikit-image, nor in too little memory."""
-    monkeypatch.setattr("ttsr_fast.evaluation.detail", None)
+    monkeypatch.setattr("ttsr_fast.evaluation.runner.detail", None)
     small, text = tmp_path / "small.png", tmp_path / "text.png"
     Image(LEFT[:8, :20]).save(small)
     text.write_text("no image")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ttsr_fast import detail, upscale
-from ttsr_fast.finite import check_finite
+from ttsr_fast import upscale
 from ttsr_fast.model import TTSR
+from ttsr_fast.upscaling import detail
+from ttsr_fast.upscaling.finite import check_finite
 
 each = pytest.mark.parametrize
 LOW, REF = (np.random.default_rng(0).integers(60, 200, (n, n, 3), dtype=np.uint8) for n in (8, 32))

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.test_cli import LOW, REF, assert_refused, folder, names, noise, run  # noqa: F401
-from ttsr_fast.folders import namesake
+from ttsr_fast.datasets import namesake
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
-from ttsr_fast.pictures import draw_match
 from ttsr_fast.upscaling import upscale
+from ttsr_fast.visualize import draw_match
 
 
 @pytest.fixture

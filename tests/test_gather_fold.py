@@ -5,7 +5,8 @@ import torch
 
 from tests import cases
 from tests.checks import assert_no_worse
-from ttsr_fast import gather_fold, ops, reference
+from ttsr_fast import gather_fold, reference
+from ttsr_fast.operators import ops
 
 PATCH_OPTIONS = [(k, p, s) for k, p in cases.PATCHES for s in (1, 2)]
 

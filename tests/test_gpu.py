@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tests.checks import assert_same_choice
-from ttsr_fast import backends, search
+from ttsr_fast import search
 from ttsr_fast.kernels import search as kernels
 from ttsr_fast.kernels import slab_search
+from ttsr_fast.operators import backends
 
 pytestmark = pytest.mark.gpu
 each = pytest.mark.parametrize

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.checks import assert_no_worse
-from ttsr_fast import SearchTransfer, choosers, compiled, gather_fold, reference
+from ttsr_fast import SearchTransfer, gather_fold, reference
+from ttsr_fast.operators import choosers, cpp
 
 pytestmark = pytest.mark.gpu
 each = pytest.mark.parametrize
@@ -144,7 +145,7 @@ def test_more_than_two_to_the_31_elements(layout):
     takers = choosers.Choosers(index)
     grad = torch.empty_like(value)
     options = ([1], 3, 1, "overlap")
-    compiled.gather_fold_adjoint([value], takers, None, [grad], *options)
+    cpp.gather_fold_adjoint([value], takers, None, [grad], *options)
     torch.testing.assert_close(grad[:, :, -9:], value[:, :, -9:], rtol=1e-3, atol=1e-3)
 
 

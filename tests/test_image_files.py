@@ -14,8 +14,7 @@ from PIL import Image as pillow
 
 from tests.image_samples import chunk, noise, png, tiff
 from tests.test_images import assert_same
-from ttsr_fast import image_files
-from ttsr_fast.images import Image, as_image, read_image, size_of
+from ttsr_fast.images import Image, as_image, decode, read_image, size_of
 
 each = pytest.mark.parametrize
 SHORT = 3  # type of tags
@@ -182,7 +181,7 @@ def test_missing_rows_of_png_are_not_black(tmp_path, colour_type, channels, dtyp
 @each("size", [(1, 1), (2, 3), (5, 5), (9, 17), (16, 16)])
 def test_an_interlaced_png_is_read_whole_or_refused(tmp_path, size):
     array = noise(*size, 3)
-    passes = [array[y::dy, x::dx] for x, y, dx, dy in image_files._PASSES]
+    passes = [array[y::dy, x::dx] for x, y, dx, dy in decode._PASSES]
     rows = [b"\0" + row.tobytes() for part in passes if part.size for row in part]
     head = chunk(b"IHDR", struct.pack(">2I5B", *size[::-1], 8, 2, 0, 0, 1))
     for count in (len(rows), len(rows) - 1):
@@ -213,7 +212,7 @@ def test_the_content_decides_on_the_format(tmp_path, name, suffix):
 
 def test_runs_of_single_pixels_are_no_damage(tmp_path, monkeypatch):
     """Pillow reads each of them from the file."""
-    monkeypatch.setattr(image_files, "_MOST_READS", 100)
+    monkeypatch.setattr(decode, "_MOST_READS", 100)
     array = noise(40, 40, 1)
     rows = [b"".join(bytes((1, x)) for x in row) for row in array[::-1, :, 0]]
     pixels = b"\0\0".join(rows) + b"\0\1"
@@ -308,7 +307,7 @@ BAD_FILES = {  # message, and the content or what writes it
 
 @each("name", BAD_FILES)
 def test_bad_files_are_refused_in_one_line(tmp_path, name, monkeypatch, capfd):
-    monkeypatch.setattr(image_files, "_MOST_READS", 10000)
+    monkeypatch.setattr(decode, "_MOST_READS", 10000)
     message, content = BAD_FILES[name]
     path = tmp_path / name
     content(path) if callable(content) else path.write_bytes(content)

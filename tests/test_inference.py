@@ -1,7 +1,5 @@
 """TTSR on pictures: windows and several references against the model itself, and the oracle."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
@@ -9,10 +7,10 @@ import torch
 from tests.test_upscale import LOW, REF, noise, smooth
 from ttsr_fast import reference
 from ttsr_fast.images import downscale, to_tensor, upscale_bicubic
-from ttsr_fast.inference import super_resolve
 from ttsr_fast.model import TTSR
 from ttsr_fast.references import search_references
-from ttsr_fast.upscaling import upscale
+from ttsr_fast.upscaling import pipeline, upscale
+from ttsr_fast.upscaling.ttsr import super_resolve
 
 each = pytest.mark.parametrize
 
@@ -41,9 +39,8 @@ def published():
 def test_float32_windows_give_the_same_bits(published, monkeypatch):
     low, ref = smooth(40, 67, seed=6), smooth(150, 180, seed=7)
     made = []
-    keep = importlib.import_module("ttsr_fast.upscaling")
     monkeypatch.setattr(
-        keep, "super_resolve", lambda *a, **k: made.append(super_resolve(*a, **k)) or made[-1]
+        pipeline, "super_resolve", lambda *a, **k: made.append(super_resolve(*a, **k)) or made[-1]
     )
     for tile in (None, 32, 48):
         upscale(low, ref, model=published, tile=tile)

@@ -6,9 +6,10 @@ import pytest
 import torch
 import triton
 
-from ttsr_fast import backends, search
+from ttsr_fast import search
 from ttsr_fast.kernels import search as kernels
 from ttsr_fast.kernels import slab_search, tiles
+from ttsr_fast.operators import backends
 
 each = pytest.mark.parametrize
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from tests import cases
-from ttsr_fast import gather_fold, portable, search
+from ttsr_fast import gather_fold, search
 from ttsr_fast.compat import feature_match_index, masa
+from ttsr_fast.operators import pytorch
 
 MIB = 1 << 20
 ROOT = Path(__file__).parent.parent
@@ -101,14 +102,14 @@ SEARCH_SIZES = {
 @pytest.mark.parametrize("shapes", SEARCH_SIZES.values(), ids=SEARCH_SIZES)
 def test_search(backend, shapes, dtype, threads, tmp_path, set_threads, monkeypatch):
     set_threads(threads)
-    monkeypatch.setattr(portable, "SLAB_BYTES", 4 * MIB)
+    monkeypatch.setattr(pytorch, "SLAB_BYTES", 4 * MIB)
     query, key = (torch.randn(s).to(dtype) for s in shapes)
     copies = 4 * (query.numel() + key.numel())
     scores = 4 * query[0, 0].numel() * key[0, 0].numel()
     bound = size(*search(query, key, backend=backend)) + copies
     bound += {
         "cpp": min(16 * MIB * threads, scores),
-        "torch": 2 * copies + 4 * portable.SLAB_BYTES,
+        "torch": 2 * copies + 4 * pytorch.SLAB_BYTES,
         "reference": math.inf,
     }[backend]
     assert peak_allocated(lambda: search(query, key, backend=backend), tmp_path) < bound
@@ -167,7 +168,7 @@ def test_search_backward(backend, shapes, tmp_path):
 
 def test_feature_match_index(backend, tmp_path, monkeypatch):
     """Patches would take 3.5 MiB of either map, the similarities of all pairs 20 MiB."""
-    monkeypatch.setattr(portable, "SLAB_BYTES", MIB)
+    monkeypatch.setattr(pytorch, "SLAB_BYTES", MIB)
     maps = [torch.randn(40, 50, 50) for _ in range(2)]
 
     def run():

@@ -7,7 +7,8 @@ import torch
 
 from tests import cases
 from tests.checks import assert_no_worse, assert_same_choice
-from ttsr_fast import Match, SearchTransfer, backends, gather_fold, ops, reference, search
+from ttsr_fast import Match, SearchTransfer, gather_fold, reference, search
+from ttsr_fast.operators import backends, ops
 
 SIZES = {
     "square": ((2, 6, 5), (2, 6, 5), (0, 0)),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.test_cli import assert_refused, folder, names, noise, run  # noqa: F401
-from ttsr_fast.folders import check_other_file, namesake, pictures_in, result_path
+from ttsr_fast.datasets import check_other_file, namesake, pictures_in, result_path
 from ttsr_fast.images import Image
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests import cases
-from ttsr_fast import gather_fold, ops, portable, search
+from ttsr_fast import gather_fold, search
+from ttsr_fast.operators import ops, pytorch
 
 SAMPLES = {
     "plain": {},
@@ -56,7 +57,7 @@ def sample(request):
     precision = "fp64" if s["dtype"] == torch.float64 else "fp32"
     transfer = (stride, *patch, s["divisor"])
     score_options = (s["normalize"], s["eps"], s["add_eps"])
-    score, grad_score = torch.rand(2, *index.shape, dtype=portable.work_dtype(s["dtype"]))
+    score, grad_score = torch.rand(2, *index.shape, dtype=pytorch.work_dtype(s["dtype"]))
     return {
         "search": (query, key, mask, *patch, *score_options, precision),
         "gather_fold": (value, index, weight, *transfer),

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("packaging")  # the archives are built once
 
 SEARCH = """
 import torch, ttsr_fast
-from ttsr_fast import backends
+from ttsr_fast.operators import backends
 assert ttsr_fast.__file__.startswith({installed!r}), ttsr_fast.__file__
 query, key = torch.randn(2, 3, 6, 5), torch.randn(1, 3, 7, 4)
 def search_and_transfer(backend):
@@ -45,7 +45,7 @@ else:
     raise AssertionError("the library should be missing")
 
 import shutil
-from ttsr_fast import build
+from ttsr_fast.operators import build
 def compile_library(target, cuda):  # stands in for the compiler
     assert build.why_not() is None and len(build.sources()) > 1 and not cuda
     target.parent.mkdir(parents=True, exist_ok=True)

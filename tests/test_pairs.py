@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image as pillow
 
+from ttsr_fast.datasets import Pair, degrade, find_pairs, read_rgb
 from ttsr_fast.images import Image
-from ttsr_fast.pairs import Pair, degrade, find_pairs, read_rgb
 
 each = pytest.mark.parametrize
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ttsr_fast.images import Image
-from ttsr_fast.pictures import draw_comparison, draw_match
+from ttsr_fast.visualize import draw_comparison, draw_match
 
 each = pytest.mark.parametrize
 PANEL, GAP, CAPTION = 480, 28, 40  # pixels

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from ttsr_fast import plan
 from ttsr_fast.model import TTSR
-from ttsr_fast.plan import describe, free_bytes, parse_bytes, plan_ttsr, resident_bytes
+from ttsr_fast.upscaling import plan
+from ttsr_fast.upscaling.plan import describe, free_bytes, parse_bytes, plan_ttsr, resident_bytes
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -152,7 +152,7 @@ def test_freed_memory_is_used_again():
     """Where it is not, the system maps the pages of every block anew."""
     code = """
 import resource, sys, torch
-from ttsr_fast.plan import keep_freed_memory
+from ttsr_fast.upscaling.plan import keep_freed_memory
 if sys.argv[1:]:
     keep_freed_memory()
 for _ in range(64):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests import cases
 from tests.checks import assert_no_worse, assert_same_choice
-from ttsr_fast import backends, gather_fold, reference, search
+from ttsr_fast import gather_fold, reference, search
+from ttsr_fast.operators import backends
 
 settings.register_profile("ttsr_fast", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("ttsr_fast")

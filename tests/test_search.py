@@ -5,7 +5,8 @@ import torch
 
 from tests import cases
 from tests.checks import assert_same_choice
-from ttsr_fast import portable, reference, search
+from ttsr_fast import reference, search
+from ttsr_fast.operators import pytorch
 
 
 def features(shapes, name="signed", dtype=torch.float32):
@@ -82,7 +83,7 @@ def test_single_allowed_key(backend):
 
 @pytest.mark.parametrize("slab_bytes", [1, 3000, 20000])
 def test_torch_backend_in_blocks(monkeypatch, slab_bytes):
-    monkeypatch.setattr(portable, "SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr(pytorch, "SLAB_BYTES", slab_bytes)
     query, key = cases.integers(1, 2, 9, 7), cases.integers(1, 2, 8, 23)
     match = search(query, key, normalize="none", backend="torch")
     assert torch.equal(match.index, reference.search(query, key, normalize="none")[1])

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from ttsr_fast.table import Failure, Row, Table
+from ttsr_fast.evaluation.table import Failure, Row, Table
 
 ROWS = [Row("a", 30.0, 0.9, 0.5, ("a_1.png", "a_2.png")), Row("b, c", 25.0, 0.6, 1.5, ("LR",))]
 EQUAL = Row("e", math.inf, 1.0, 1.0, ())

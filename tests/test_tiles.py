@@ -5,7 +5,7 @@ import torch
 
 from ttsr_fast.model import LTE, TTSR
 from ttsr_fast.model.main_net import MainNet
-from ttsr_fast.model.tiles import (
+from ttsr_fast.model.windowed import (
     LTE_STAGE,
     Window,
     lte_in_tiles,

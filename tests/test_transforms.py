@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tests import cases
-from ttsr_fast import SearchTransfer, gather_fold, ops, reference, search
+from ttsr_fast import SearchTransfer, gather_fold, reference, search
+from ttsr_fast.operators import ops
 
 each = pytest.mark.parametrize
 SEARCHES = {

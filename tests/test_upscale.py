@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from PIL import Image as pillow
 from skimage.data import stereo_motorcycle
 
-from ttsr_fast import inference, reference
+from ttsr_fast import reference
 from ttsr_fast.images import Image, downscale, to_tensor, upscale_bicubic
 from ttsr_fast.model import TTSR
 from ttsr_fast.references import search_references
-from ttsr_fast.upscaling import upscale
+from ttsr_fast.upscaling import ttsr, upscale
 
 each = pytest.mark.parametrize
 
@@ -266,7 +266,7 @@ def test_ttsr_is_the_model(model, dtype, ref_size):
 def test_ttsr_takes_the_models_backend_unless_told(model, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        inference,
+        ttsr,
         "search_references",
         lambda *a, band, **options: asked.append(options) or search_references(*a, **options),
     )

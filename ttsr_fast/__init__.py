@@ -4,6 +4,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from ttsr_fast import _moved
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -23,6 +25,9 @@ __all__ = [
 ]
 
 
+_moved.install()
+
+
 def _is_program() -> bool:
     """Whether this process is `ttsr-fast`, or `python -m` of a module in this package."""
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
@@ -30,10 +35,10 @@ def _is_program() -> bool:
 
 
 if TYPE_CHECKING or not _is_program():  # whose --help needs no PyTorch
-    from ttsr_fast.bank import ReferenceBank
     from ttsr_fast.certify import certified
     from ttsr_fast.functional import Match, gather_fold, search
     from ttsr_fast.model import TTSR, load_model
     from ttsr_fast.modules import SearchTransfer
     from ttsr_fast.references import ReferenceMatch, gather_fold_references, search_references
     from ttsr_fast.upscaling import Result, upscale
+    from ttsr_fast.upscaling.bank import ReferenceBank

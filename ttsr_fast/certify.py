@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ttsr_fast import portable
 from ttsr_fast.functional import Match
+from ttsr_fast.operators import pytorch
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _SLACK = 2e-6  # errors of float32 in a cosine
@@ -85,7 +85,7 @@ def _certain(
     angle_best = flat.gather(1, index.flatten(1)).view_as(index)
     best = _cosine_at(rounded_q, rounded_k, index, kernel_size, padding)
     other = torch.empty_like(best)
-    portable.search(
+    pytorch.search(
         rounded_q,
         rounded_k,
         key_mask,
@@ -115,15 +115,15 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _angle(x: Tensor, rounded: Tensor, kernel_size: int, padding: int) -> Tensor:
     """The angle by which rounding turns every patch, [N, Ho, Wo]; a patch of zeros stays one."""
-    error, norm = (portable.patch_norm(y, kernel_size, padding)[:, 0] for y in (x - rounded, x))
+    error, norm = (pytorch.patch_norm(y, kernel_size, padding)[:, 0] for y in (x - rounded, x))
     return torch.where(norm > 0, torch.asin((error / norm).clamp(max=1)), 0)
 
 
 def _cosine_at(
     query: Tensor, key: Tensor, index: Tensor, kernel_size: int, padding: int
 ) -> Tensor:  # [N, Ho, Wo]
-    norms = [portable.patch_norm(x, kernel_size, padding)[:, 0] for x in (query, key)]
+    norms = [pytorch.patch_norm(x, kernel_size, padding)[:, 0] for x in (query, key)]
     product = torch.empty_like(norms[0])
-    portable.gather_dot(key, query, index, product, 1, kernel_size, padding, "none")
+    pytorch.gather_dot(key, query, index, product, 1, kernel_size, padding, "none")
     norm_k = norms[1].flatten(1).expand(len(index), -1).gather(1, index.flatten(1))
     return product / norms[0].clamp(min=_EPS) / norm_k.view_as(index).clamp(min=_EPS)

@@ -1,7 +1,7 @@
 """The two operations of the package: `search` and `gather_fold`.
 
 This layer checks what the caller passes and resolves the defaults; the work is done by the
-operators of `ttsr_fast.ops`, which choose a backend.
+operators of `ttsr_fast.operators.ops`, which choose a backend.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ttsr_fast import ops, transforms
 from ttsr_fast.choices import PRECISIONS
+from ttsr_fast.operators import ops, transforms
 
 NORMALIZATIONS = ("both", "key", "none")
 DIVISORS = ("area", "overlap", "none")

@@ -1,4 +1,4 @@
-// Registers the CUDA kernels; their schemas are defined in ttsr_fast/schemas.py.
+// Registers the CUDA kernels; their schemas are defined in ttsr_fast/operators/schemas.py.
 
 #include <cuda_runtime.h>
 

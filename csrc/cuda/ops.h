@@ -1,4 +1,4 @@
-// The operators of the CUDA library; see ttsr_fast/ops.py for their contracts.
+// The operators of the CUDA library; see ttsr_fast/operators/ops.py for their contracts.
 #pragma once
 
 #include <cuda_runtime.h>

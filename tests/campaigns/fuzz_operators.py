@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tests import cases
 from tests.checks import assert_no_worse, assert_same_choice
-from ttsr_fast import Match, backends, ops, portable, reference
+from ttsr_fast import Match, reference
+from ttsr_fast.operators import backends, ops, pytorch
 
 LIMIT = 20  # seconds for a call
 BACKENDS = os.environ.get("TTSR_FAST_TEST_BACKENDS", "cpp,torch").split(",")
@@ -95,7 +96,7 @@ def check(call: Call) -> None:
     inputs = arguments[:-5]
     exact = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
     plain = [
-        x.to(portable.work_dtype(x.dtype)) if torch.is_tensor(x) and x.is_floating_point() else x
+        x.to(pytorch.work_dtype(x.dtype)) if torch.is_tensor(x) and x.is_floating_point() else x
         for x in inputs
     ]
     rounded = oracle(*plain, **options).to(result.dtype)

@@ -184,12 +184,12 @@ def _checksums(content: bytes) -> bytes:
 
 def serve() -> None:
     """For every path on the standard input, one line: what became of it."""
-    from ttsr_fast import image_files
+    from ttsr_fast.images import decode
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.filterwarnings("ignore", module=r"PIL\.")  # the program decides whether to show them
-    image_files.pillow()
+    decode.pillow()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes where the other process looks for it
     for line in sys.stdin:

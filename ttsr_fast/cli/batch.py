@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 import ttsr_fast
-from ttsr_fast import images, plan
+from ttsr_fast import images
 from ttsr_fast.choices import DEFAULT_PHASES
 from ttsr_fast.cli.common import (
     BAD_INPUT,
@@ -25,11 +25,11 @@ from ttsr_fast.cli.common import (
 )
 from ttsr_fast.cli.inputs import ReferenceOptions
 from ttsr_fast.cli.record import Record, digest_of
+from ttsr_fast.datasets import ENDINGS, identities, identity, pictures_in, result_path
 from ttsr_fast.files import shown
-from ttsr_fast.folders import ENDINGS, identities, identity, pictures_in, result_path
 from ttsr_fast.images import SCALE, SUFFIXES
-from ttsr_fast.inference import Progress
-from ttsr_fast.upscaling import upscale
+from ttsr_fast.upscaling import plan, upscale
+from ttsr_fast.upscaling.ttsr import Progress
 
 
 class Batch:

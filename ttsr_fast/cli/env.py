@@ -16,12 +16,12 @@ def env_command(
     """
     with errors_in_one_line():
         if build:
-            from ttsr_fast.build import build_libraries
+            from ttsr_fast.operators.build import build_libraries
 
             for line in build_libraries():
                 say(line)
         with loading():
-            from ttsr_fast import environment
+            from ttsr_fast.cli import environment
 
         for name, value in environment.describe():
             say(f"{name:<20} {value}")

@@ -34,7 +34,7 @@ from ttsr_fast.cli.common import (
 from ttsr_fast.files import check_writable
 
 if TYPE_CHECKING:
-    from ttsr_fast.table import Table
+    from ttsr_fast.evaluation.table import Table
 
 
 def eval_command(
@@ -91,10 +91,9 @@ def eval_command(
             import torch
 
             from ttsr_fast.cli.inputs import device_named, memory_limit
+            from ttsr_fast.datasets import check_other_file, find_pairs
             from ttsr_fast.evaluation import evaluate
-            from ttsr_fast.folders import check_other_file
             from ttsr_fast.model import load_model
-            from ttsr_fast.pairs import find_pairs
 
         if (weights is None) == (method is None):
             raise ValueError("either --weights or --method is needed, and not both")

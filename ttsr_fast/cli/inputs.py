@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from ttsr_fast import backends, environment, plan
-from ttsr_fast.bank import ReferenceBank
+from ttsr_fast.cli import environment
+from ttsr_fast.datasets import namesake, pictures_in
 from ttsr_fast.files import shown
-from ttsr_fast.folders import namesake, pictures_in
 from ttsr_fast.model import load_model
+from ttsr_fast.operators import backends
+from ttsr_fast.upscaling import plan
+from ttsr_fast.upscaling.bank import ReferenceBank
 
 
 class ReferenceOptions:

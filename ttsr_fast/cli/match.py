@@ -49,9 +49,9 @@ def match_command(
 
             from ttsr_fast import images
             from ttsr_fast.cli.inputs import ReferenceOptions, memory_limit, upscale_options
-            from ttsr_fast.folders import check_other_file
-            from ttsr_fast.pictures import draw_match
+            from ttsr_fast.datasets import check_other_file
             from ttsr_fast.upscaling import upscale
+            from ttsr_fast.visualize import draw_match
 
         references = ReferenceOptions(ref, None, None)
         check_other_file(output, [lr, *references.files(lr), *([weights] if weights else [])])

@@ -105,9 +105,9 @@ def upscale_command(
     """
     with errors_in_one_line(_before_all):
         with loading(_before_all):
-            from ttsr_fast import plan
             from ttsr_fast.cli.batch import Batch, made_from, show_plans
             from ttsr_fast.cli.inputs import ReferenceOptions, memory_limit, upscale_options
+            from ttsr_fast.upscaling import plan
 
         references = ReferenceOptions(ref, pairs, cache)
         batch = Batch(lr, output, references, suffix, ext, resume, quiet)

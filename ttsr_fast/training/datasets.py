@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ttsr_fast import images
+from ttsr_fast.datasets import Pair, degrade, read_rgb
 from ttsr_fast.files import shown
 from ttsr_fast.images import SCALE
-from ttsr_fast.pairs import Pair, degrade, read_rgb
 
 CACHE = 2**29  # bytes of decoded pictures that a process keeps
 _LEAST = 3 * SCALE  # pixels: one patch of the search

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ttsr_fast.pairs import find_pairs
+from ttsr_fast.datasets import find_pairs
 from ttsr_fast.training.config import Config
 from ttsr_fast.training.datasets import PairDataset
 from ttsr_fast.training.photographs import Photographs

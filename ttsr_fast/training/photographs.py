@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ttsr_fast.folders import pictures_in
+from ttsr_fast.datasets import pictures_in
 from ttsr_fast.training.datasets import CACHE, DrawnItems, Pictures
 
 _STRENGTHS = (1.0, 0.5, 0.25, 0.0)  # of a warp for which a photograph has no room

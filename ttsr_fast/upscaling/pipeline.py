@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from ttsr_fast import images
-from ttsr_fast.bank import ReferenceBank
 from ttsr_fast.choices import DEFAULT_PHASES, METHODS, PHASES
-from ttsr_fast.detail import detail, pixel_index
 from ttsr_fast.images import Image
-from ttsr_fast.inference import Progress, super_resolve
 from ttsr_fast.model import TTSR
-from ttsr_fast.plan import Plan, check_detail, plan_ttsr
 from ttsr_fast.references import ReferenceMatch
+from ttsr_fast.upscaling.bank import ReferenceBank
+from ttsr_fast.upscaling.detail import detail, pixel_index
+from ttsr_fast.upscaling.plan import Plan, check_detail, plan_ttsr
+from ttsr_fast.upscaling.ttsr import Progress, super_resolve
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttsr_fast import portable, schemas  # noqa: F401  # schemas defines the operators
-from ttsr_fast.choosers import Choosers, checks_index
+from ttsr_fast.operators import pytorch, schemas  # noqa: F401  # schemas defines the operators
+from ttsr_fast.operators.choosers import Choosers, checks_index
 
 # Seconds from which on a search is interruptible. The threads of the main thread wait actively for
 # a few milliseconds after their last work, beside those that the search then has of its own.
@@ -98,11 +98,11 @@ def _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add
     gather_dot(key, query, index, exact, 1, *patch, "none")
     if normalize in ("both", "key"):
         chosen = torch.empty_like(score.unsqueeze(1))
-        norm = portable.denominator(portable.patch_norm(key, *patch), eps, add_eps)
+        norm = pytorch.denominator(pytorch.patch_norm(key, *patch), eps, add_eps)
         gather_fold([norm], index, None, [chosen], [1], 1, 0, "none")
         exact /= chosen[:, 0]
     if normalize == "both":
-        exact /= portable.denominator(portable.patch_norm(query, *patch)[:, 0], eps, add_eps)
+        exact /= pytorch.denominator(pytorch.patch_norm(query, *patch)[:, 0], eps, add_eps)
     score.copy_(torch.where(score.isnan(), score, exact))
 
 
@@ -216,7 +216,7 @@ def cuda_gather_dot(value, grad, index, out, *options):
 
 
 def _sum_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if weight is None else weight.to(portable.work_dtype(x.dtype)).contiguous()
+    return None if weight is None else weight.to(pytorch.work_dtype(x.dtype)).contiguous()
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttsr_fast import backends, portable
-from ttsr_fast.choosers import Choosers
+from ttsr_fast.operators import backends, pytorch
+from ttsr_fast.operators.choosers import Choosers
 
 Patch = tuple[int, int]
 
@@ -87,16 +87,16 @@ def search_gradient(
     index, weight, query_pull, key_pull = choosers.index, grad_score, None, None
     varies_above = 0.0 if add_eps else eps
     if normalize in ("both", "key"):
-        norm = portable.patch_norm(key, *patch)
+        norm = pytorch.patch_norm(key, *patch)
         grid = list(norm.shape)
         (chosen,) = gather_fold([norm], index, None, [1], (1, 0), "none", backend)
-        divisor = portable.denominator(chosen, eps, add_eps)
+        divisor = pytorch.denominator(chosen, eps, add_eps)
         weight = weight / divisor[:, 0]
         pull = (grad_score * score).unsqueeze(1) / (divisor * chosen)
         key_pull = torch.where(chosen > varies_above, pull, 0)
     if normalize == "both":
-        norm = portable.patch_norm(query, *patch)[:, 0]
-        divisor = portable.denominator(norm, eps, add_eps)
+        norm = pytorch.patch_norm(query, *patch)[:, 0]
+        divisor = pytorch.denominator(norm, eps, add_eps)
         weight = weight / divisor
         pull = grad_score * score / (divisor * norm)
         query_pull = torch.where(norm > varies_above, pull, 0).unsqueeze(1)

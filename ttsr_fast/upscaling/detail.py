@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttsr_fast import images
-from ttsr_fast.finite import check_finite
 from ttsr_fast.functional import gather_fold, search
 from ttsr_fast.images import SCALE, Image
 from ttsr_fast.references import ReferenceMatch
+from ttsr_fast.upscaling.finite import check_finite
 
 _FLAT = 1e-3  # norm of a patch below which its features are rounding errors, and its score falls
 _BACK_PROJECTIONS = 2  # the gain of a third is 0.01 dB

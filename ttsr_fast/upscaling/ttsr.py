@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ttsr_fast.finite import check_finite
 from ttsr_fast.model import TTSR
-from ttsr_fast.model.tiles import Window, lte_in_tiles, main_net_in_tiles, windows
-from ttsr_fast.plan import Plan
+from ttsr_fast.model.windowed import Window, lte_in_tiles, main_net_in_tiles, windows
 from ttsr_fast.references import ReferenceMatch, gather_fold_references, search_references
+from ttsr_fast.upscaling.finite import check_finite
+from ttsr_fast.upscaling.plan import Plan
 
 # Called with a stage, the windows of it that are done, and all of them.
 Progress = Callable[[str, int, int], None]

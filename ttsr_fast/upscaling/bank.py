@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ttsr_fast import images
-from ttsr_fast.detail import reference_pair
-from ttsr_fast.feature_cache import FeatureCache, Map
 from ttsr_fast.files import shown
 from ttsr_fast.images import SCALE, Image
-from ttsr_fast.inference import Progress, ReferenceFeatures, reference_features
 from ttsr_fast.model import TTSR
-from ttsr_fast.model.tiles import empty_map
-from ttsr_fast.plan import LEAST_TILE, Plan
+from ttsr_fast.model.windowed import empty_map
+from ttsr_fast.upscaling.detail import reference_pair
+from ttsr_fast.upscaling.feature_cache import FeatureCache, Map
+from ttsr_fast.upscaling.plan import LEAST_TILE, Plan
+from ttsr_fast.upscaling.ttsr import Progress, ReferenceFeatures, reference_features
 
 _FORMAT = "ttsr-fast reference features, version 2"
 _LEAST = 3 * SCALE  # pixels: one patch of the search

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ttsr_fast.model import TTSR
-from ttsr_fast.model.tiles import LTE_STAGE, SCALE, Stage, main_net_stages
+from ttsr_fast.model.windowed import LTE_STAGE, SCALE, Stage, main_net_stages
 
 SHARE = 0.8  # of the memory that is free, where no limit is given
 LARGEST = 2**30  # bytes of a window: larger ones are no faster, as their memory is fresh each time

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttsr_fast import files, image_files, image_formats
+from ttsr_fast import files
 from ttsr_fast.files import shown
-from ttsr_fast.image_files import size_of as size_of
-from ttsr_fast.image_formats import SUFFIXES as SUFFIXES
-from ttsr_fast.image_formats import Chunks
+from ttsr_fast.images import decode, formats
+from ttsr_fast.images.decode import size_of as size_of
+from ttsr_fast.images.formats import SUFFIXES as SUFFIXES
+from ttsr_fast.images.formats import Chunks
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to grey
 SCALE = 4
@@ -71,11 +72,11 @@ class Image:
         """
         path = Path(path)
         check_output(path, self)
-        lost = image_formats.lost_colours(path.suffix, self.icc_profile, self.colour_chunks)
+        lost = formats.lost_colours(path.suffix, self.icc_profile, self.colour_chunks)
         if lost is not None:
             _logger.warning("%s: %s", shown(path), lost)
         try:
-            content = image_formats.encode(
+            content = formats.encode(
                 self.to_array(), path.suffix, self.icc_profile, self.colour_chunks
             )
         except ValueError as error:
@@ -98,7 +99,7 @@ def read_image(path: str | os.PathLike[str]) -> Image:
             message names the file.
         ImportError: it has 16-bit colour, and imagecodecs or tifffile is not installed.
     """
-    array, icc_profile, colour_chunks = image_files.decode(Path(path))
+    array, icc_profile, colour_chunks = decode.decode(Path(path))
     return _split(array, icc_profile, colour_chunks)
 
 
@@ -132,11 +133,11 @@ def as_image(source: Any, name: str = "image") -> Image:
         return _split(source)
     if isinstance(source, Tensor):
         return _from_tensor(source, name)
-    if isinstance(source, image_formats.pillow().Image.Image):
+    if isinstance(source, formats.pillow().Image.Image):
         try:  # which may read its file only now
-            return _split(image_files.to_array(source), source.info.get("icc_profile"))
+            return _split(decode.to_array(source), source.info.get("icc_profile"))
         except Exception as error:  # decoders raise anything at a damaged file
-            raise ValueError(f"{name}: {image_formats.reason_of(error)}") from error
+            raise ValueError(f"{name}: {formats.reason_of(error)}") from error
     raise TypeError(
         f"{name} must be a path, a Pillow image, an array or a tensor, got {type(source).__name__}"
     )
@@ -160,7 +161,7 @@ def check_output(path: str | os.PathLike[str], image: Image, scale: int = 1) -> 
     if reason is not None:
         raise ValueError(f"cannot write {shown(path)}: {reason}")
     if image.pixels.dtype == np.uint16 and image.to_array().ndim == 3:
-        image_formats.codecs()
+        formats.codecs()
     files.check_writable(path)
 
 
@@ -169,7 +170,7 @@ def why_not_in(suffix: str, image: Image, scale: int = SCALE) -> str | None:
     channels = image.pixels.shape[2] + (image.alpha is not None)
     height, width = image.size
     size = height * scale, width * scale
-    return image_formats.why_not(suffix, channels, image.pixels.dtype, size)
+    return formats.why_not(suffix, channels, image.pixels.dtype, size)
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -183,7 +184,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
         The same dtype and channels at the new size.
     """
-    pillow = image_formats.pillow()
+    pillow = formats.pillow()
     bicubic, shape = pillow.Image.Resampling.BICUBIC, size[::-1]
     if pixels.ndim == 3 and (pixels.shape[2] != 3 or pixels.dtype != np.uint8):
         planes = [resize(pixels[..., c], size) for c in range(pixels.shape[2])]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 import ttsr_fast
-from ttsr_fast import backends
 from ttsr_fast.choices import BACKENDS
 from ttsr_fast.devices import gpu
+from ttsr_fast.operators import backends
 
 # What the extras of pyproject.toml bring.
 EXTRAS = {

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ttsr_fast import backends, portable, transfer
-from ttsr_fast.choosers import Choosers
-from ttsr_fast.schemas import LIBRARY
+from ttsr_fast.operators import backends, pytorch, transfer
+from ttsr_fast.operators.choosers import Choosers
+from ttsr_fast.operators.schemas import LIBRARY
 
 search = torch.ops.ttsr_fast.search.default
 gather_fold = torch.ops.ttsr_fast.gather_fold.default
@@ -67,7 +67,7 @@ def _search(
 def _search_outputs(query: Tensor, kernel_size: int, padding: int) -> tuple[Tensor, Tensor]:
     shrink = kernel_size - 1 - 2 * padding
     n, _, h, w = query.shape
-    score = query.new_empty(n, h - shrink, w - shrink, dtype=portable.work_dtype(query.dtype))
+    score = query.new_empty(n, h - shrink, w - shrink, dtype=pytorch.work_dtype(query.dtype))
     return score, torch.empty_like(score, dtype=torch.int64)
 
 
@@ -128,7 +128,7 @@ def _gather_dot(
 
 
 def _gather_dot_output(value: Tensor, index: Tensor) -> Tensor:
-    return torch.empty(index.shape, dtype=portable.work_dtype(value.dtype), device=value.device)
+    return torch.empty(index.shape, dtype=pytorch.work_dtype(value.dtype), device=value.device)
 
 
 def _search_backward(

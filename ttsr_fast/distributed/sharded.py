@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttsr_fast.bands import rows_needed, search_band
+from ttsr_fast.distributed.ranks import TIMEOUT, Team, place
 from ttsr_fast.functional import (
     Match,
     _check_map,
@@ -42,7 +42,7 @@ from ttsr_fast.functional import (
     gather_fold,
     search,
 )
-from ttsr_fast.team import TIMEOUT, Team, place
+from ttsr_fast.references import rows_needed, search_band
 
 POSITIONS = 1 << 32  # an index takes the lower half of an int64
 

@@ -5,8 +5,8 @@ code for several GPUs. Both are written against PyTorch's stable ABI and need no
 so that one file serves every Python and every torch from `OLDEST_TORCH` on. This file imports
 nothing of the package, and no torch. It is a program, too:
 
-    python -m ttsr_fast.build                        # for an installation without the kernels
-    python ttsr_fast/build.py ttsr_fast/_C.abi3.so   # in place
+    python -m ttsr_fast.operators.build   # for an installation without the kernels
+    python ttsr_fast/operators/build.py ttsr_fast/_C.abi3.so   # in place
 """
 
 import argparse
@@ -127,14 +127,14 @@ def why_not_under(torch_version: str) -> str | None:
 
 def remedy(*, cuda: bool = False) -> str:
     """Advice for an installation without the library: a command, and what it lacks to work."""
-    command = f"`{shlex.quote(sys.executable)} -m ttsr_fast.build` compiles it"
+    command = f"`{shlex.quote(sys.executable)} -m ttsr_fast.operators.build` compiles it"
     reason = why_not(cuda=cuda)
     return command if reason is None else f"{command}, but not yet: {reason}"
 
 
 def source_folder() -> Path:
     """`csrc`: inside the package where that is installed, beside it in the repository."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     installed = package / "csrc"
     return installed if installed.is_dir() else package.parent / "csrc"
 
@@ -317,7 +317,7 @@ def _run(command: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m ttsr_fast.build",
+        prog="python -m ttsr_fast.operators.build",
         description="Compile the kernels for this user, in CUDA where PyTorch has it.",
     )
     parser.add_argument(

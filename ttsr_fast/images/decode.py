@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ttsr_fast.files import check_readable, refusal, shown
-from ttsr_fast.image_formats import SRGB, Chunks, codecs, pillow, reason_of
+from ttsr_fast.images.formats import SRGB, Chunks, codecs, pillow, reason_of
 
 # Tags of TIFF and EXIF.
 _BITS, _PHOTOMETRIC, _ORIENTATION, _PER_PIXEL, _PLANES = 258, 262, 274, 277, 284

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttsr_fast import build, compiled, portable, reference
+from ttsr_fast import reference
 from ttsr_fast.choices import BACKENDS
-from ttsr_fast.choosers import Choosers
+from ttsr_fast.operators import build, cpp, pytorch
+from ttsr_fast.operators.choosers import Choosers
 
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)
@@ -214,7 +215,7 @@ def _library(*, cuda: bool = False) -> Path | None:
     named = os.environ.get("TTSR_FAST_CUDA_LIBRARY" if cuda else "TTSR_FAST_LIBRARY")
     if named:
         return Path(named)
-    installed = Path(__file__).parent / (build.CUDA_LIBRARY if cuda else build.LIBRARY)
+    installed = Path(__file__).parent.parent / (build.CUDA_LIBRARY if cuda else build.LIBRARY)
     return build.cached_library(cuda=cuda) or (installed if installed.is_file() else None)
 
 
@@ -234,12 +235,12 @@ def _reference_search(query, key, key_mask, score, index, *options):
 
 
 def _reference_gather_fold(value, index, weight, out, *options):
-    value = value.to(portable.work_dtype(value.dtype))
+    value = value.to(pytorch.work_dtype(value.dtype))
     out.copy_(reference.gather_fold(value, index, weight, **_named(options)))
 
 
 def _reference_adjoint(grad, index, weight, out, *options):
-    grad, size = grad.to(portable.work_dtype(grad.dtype)), list(out.shape)
+    grad, size = grad.to(pytorch.work_dtype(grad.dtype)), list(out.shape)
     out.copy_(reference.gather_fold_adjoint(grad, index, weight, size, **_named(options)))
 
 
@@ -265,17 +266,17 @@ def _per_level(function: Callable[..., None]) -> Callable[..., None]:
 
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., None]]] = {
     "cpp": {
-        "search": compiled.search,
-        "gather_fold": compiled.gather_fold,
-        "gather_fold_adjoint": compiled.gather_fold_adjoint,
-        "gather_dot": compiled.gather_dot,
+        "search": cpp.search,
+        "gather_fold": cpp.gather_fold,
+        "gather_fold_adjoint": cpp.gather_fold_adjoint,
+        "gather_dot": cpp.gather_dot,
     },
     "triton": {"search": _triton_search},
     "torch": {
-        "search": portable.search,
-        "gather_fold": _per_level(portable.gather_fold),
-        "gather_fold_adjoint": _per_level(portable.gather_fold_adjoint),
-        "gather_dot": portable.gather_dot,
+        "search": pytorch.search,
+        "gather_fold": _per_level(pytorch.gather_fold),
+        "gather_fold_adjoint": _per_level(pytorch.gather_fold_adjoint),
+        "gather_dot": pytorch.gather_dot,
     },
     "reference": {
         "search": _reference_search,

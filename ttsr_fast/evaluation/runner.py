@@ -13,20 +13,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ttsr_fast import images, metrics
-from ttsr_fast.bank import ReferenceBank
 from ttsr_fast.choices import DEFAULT_PHASES, EVALUATED, REFERENCES
-from ttsr_fast.detail import detail
+from ttsr_fast.datasets import Pair, degrade, identities, identity, read_rgb
+from ttsr_fast.distributed.ranks import place
+from ttsr_fast.evaluation.table import Failure, Row, Table
 from ttsr_fast.files import shown
-from ttsr_fast.finite import check_finite
-from ttsr_fast.folders import identities, identity
 from ttsr_fast.images import SCALE, Image
-from ttsr_fast.inference import super_resolve
 from ttsr_fast.model import TTSR
-from ttsr_fast.pairs import Pair, degrade, read_rgb
-from ttsr_fast.pictures import draw_comparison
-from ttsr_fast.plan import check_detail, plan_ttsr
-from ttsr_fast.table import Failure, Row, Table
-from ttsr_fast.team import place
+from ttsr_fast.upscaling.bank import ReferenceBank
+from ttsr_fast.upscaling.detail import detail
+from ttsr_fast.upscaling.finite import check_finite
+from ttsr_fast.upscaling.plan import check_detail, plan_ttsr
+from ttsr_fast.upscaling.ttsr import super_resolve
+from ttsr_fast.visualize import draw_comparison
 
 CANVAS = 500  # pixels along each side of a reference in the authors' stack
 _LEAST = 3 * SCALE  # pixels along each side of a reference, one patch of the search

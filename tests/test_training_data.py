@@ -12,8 +12,8 @@ from PIL import Image as pillow
 from torch.utils.data import DataLoader
 
 from tests.test_image_files import save_two_directories, save_wide_tiles
+from ttsr_fast.datasets import Pair
 from ttsr_fast.images import Image
-from ttsr_fast.pairs import Pair
 from ttsr_fast.training import datasets
 from ttsr_fast.training.datasets import Draws, PairDataset, Pictures, UnusablePicture
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, autograd
 from torch.autograd import forward_ad
 
-from ttsr_fast import ops, portable
+from ttsr_fast.operators import ops, pytorch
 
 
 def active() -> bool:
@@ -189,8 +189,8 @@ def _denominator(
 ) -> tuple[Tensor, Tensor]:  # [N, 1, Ho, Wo] twice
     """The number that every patch is divided by, and the tangent of its logarithm."""
     kernel_size, padding = patch
-    norm = portable.patch_norm(x, kernel_size, padding)
-    by = portable.denominator(norm, eps, add_eps)
+    norm = pytorch.patch_norm(x, kernel_size, padding)
+    by = pytorch.denominator(norm, eps, add_eps)
     if d_x is None:
         return by, torch.zeros_like(by)
     product = (x.to(norm.dtype) * d_x.to(norm.dtype)).sum(1, keepdim=True)

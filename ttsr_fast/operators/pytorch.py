@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttsr_fast.choosers import check_index
+from ttsr_fast.operators.choosers import check_index
 
 SLAB_BYTES = 64 << 20  # upper bound for one block of M, where one patch per column allows it
 

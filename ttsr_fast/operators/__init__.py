@@ -1,0 +1,1 @@
+"""The operators of the namespace `ttsr_fast` and the backends that run them."""
