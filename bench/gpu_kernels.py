@@ -35,7 +35,7 @@ from devices import Run
 from gate import SearchTruth, WrongResult, check_close
 from sizes import Size
 
-from ttsr_fast.operators import backends
+from ttsr_fast.operators import library
 
 Cells = list[dict[str, Any]]
 Jobs = Iterator[tuple[str, Callable[[], Cells]]]
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--resume", action="store_true", help="keep the jobs that FILE has")
     args = parser.parse_args(argv)
     device = devices.pick("cpu" if args.tiny else "cuda")
-    reason = None if args.tiny else backends.load_cuda_library()
+    reason = None if args.tiny else library.load_cuda_library()
     if reason is not None:
         print(f"the slab runs in Triton alone: {reason}")
     return run_jobs(PARTS[args.part](Bench(device, args.tiny, args.few)), args, device)

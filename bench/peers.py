@@ -21,7 +21,7 @@ from sizes import Size
 from torch import Tensor
 
 from ttsr_fast import functional, reference
-from ttsr_fast.operators import backends
+from ttsr_fast.operators import backends, library
 
 Found = tuple[Tensor, Tensor]  # score [N, H, W], index [N, H, W]
 BLOCK_BYTES = 64 << 20  # of scores held at a time by the chunked product
@@ -127,7 +127,7 @@ def algorithm_search(
     from ttsr_fast.kernels import search as kernel_search
 
     if query.is_cuda:
-        backends.load_cuda_library()
+        library.load_cuda_library()
     reason = kernel_search.why_not(algorithm, query.dtype, 3, precision)
     if reason is not None:
         raise Declined(reason)

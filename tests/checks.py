@@ -1,5 +1,7 @@
 """Assertions: what a correct answer is, where rounding lets several answers be correct."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,6 +105,22 @@ def assert_no_worse(
     allowed = 2 * (baseline.double() - expected).abs().max()
     allowed = allowed + SPARE[baseline.dtype] * expected.abs().max()
     assert error.le(allowed).all(), f"error {error.max():.3g} where {allowed:.3g} is allowed"
+
+
+def adjoint(
+    grad: Tensor, index: Tensor, weight: Tensor | None, value_size: list[int], **options: Any
+) -> Tensor:
+    """Transpose of the oracle's `gather_fold` in its value, by autograd."""
+    value = torch.zeros(value_size, dtype=grad.dtype, device=grad.device, requires_grad=True)
+    out = reference.gather_fold(value, index, weight, **options)
+    return torch.autograd.grad(out, value, grad)[0]
+
+
+def dot(value: Tensor, grad: Tensor, index: Tensor, **options: Any) -> Tensor:
+    """Transpose of the oracle's `gather_fold` in its weight, by autograd."""
+    weight = torch.ones(index.shape, dtype=value.dtype, device=value.device, requires_grad=True)
+    out = reference.gather_fold(value.detach(), index, weight, **options)
+    return torch.autograd.grad(out, weight, grad)[0]
 
 
 def _denominator(patches: Tensor, eps: float, add_eps: bool) -> Tensor:  # [N or 1, 1, L]

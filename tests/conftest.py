@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests import emulated
 from tests.processes import Processes
-from ttsr_fast.operators import backends, build
+from ttsr_fast.operators import backends, build, triton
 from ttsr_fast.upscaling import plan
 
 if not torch.cuda.is_available():
@@ -98,7 +98,7 @@ def _is_missing(package: str) -> bool:
         return True
     if package != "triton":
         return False
-    return _release(importlib.import_module(package).__version__) < backends.OLDEST_TRITON
+    return _release(importlib.import_module(package).__version__) < triton.OLDEST_TRITON
 
 
 def _release(number: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ttsr_fast import choices, gather_fold, search
-from ttsr_fast.operators import backends
+from ttsr_fast.operators import backends, cpp, library, triton
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 OPERATORS = ("search", "gather_fold", "gather_fold_adjoint", "gather_dot")
@@ -87,9 +87,10 @@ def test_environment_variable_equals_the_argument(monkeypatch, name):
 
     def record(*arguments):
         used.append(name)
-        arguments[3].zero_(), arguments[4].zero_()
+        for x in arguments[3]:
+            x.zero_()
 
-    monkeypatch.setitem(backends._IMPLEMENTATIONS[name], "search", record)
+    monkeypatch.setattr(backends.MODULES[name], "search", record)
     query, key = inputs()
     search(query, key, backend=name)
     monkeypatch.setenv("TTSR_FAST_BACKEND", name)
@@ -126,15 +127,15 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch, backend):
 
 @pytest.mark.torch(2, 10)
 def test_missing_library_is_explained(monkeypatch):
-    monkeypatch.setattr(backends, "_library", lambda: None)
-    reason = backends.load_library.__wrapped__()
+    monkeypatch.setattr(library, "_library", lambda: None)
+    reason = library.load_library.__wrapped__()
     assert reason.endswith(f"; `{sys.executable} -m ttsr_fast.operators.build` compiles it")
 
 
 @pytest.mark.torch(2, 10)
 def test_missing_kernels_are_warned_of_once(monkeypatch, caplog):
-    monkeypatch.setattr(backends, "_library", lambda: None)
-    monkeypatch.setattr(backends, "load_library", backends.load_library.__wrapped__)
+    monkeypatch.setattr(library, "_library", lambda: None)
+    monkeypatch.setattr(library, "load_library", library.load_library.__wrapped__)
     backends._warn_once.cache_clear()
     query, key = inputs()
     search(query, key, backend="torch")
@@ -155,7 +156,7 @@ def test_missing_kernels_are_warned_of_once(monkeypatch, caplog):
 
 def test_older_torch_runs_without_the_kernels(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
-    reason = backends.load_library.__wrapped__()
+    reason = library.load_library.__wrapped__()
     assert reason == "the kernels need torch 2.10 or newer, this is 2.6.0+cu124"
 
 
@@ -164,7 +165,7 @@ def test_library_that_does_not_load_gives_the_reason(monkeypatch, tmp_path):
     broken = tmp_path / "_C.abi3.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setenv("TTSR_FAST_LIBRARY", str(broken))
-    reason = backends.load_library.__wrapped__()
+    reason = library.load_library.__wrapped__()
     assert reason.startswith(f"_C.abi3.so does not load under torch {torch.__version__}")
     assert "file too short" in reason or "invalid ELF header" in reason
 
@@ -173,7 +174,7 @@ def test_library_that_does_not_load_gives_the_reason(monkeypatch, tmp_path):
 def test_library_without_the_kernels_is_refused():
     """A library that loads and is another one, in a process of its own."""
     other = Path(torch.__file__).parent / "lib" / "libshm.so"
-    script = "from ttsr_fast.operators import backends; print(backends.load_library())"
+    script = "from ttsr_fast.operators import library; print(library.load_library())"
     result = run([sys.executable, "-c", script], TTSR_FAST_LIBRARY=str(other))
     assert result.stdout.startswith(f"{other} was compiled from other sources; `")
 
@@ -210,12 +211,12 @@ class OnGpu:
 
 def test_who_runs_what_on_a_gpu(monkeypatch):
     """Triton searches; the compiled library transfers, and PyTorch where that is missing."""
-    for check in ("_why_not_triton", "_why_not_gpu"):
-        monkeypatch.setattr(backends, check, lambda _: None)
+    for module, check in ((triton, "_why_not_on"), (triton, "why_not_gpu"), (cpp, "why_not_gpu")):
+        monkeypatch.setattr(module, check, lambda _: None)
     for reason, transfer in ((None, "cpp"), ("it is missing", "torch")):
-        monkeypatch.setattr(backends, "load_cuda_library", lambda r=reason: r)
+        monkeypatch.setattr(library, "load_cuda_library", lambda r=reason: r)
         for op in OPERATORS:
-            expected = backends._IMPLEMENTATIONS["triton" if op == "search" else transfer][op]
+            expected = getattr(backends.MODULES["triton" if op == "search" else transfer], op)
             assert backends.choose(op, OnGpu, None) is expected
             assert backends.choose(op, OnGpu, "triton") is expected
     with pytest.raises(RuntimeError, match="cannot run gather_fold on cuda: it is missing"):
@@ -225,14 +226,14 @@ def test_who_runs_what_on_a_gpu(monkeypatch):
 
 
 def test_gpus_that_the_kernels_are_not_compiled_for(monkeypatch):
-    monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
+    monkeypatch.setattr(library, "load_cuda_library", lambda: None)
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, backend in (((7, 5), "torch"), ((8, 0), "cpp")):
-        backends._why_not_gpu.cache_clear()
+        triton.why_not_gpu.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        expected = backends._IMPLEMENTATIONS[backend]["gather_fold"]
+        expected = backends.MODULES[backend].gather_fold
         assert backends.choose("gather_fold", OnGpu, None) is expected
-    backends._why_not_gpu.cache_clear()
+    triton.why_not_gpu.cache_clear()
 
 
 def test_triton_is_chosen_for_gpus_alone(monkeypatch):
@@ -255,24 +256,24 @@ def test_triton_is_chosen_for_gpus_alone(monkeypatch):
 )
 def test_cuda_of_the_library_and_of_torch(monkeypatch, ours, theirs, reason):
     monkeypatch.setattr(torch.version, "cuda", theirs)
-    monkeypatch.setattr(backends, "_library", lambda *, cuda: Path("_C_cuda.abi3.so"))
-    monkeypatch.setattr(backends, "_load", lambda *_: None)
+    monkeypatch.setattr(library, "_library", lambda *, cuda: Path("_C_cuda.abi3.so"))
+    monkeypatch.setattr(library, "_load", lambda *_: None)
     version = f"{ours // 1000}.{ours % 1000 // 10}"
-    monkeypatch.setattr(backends, "cuda_library_version", lambda: version)
-    found = backends.load_cuda_library.__wrapped__()
+    monkeypatch.setattr(library, "cuda_library_version", lambda: version)
+    found = library.load_cuda_library.__wrapped__()
     assert found is reason is None or reason in found
 
 
 @pytest.mark.torch(2, 10)
 def test_missing_cuda_library_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(backends, "_library", lambda *, cuda: None)
-    reason = backends.load_cuda_library.__wrapped__()
+    monkeypatch.setattr(library, "_library", lambda *, cuda: None)
+    reason = library.load_cuda_library.__wrapped__()
     assert reason.startswith("the CUDA library is not part of this installation; `")
     monkeypatch.undo()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     broken = tmp_path / "_C_cuda.abi3.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setenv("TTSR_FAST_CUDA_LIBRARY", str(broken))
-    reason = backends.load_cuda_library.__wrapped__()
+    reason = library.load_cuda_library.__wrapped__()
     assert reason.startswith("_C_cuda.abi3.so does not load under torch")

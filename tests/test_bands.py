@@ -7,6 +7,7 @@ import torch
 
 from tests import cases
 from ttsr_fast import search
+from ttsr_fast.operators.patch import Patch
 from ttsr_fast.references import is_better, rows_needed, search_band
 
 each = pytest.mark.parametrize
@@ -17,7 +18,7 @@ def search_in_bands(query, key, ends, **options):
     kernel_size, padding = options.get("kernel_size", 3), options.get("padding")
     score = index = None
     for first, last in itertools.pairwise(ends):
-        top, bottom = rows_needed(first, last, key.shape[2], kernel_size, padding)
+        top, bottom = rows_needed(first, last, key.shape[2], Patch.of(kernel_size, padding))
         found = search_band(query, key[:, :, top:bottom], first, last, key.shape[2], **options)
         if score is None:
             score, index = found
@@ -33,12 +34,12 @@ def search_in_bands(query, key, ends, **options):
     [(0, 2, 1, (0, 3)), (2, 5, 1, (1, 6)), (5, 9, 1, (4, 9))],
 )
 def test_rows_of_a_padded_key(first, last, padding, rows):
-    assert rows_needed(first, last, 9, 3, padding) == rows
+    assert rows_needed(first, last, 9, Patch.of(3, padding)) == rows
 
 
 @each(("first", "last", "rows"), [(0, 2, (0, 4)), (2, 5, (2, 7)), (5, 7, (5, 9))])
 def test_rows_of_a_key_without_padding(first, last, rows):
-    assert rows_needed(first, last, 9, 3, 0) == rows
+    assert rows_needed(first, last, 9, Patch(3, 0)) == rows
 
 
 @pytest.mark.compiled

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from tests.campaigns import fuzz_operators
 from ttsr_fast import gather_fold, search
+from ttsr_fast.functional import search_transfer
 from ttsr_fast.kernels import search as kernel_search
-from ttsr_fast.operators import cpp, ops
+from ttsr_fast.operators import cpp
 
+ops = torch.ops.ttsr_fast
 each = pytest.mark.parametrize
 rand = torch.randn
 
@@ -30,16 +32,16 @@ def searched(query: Tensor, key: Tensor, mask: Tensor | None = None, size: int =
 
 
 def folded(value: Tensor, index: Tensor, weight: Tensor | None = None, stride: int = 1):
-    return ops.gather_fold(value, index, weight, stride, 3, 1, "area", "cpp")
+    return ops.gather_fold([value], index, weight, [stride], 3, 1, "area", "cpp")
 
 
 def adjoint(index: Tensor, size: list[int], backend: str = "cpp"):
-    options = (1, 3, 1, "area", backend)
-    return ops.gather_fold_adjoint(rand(1, 4, 8, 8), index, None, size, *options)
+    options = ([1], 3, 1, "area", backend)
+    return ops.gather_fold_adjoint([rand(1, 4, 8, 8)], index, None, size, *options)
 
 
 def dot(value: Tensor, grad: Tensor, backend: str = "cpp"):
-    return ops.gather_dot(value, grad, index_of(1, 8, 8), 1, 3, 1, "area", backend)
+    return ops.gather_dot([value], [grad], index_of(1, 8, 8), [1], 3, 1, "area", backend)
 
 
 X = (1, 4, 8, 8)
@@ -147,8 +149,8 @@ def test_index_changed_behind_autograd(backend, operation, wrong):
     if operation == "search":
         out, index = search(x, y, backend=backend)
     elif operation == "transfer":
-        options = ("fp32", backend)
-        out, index, _ = ops.search_transfer(x, y, None, [y.detach()], [1], *options)
+        match, (texture,) = search_transfer(x, y, [y], [1], names=["value"], backend=backend)
+        out, index = match.score.sum() + texture.sum(), match.index
     else:
         weight = torch.ones(1, 8, 8, requires_grad=operation == "weight")
         value, index = x if operation == "value" else x.detach(), index_of(1, 8, 8)

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from tests import cases
+from tests import cases, checks
 from tests.checks import assert_no_worse
 from tests.test_gather_fold import (  # noqa: F401  # run here as well
     oracle,
@@ -29,7 +29,9 @@ from tests.test_gather_fold import (  # noqa: F401  # run here as well
 )
 from tests.test_modules import test_dtypes, test_equals_the_oracle  # noqa: F401  # the same
 from ttsr_fast import gather_fold, reference
-from ttsr_fast.operators import backends, choosers, cpp, ops
+from ttsr_fast.operators import cpp
+from ttsr_fast.operators.index import CHECK_INDEX_VARIABLE, InverseIndex
+from ttsr_fast.operators.patch import Patch, Transfer
 
 each = pytest.mark.parametrize
 
@@ -37,8 +39,7 @@ each = pytest.mark.parametrize
 @pytest.fixture
 def backend(emulator, monkeypatch):
     """`cpp`, of which the transfer is that of the CUDA library."""
-    operators = backends._IMPLEMENTATIONS["cpp"]
-    monkeypatch.setitem(operators, "gather_fold", cpp.cuda_gather_fold)
+    monkeypatch.setattr(cpp, "gather_fold", cpp.cuda_gather_fold)
     monkeypatch.setattr(cpp, "_cpu_adjoint", cpp.cuda_gather_fold_adjoint)
     monkeypatch.setattr(torch.ops.ttsr_fast, "cpp_gather_dot", cpp.cuda_gather_dot)
     return "cpp"
@@ -112,10 +113,10 @@ def test_index_outside_the_grid(backend, monkeypatch, outside):
     index = torch.randint(12, (1, 2, 5))
     index[0, 1, 2] = outside
     out, weight = torch.empty(1, 4, 2, 5), (index != outside).double()
-    options = ([value], index, None, [out], [1], 3, 1, "area")
+    options = ([value], index, None, [out], Transfer([1], Patch(), "area"))
     with pytest.raises(RuntimeError, match="index outside the key grid"):
         cpp.cuda_gather_fold(*options)
-    monkeypatch.setenv(choosers.CHECK_INDEX_VARIABLE, "0")
+    monkeypatch.setenv(CHECK_INDEX_VARIABLE, "0")
     cpp.cuda_gather_fold(*options)
     expected = reference.gather_fold(value.double(), index.clamp(0, 11), weight)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
@@ -123,7 +124,7 @@ def test_index_outside_the_grid(backend, monkeypatch, outside):
     grad, dot = torch.randn(1, 4, 2, 5), torch.empty(index.shape)
     cpp.cuda_gather_dot(value, grad, index, dot, 1, 3, 1, 3, 4, "area")
     clamped = index.clamp(0, 11)
-    expected = reference.gather_dot(value.double(), grad.double(), clamped) * weight
+    expected = checks.dot(value.double(), grad.double(), clamped) * weight
     torch.testing.assert_close(dot.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -131,13 +132,13 @@ def test_arguments_that_would_reach_outside(backend):
     """What the checks above the operators never let through."""
     value, index = torch.randn(1, 4, 9, 9), torch.zeros(1, 9, 9, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="kernel_size must be 1, 3, 5 or 7, got 9"):
-        ops.gather_fold(value, index, None, 1, 9, 4, "area", backend)
+        torch.ops.ttsr_fast.gather_fold([value], index, None, [1], 9, 4, "area", backend)
     maps = value.contiguous(memory_format=torch.channels_last)
-    begin, order = choosers.Choosers(index).of(81, 1)
+    begin, order = InverseIndex(index).csr(81, 1)
     run, end = torch.ops.ttsr_fast.cuda_gather_fold_adjoint, (3, 1, 9, 9, "area")
     out = torch.empty_like(value)
     run([maps], index, begin, order, None, [out], [1], *end)
-    torch.testing.assert_close(out, reference.gather_fold_adjoint(value, index, None, [1, 4, 9, 9]))
+    torch.testing.assert_close(out, checks.adjoint(value, index, None, [1, 4, 9, 9]))
     for broken, message in (
         ((index, begin[:-1], order, None, [out], [1]), r"begin must be \[82\], got \[81\]"),
         ((index, begin.long(), order, None, [out], [1]), "begin must be Int, got Long"),
@@ -162,4 +163,4 @@ def test_weight_of_another_sum(backend):
     weight, outs = torch.rand(1, 3, 4), [torch.empty(1, 4, 3, 4), torch.empty(1, 4, 3, 4).double()]
     values = [value, value.double()]
     with pytest.raises(RuntimeError, match="of the type that the values are summed in"):
-        cpp.cuda_gather_fold(values, index, weight, outs, [1, 1], 3, 1, "area")
+        cpp.cuda_gather_fold(values, index, weight, outs, Transfer([1, 1], Patch(), "area"))

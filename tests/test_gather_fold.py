@@ -6,7 +6,6 @@ import torch
 from tests import cases
 from tests.checks import assert_no_worse
 from ttsr_fast import gather_fold, reference
-from ttsr_fast.operators import ops
 
 PATCH_OPTIONS = [(k, p, s) for k, p in cases.PATCHES for s in (1, 2)]
 
@@ -134,13 +133,13 @@ def test_adjoint_identity(backend, kernel_size, padding, stride, divisor):
     value = torch.randn(value_size, dtype=torch.float64)
     index = cases.random_index(value_size, (2, 6, 5), stride, kernel_size, padding)
     weight = torch.randn(2, 6, 5, dtype=torch.float64)
-    options = (stride, kernel_size, padding, divisor, backend)
-    out = ops.gather_fold(value, index, weight, *options)
+    ops, options = torch.ops.ttsr_fast, ([stride], kernel_size, padding, divisor, backend)
+    (out,) = ops.gather_fold([value], index, weight, *options)
     grad = torch.randn_like(out)
     product = (out * grad).sum()
-    adjoint = ops.gather_fold_adjoint(grad, index, weight, list(value_size), *options)
+    (adjoint,) = ops.gather_fold_adjoint([grad], index, weight, list(value_size), *options)
     torch.testing.assert_close((value * adjoint).sum(), product, rtol=1e-12, atol=0)
-    dot = ops.gather_dot(value, grad, index, *options)
+    dot = ops.gather_dot([value], [grad], index, *options)
     torch.testing.assert_close((weight * dot).sum(), product, rtol=1e-12, atol=0)
 
 

@@ -7,7 +7,7 @@ from tests.checks import assert_same_choice
 from ttsr_fast import search
 from ttsr_fast.kernels import search as kernels
 from ttsr_fast.kernels import slab_search
-from ttsr_fast.operators import backends
+from ttsr_fast.operators import library
 
 pytestmark = pytest.mark.gpu
 each = pytest.mark.parametrize
@@ -39,7 +39,7 @@ def test_nothing_waits_for_the_device(size, precision):
 @each("size", [(2, 64, 9, 37), (1, 70, 150, 131), (9, 256, 40, 40)], ids=str)
 def test_slab(monkeypatch, size, precision, kernel):
     """Strips, blocks that overlap, images beside each other; by the kernel of either library."""
-    assert backends.load_cuda_library() is None
+    assert library.load_cuda_library() is None
     query, key = maps(size=size)
     assert slab_search.has_cuda_kernel(query)
     if kernel == "triton":

@@ -9,7 +9,9 @@ import torch
 
 from tests.checks import assert_no_worse
 from ttsr_fast import SearchTransfer, gather_fold, reference
-from ttsr_fast.operators import choosers, cpp
+from ttsr_fast.operators import cpp
+from ttsr_fast.operators.index import CHECK_INDEX_VARIABLE, InverseIndex
+from ttsr_fast.operators.patch import Patch, Transfer
 
 pytestmark = pytest.mark.gpu
 each = pytest.mark.parametrize
@@ -142,10 +144,9 @@ def test_more_than_two_to_the_31_elements(layout):
     torch.testing.assert_close(out[:, :, -9:], value[:, :, -9:], rtol=1e-3, atol=1e-3)
     assert out.is_contiguous(memory_format=layout)
     del out
-    takers = choosers.Choosers(index)
     grad = torch.empty_like(value)
-    options = ([1], 3, 1, "overlap")
-    cpp.gather_fold_adjoint([value], takers, None, [grad], *options)
+    transfer = Transfer([1], Patch(3, 1), "overlap")
+    cpp.gather_fold_adjoint([value], InverseIndex(index), None, [grad], transfer)
     torch.testing.assert_close(grad[:, :, -9:], value[:, :, -9:], rtol=1e-3, atol=1e-3)
 
 
@@ -164,7 +165,7 @@ print("finite", bool(out.isfinite().all()))
 @each(("check", "stops"), [("1", True), ("0", False)])
 def test_index_outside_the_grid(check, stops):
     """The kernel stops, which ends the process's use of CUDA, unless told not to look."""
-    environment = {**os.environ, choosers.CHECK_INDEX_VARIABLE: check}
+    environment = {**os.environ, CHECK_INDEX_VARIABLE: check}
     command = [sys.executable, "-c", OUTSIDE]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if stops:

@@ -9,7 +9,7 @@ import triton
 from ttsr_fast import search
 from ttsr_fast.kernels import search as kernels
 from ttsr_fast.kernels import slab_search, tiles
-from ttsr_fast.operators import backends
+from ttsr_fast.operators import triton as backend
 
 each = pytest.mark.parametrize
 
@@ -98,21 +98,21 @@ def test_double_is_declined():
     ],
 )
 def test_why_triton_cannot_run(monkeypatch, version, interpret, reason):
-    monkeypatch.setattr(backends, "_why_no_triton", backends._why_no_triton.__wrapped__)
+    monkeypatch.setattr(backend, "why_not_triton", backend.why_not_triton.__wrapped__)
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
-    why = backends._why_not_triton.__wrapped__(torch.device("cpu"))
+    why = backend._why_not_on.__wrapped__(torch.device("cpu"))
     assert why is None if reason is None else reason in why
 
 
 def test_missing_triton_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    why = backends._why_no_triton.__wrapped__()
+    why = backend.why_not_triton.__wrapped__()
     assert "install triton>=3.6" in why
 
 
 def test_old_gpu_is_explained(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    why = backends._why_not_triton.__wrapped__(torch.device("cuda"))
+    why = backend._why_not_on.__wrapped__(torch.device("cuda"))
     assert why == "it needs compute capability 8.0 or newer, this device has (7, 5)"

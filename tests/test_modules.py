@@ -8,7 +8,8 @@ import torch
 from tests import cases
 from tests.checks import assert_no_worse, assert_same_choice
 from ttsr_fast import Match, SearchTransfer, gather_fold, reference, search
-from ttsr_fast.operators import backends, ops
+from ttsr_fast.operators import backends, pytorch
+from ttsr_fast.operators.index import InverseIndex
 
 SIZES = {
     "square": ((2, 6, 5), (2, 6, 5), (0, 0)),
@@ -16,6 +17,9 @@ SIZES = {
     "odd_reference": ((2, 5, 6), (2, 6, 4), (3, 2)),
     "one_reference": ((3, 4, 5), (1, 6, 7), (1, 3)),
 }
+
+
+ops = torch.ops.ttsr_fast
 
 
 def levels(query_size, key_size, rest, dtype=torch.float64):
@@ -201,22 +205,41 @@ def test_opcheck(backend):
     query, key, *values = inputs
     strides = [4, 2, 1]
     for key_mask in (torch.rand(1, *key.shape[2:]) < 0.5, None):
-        arguments = (query, key, key_mask, values, strides, "fp32", backend)
-        results = torch.library.opcheck(ops.search_transfer, arguments)
+        arguments = (query, key, key_mask, 3, 1, "both", 1e-12, False, "fp32", backend)
+        results = torch.library.opcheck(ops.search, arguments)
         assert set(results.values()) == {"SUCCESS"}
-    score, index, outs = (x for x in ops.search_transfer(*arguments))
-    grads = [torch.randn_like(x) for x in outs]
-    sizes = [n for value in values for n in value.shape]
-    for needed in ([True] * 5, [False, True, True, False, True]):
-        arguments = (torch.rand_like(score), grads, query, key, score, index, sizes, strides)
-        arguments = (*arguments, backend, needed)
-        arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+    _, index = ops.search(*arguments)
+    transfer = (strides, 3, 1, "area", backend)
+    results = torch.library.opcheck(ops.gather_fold, (values, index, None, *transfer))
+    assert set(results.values()) == {"SUCCESS"}
+    for needed in ([0, 1, 2], [0, 2]):
+        chosen = [values[level].detach() for level in needed]
+        grads = [
+            torch.randn(len(query), x.shape[1], *(strides[level] * n for n in query.shape[2:]))
+            for x, level in zip(chosen, needed, strict=True)
+        ]
+        sizes = [n for value in chosen for n in value.shape]
+        transfer = ([strides[level] for level in needed], 3, 1, "area", backend)
+        arguments = (grads, index, None, sizes, *transfer)
         results = torch.library.opcheck(
-            ops.search_transfer_backward,
-            arguments,
-            test_utils=("test_schema", "test_faketensor"),
+            ops.gather_fold_adjoint, arguments, test_utils=("test_schema", "test_faketensor")
         )
         assert set(results.values()) == {"SUCCESS"}
+
+
+def test_gradients_of_some_levels_alone(backend):
+    query, key, *values = levels(*SIZES["odd_reference"])
+    module = SearchTransfer(backend=backend)
+    grads = [torch.randn_like(x) for x in module(query, key, *values)]
+    every = torch.autograd.grad(module(query, key, *values), (query, key, *values), grads)
+    for needed in ([1, 2, 4], [3]):
+        inputs = [x.detach() for x in (query, key, *values)]
+        some = [inputs[n].requires_grad_() for n in needed]
+        out, of = module(*inputs), grads
+        if needed == [3]:
+            out, of = out[2:3], grads[2:3]
+        for n, grad in zip(needed, torch.autograd.grad(out, some, of), strict=True):
+            torch.testing.assert_close(grad, every[n], rtol=0, atol=0)
 
 
 @pytest.mark.torch(2, 6)
@@ -276,27 +299,24 @@ def test_values_that_are_refused(position, change, error, message):
         SearchTransfer()(*inputs)
 
 
-def test_index_is_sorted_once(backend, monkeypatch):
-    """For the three levels and for the gradient to the key, whose norms need it as well."""
-    if "gather_fold_adjoint" not in backends._IMPLEMENTATIONS[backend]:
-        backend = "torch"
-    sorts = []
-    choosers = ops.Choosers
+def test_index_is_sorted_once_for_each_operation(backend, monkeypatch):
+    """For the three levels, and for the gradient to the key, whose norms need it as well."""
+    module = backends.MODULES[backend]
+    module = module if hasattr(module, "gather_fold_adjoint") else pytorch
+    sorts, run = [], module.gather_fold_adjoint
+    sort = InverseIndex._sort
 
-    class Counted(choosers):
-        def _sort(self, keys, groups):
-            sorts.append((keys, groups))
-            return super()._sort(keys, groups)
+    def counted(self, keys, groups):
+        sorts.append((keys, groups))
+        return sort(self, keys, groups)
 
-    def adjoint(grads, choosers, *rest):
-        choosers.of(35, len(grads[0]))
-        run(grads, choosers, *rest)
+    def adjoint(grads, inverse, *rest):
+        inverse.csr(35, len(grads[0]))
+        run(grads, inverse, *rest)
 
-    operators = backends._IMPLEMENTATIONS[backend]
-    run = operators["gather_fold_adjoint"]
-    monkeypatch.setattr(ops, "Choosers", Counted)
-    monkeypatch.setitem(operators, "gather_fold_adjoint", adjoint)
+    monkeypatch.setattr(InverseIndex, "_sort", counted)
+    monkeypatch.setattr(module, "gather_fold_adjoint", adjoint)
     inputs = levels((2, 5, 6), (2, 5, 7), (0, 0), dtype=torch.float32)
     out = SearchTransfer(backend=backend)(*inputs)
     torch.autograd.grad([x.sum() for x in out], inputs)
-    assert sorts == [(35, 2)]
+    assert sorts == [(35, 2)] * 2

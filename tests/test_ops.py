@@ -7,8 +7,9 @@ import torch
 
 from tests import cases
 from ttsr_fast import gather_fold, search
-from ttsr_fast.operators import ops, pytorch
+from ttsr_fast.operators.patch import sum_dtype
 
+ops = torch.ops.ttsr_fast
 SAMPLES = {
     "plain": {},
     "one_key": {"key_batch": 1, "normalize": "key", "divisor": "none", "needed": [True, False]},
@@ -55,14 +56,14 @@ def sample(request):
     grad = layout(torch.randn(2, 3, 6 * stride, 7 * stride, dtype=s["dtype"]))
     weight = torch.rand(index.shape)
     precision = "fp64" if s["dtype"] == torch.float64 else "fp32"
-    transfer = (stride, *patch, s["divisor"])
+    transfer = ([stride], *patch, s["divisor"])
     score_options = (s["normalize"], s["eps"], s["add_eps"])
-    score, grad_score = torch.rand(2, *index.shape, dtype=pytorch.work_dtype(s["dtype"]))
+    score, grad_score = torch.rand(2, *index.shape, dtype=sum_dtype(s["dtype"]))
     return {
         "search": (query, key, mask, *patch, *score_options, precision),
-        "gather_fold": (value, index, weight, *transfer),
-        "gather_fold_adjoint": (grad, index, weight, list(value_size), *transfer),
-        "gather_dot": (value, grad, index, *transfer),
+        "gather_fold": ([value], index, weight, *transfer),
+        "gather_fold_adjoint": ([grad], index, weight, list(value_size), *transfer),
+        "gather_dot": ([value], [grad], index, *transfer),
         "search_backward": (
             *(grad_score, query, key, score, index % (key.shape[2] - shrink), *patch),
             *score_options,
@@ -72,10 +73,11 @@ def sample(request):
 
 
 def differentiable(arguments):
-    return tuple(
-        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for x in arguments
-    )
+    def leaf(x):
+        floating = isinstance(x, torch.Tensor) and x.is_floating_point()
+        return x.detach().requires_grad_() if floating else x
+
+    return torch.utils._pytree.tree_map(leaf, arguments)
 
 
 @pytest.mark.parametrize("name", ["search", "gather_fold"])

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("packaging")  # the archives are built once
 
 SEARCH = """
 import torch, ttsr_fast
-from ttsr_fast.operators import backends
+from ttsr_fast.operators import backends, library
 assert ttsr_fast.__file__.startswith({installed!r}), ttsr_fast.__file__
 query, key = torch.randn(2, 3, 6, 5), torch.randn(1, 3, 7, 4)
 def search_and_transfer(backend):
@@ -52,7 +52,7 @@ def compile_library(target, cuda):  # stands in for the compiler
     shutil.copy({library!r}, target)
 build.compile_library = compile_library
 build.build_library()
-backends.load_library.cache_clear()
+library.load_library.cache_clear()
 torch.testing.assert_close(search_and_transfer("cpp"), expected)
 """
 

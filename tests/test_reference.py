@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import cases
+from tests import cases, checks
 from tests.checks import assert_no_worse, assert_same_choice
 from ttsr_fast import Match, reference
 
@@ -246,7 +246,7 @@ def test_checks_refuse_wrong_answers():
 
 @pytest.mark.parametrize("divisor", cases.DIVISORS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_adjoint_and_dot_are_the_gradients(batch, divisor):
+def test_transposes_of_the_backend_are_the_gradients(batch, divisor):
     size = (batch, 2, 11, 9)
     value = torch.randn(size, dtype=torch.float64, requires_grad=True)
     index = cases.random_index(size, (2, 3, 4), 2)
@@ -254,12 +254,15 @@ def test_adjoint_and_dot_are_the_gradients(batch, divisor):
     out = reference.gather_fold(value, index, weight, stride=2, divisor=divisor)
     grad = torch.randn_like(out)
     expected = torch.autograd.grad(out, (value, weight), grad)
-    actual = reference.gather_fold_adjoint(
-        grad, index, weight, list(size), stride=2, divisor=divisor
-    )
+    ops, options = torch.ops.ttsr_fast, ([2], 3, 1, divisor, "reference")
+    (actual,) = ops.gather_fold_adjoint([grad], index, weight, list(size), *options)
     torch.testing.assert_close(actual, expected[0], rtol=0, atol=1e-12)
-    actual = reference.gather_dot(value, grad, index, stride=2, divisor=divisor)
+    actual = ops.gather_dot([value], [grad], index, *options)
     torch.testing.assert_close(actual, expected[1], rtol=0, atol=1e-12)
+    assert torch.equal(
+        checks.adjoint(grad, index, weight, list(size), stride=2, divisor=divisor), expected[0]
+    )
+    assert torch.equal(checks.dot(value, grad, index, stride=2, divisor=divisor), expected[1])
 
 
 def test_search_transfer_is_the_two_operations():

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tests import cases
+from tests.checks import scores_at
 from ttsr_fast import SearchTransfer, gather_fold, reference, search
-from ttsr_fast.operators import ops
 
 each = pytest.mark.parametrize
 SEARCHES = {
@@ -141,7 +141,7 @@ def test_tangents_of_lower_precision():
     index = search(query.bfloat16(), key.bfloat16()).index
 
     def oracle(q: Tensor) -> Tensor:
-        products = reference.gather_dot(key.bfloat16().double(), q, index, divisor="none")
+        products = scores_at(q, key.bfloat16().double(), index, normalize="none")
         q_norm, k_norm = (
             torch.nn.functional.unfold(x, 3, padding=1).norm(dim=1)
             for x in (q, key.bfloat16().double())
@@ -174,14 +174,15 @@ def test_what_has_no_derivative_says_so(backend):
         with pytest.raises(RuntimeError, match="second derivatives of search and gather_fold"):
             twice()
     # Before torch 2.6 PyTorch refuses first, in its own words.
+    ops = torch.ops.ttsr_fast
     refusal = "have no forward-mode derivative|must implement the jvp function"
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(query, torch.ones_like(query))
         for call in (
             lambda: ops.search(dual, key, None, 3, 1, "both", 1e-12, False, "fp64", backend),
-            lambda: ops.gather_dot(key, dual, index, 1, 3, 1, "area", backend),
-            lambda: ops.search_transfer(
-                query, key, None, [dual[..., :4, :5]], [1], "fp64", backend
+            lambda: ops.gather_dot([key], [dual], index, [1], 3, 1, "area", backend),
+            lambda: ops.gather_fold(
+                [key, dual[..., :4, :5]], index, None, [1, 1], 3, 1, "area", backend
             ),
         ):
             with pytest.raises(RuntimeError, match=refusal):

@@ -1,14 +1,15 @@
-"""Which choices of a low-precision search are proven to be those of an exact one."""
+"""Proof that choices of a low-precision search are those of an exact one."""
 
 import torch
 from torch import Tensor
 
 from ttsr_fast.functional import Match
 from ttsr_fast.operators import pytorch
+from ttsr_fast.operators.patch import Patch, Score, Transfer, patch_norm
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _SLACK = 2e-6  # errors of float32 in a cosine
-_EPS = 1e-12
+_COSINE = Score()
 
 
 def certified(
@@ -21,7 +22,7 @@ def certified(
     padding: int | None = None,
     key_mask: Tensor | None = None,  # [N or 1, HK, WK] bool
 ) -> Tensor:  # [N, H, W] bool
-    r"""Where rounding the features cannot have changed which key is the most similar.
+    r"""Queries for which rounded features cannot have changed which key is the most similar.
 
     `search` with `precision="fp16"` or `"bf16"` chooses by rounded features. If rounding turns a
     patch x by the angle :math:`\theta_x` at most, with
@@ -55,15 +56,13 @@ def certified(
     """
     if precision not in _DTYPES:
         raise ValueError(f"precision must be one of {tuple(_DTYPES)}, got {precision!r}")
-    padding = kernel_size // 2 if padding is None else padding
-    grid = [query.shape[0], *(n + 2 * padding - kernel_size + 1 for n in query.shape[2:])]
+    patch = Patch.of(kernel_size, padding)
+    grid = [len(query), *patch.grid(*query.shape[2:])]
     if list(match.index.shape) != grid:
         raise ValueError(f"match must have the query grid {grid}, got {list(match.index.shape)}")
     query, key = query.detach().float(), key.detach().float()
     with torch.autocast(query.device.type, enabled=False):
-        certain = _certain(
-            query, key, match.index, _DTYPES[precision], kernel_size, padding, key_mask
-        )
+        certain = _certain(query, key, match.index, _DTYPES[precision], patch, key_mask)
     return certain & ~match.score.isnan()
 
 
@@ -72,33 +71,20 @@ def _certain(
     key: Tensor,  # [N or 1, C, HK, WK]
     index: Tensor,  # [N, H, W]
     dtype: torch.dtype,
-    kernel_size: int,
-    padding: int,
+    patch: Patch,
     key_mask: Tensor | None,  # [N or 1, HK, WK]
 ) -> Tensor:  # [N, H, W]
     rounded_q, rounded_k = (_rounded(x, dtype) for x in (query, key))
-    angle_q = _angle(query, rounded_q, kernel_size, padding)
-    angle_k = _angle(key, rounded_k, kernel_size, padding)
+    angle_q = _angle(query, rounded_q, patch)
+    angle_k = _angle(key, rounded_k, patch)
     if key_mask is not None:
         angle_k = angle_k.masked_fill(~key_mask, 0)
     flat = angle_k.flatten(1).expand(len(query), -1)
     angle_best = flat.gather(1, index.flatten(1)).view_as(index)
-    best = _cosine_at(rounded_q, rounded_k, index, kernel_size, padding)
+    best = _cosine_at(rounded_q, rounded_k, index, patch)
     other = torch.empty_like(best)
-    pytorch.search(
-        rounded_q,
-        rounded_k,
-        key_mask,
-        other,
-        torch.empty_like(index),
-        kernel_size,
-        padding,
-        "both",
-        _EPS,
-        False,
-        "fp32",
-        barred=index,
-    )
+    second = (other, torch.empty_like(index))
+    pytorch.search_excluding(index, rounded_q, rounded_k, key_mask, second, patch, _COSINE)
     nearest = torch.acos((best - _SLACK).clamp(-1, 1)) + angle_best + angle_q
     next_one = torch.acos((other + _SLACK).clamp(-1, 1)) - flat.amax(1)[:, None, None] - angle_q
     return next_one > nearest  # NaN compares false
@@ -113,17 +99,15 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * scale).to(dtype).float() / scale
 
 
-def _angle(x: Tensor, rounded: Tensor, kernel_size: int, padding: int) -> Tensor:
-    """The angle by which rounding turns every patch, [N, Ho, Wo]; a patch of zeros stays one."""
-    error, norm = (pytorch.patch_norm(y, kernel_size, padding)[:, 0] for y in (x - rounded, x))
+def _angle(x: Tensor, rounded: Tensor, patch: Patch) -> Tensor:
+    """Angle between every patch and the rounded one, [N, Ho, Wo]; 0 for a patch of zeros."""
+    error, norm = (patch_norm(y, patch)[:, 0] for y in (x - rounded, x))
     return torch.where(norm > 0, torch.asin((error / norm).clamp(max=1)), 0)
 
 
-def _cosine_at(
-    query: Tensor, key: Tensor, index: Tensor, kernel_size: int, padding: int
-) -> Tensor:  # [N, Ho, Wo]
-    norms = [pytorch.patch_norm(x, kernel_size, padding)[:, 0] for x in (query, key)]
+def _cosine_at(query: Tensor, key: Tensor, index: Tensor, patch: Patch) -> Tensor:  # [N, Ho, Wo]
+    norms = [patch_norm(x, patch)[:, 0] for x in (query, key)]
     product = torch.empty_like(norms[0])
-    pytorch.gather_dot(key, query, index, product, 1, kernel_size, padding, "none")
+    pytorch.gather_dot([key], [query], index, product, Transfer([1], patch, "none"))
     norm_k = norms[1].flatten(1).expand(len(index), -1).gather(1, index.flatten(1))
-    return product / norms[0].clamp(min=_EPS) / norm_k.view_as(index).clamp(min=_EPS)
+    return product / _COSINE.denominator(norms[0]) / _COSINE.denominator(norm_k.view_as(index))

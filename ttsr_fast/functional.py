@@ -1,17 +1,22 @@
 """The two operations of the package: `search` and `gather_fold`.
 
-This layer checks what the caller passes and resolves the defaults; the work is done by the
-operators of `ttsr_fast.operators.ops`, which choose a backend.
+This layer checks arguments and resolves defaults; the operators in `ttsr_fast.operators` choose a
+backend and do the work.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ttsr_fast.choices import PRECISIONS
-from ttsr_fast.operators import ops, transforms
+from ttsr_fast.operators.gather_fold import GatherFold
+from ttsr_fast.operators.gather_fold import gather_fold as gather_fold_operator
+from ttsr_fast.operators.patch import Patch, Score
+from ttsr_fast.operators.registry import under_transform, untraced
+from ttsr_fast.operators.search import Search
+from ttsr_fast.operators.search import search as search_operator
 
 NORMALIZATIONS = ("both", "key", "none")
 DIVISORS = ("area", "overlap", "none")
@@ -116,7 +121,7 @@ def search(
         RuntimeError: the backend asked for cannot run here, or a second derivative is taken.
     """
     query, key, precision = _check_pair(query, key, precision)
-    padding = _check_patch(kernel_size, padding, (1, 3, 5, 7))
+    patch = check_patch(kernel_size, padding)
     _check_choice("normalize", normalize, NORMALIZATIONS)
     if not isinstance(add_eps, bool):
         raise TypeError(f"add_eps must be True or False, got {add_eps!r}")
@@ -124,17 +129,15 @@ def search(
     if not least <= eps < float("inf"):
         raise ValueError(f"eps must be finite and at least {least:.2g}, got {eps}")
     for name, x in (("query", query), ("key", key)):
-        if min(x.shape[2:]) + 2 * padding < kernel_size:
+        if min(patch.grid(*x.shape[2:])) < 1:
             raise ValueError(
-                f"{name} {_shape(x)} is smaller than one patch of {kernel_size}x{kernel_size} "
-                f"with padding {padding}"
+                f"{name} {shape_of(x)} is smaller than one patch of {kernel_size}x{kernel_size} "
+                f"with padding {patch.padding}"
             )
     if key_mask is not None:
-        grid = [n + 2 * padding - kernel_size + 1 for n in key.shape[2:]]
-        _check_mask(key_mask, key, grid)
-    run = transforms.search if transforms.active() else ops.search
-    options = (kernel_size, padding, normalize, float(eps), add_eps, precision, backend)
-    return Match(*run(query, key, key_mask, *options))
+        check_mask(key_mask, key, patch.grid(*key.shape[2:]))
+    options = (*patch, *Score(normalize, float(eps), add_eps), precision, backend)
+    return Match(*_search(query, key, key_mask, *options))
 
 
 def gather_fold(
@@ -193,37 +196,37 @@ def gather_fold(
         ValueError: shapes, devices or options that do not fit; an index outside the key grid.
         RuntimeError: the backend asked for cannot run here, or a second derivative is taken.
     """
-    _check_map("value", value)
+    check_map("value", value)
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"stride must be a positive integer, got {stride!r}")
-    padding = _check_patch(kernel_size, padding, (1, 3, 5, 7))
+    patch = check_patch(kernel_size, padding)
     _check_choice("divisor", divisor, DIVISORS)
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        raise TypeError(f"index must be an int64 tensor, got {_kind(index)}")
+        raise TypeError(f"index must be an int64 tensor, got {type_of(index)}")
     if index.dim() != 3:
-        raise ValueError(f"index must be [N, H, W], got {_shape(index)}")
+        raise ValueError(f"index must be [N, H, W], got {shape_of(index)}")
     _check_device("index", index, "value", value)
     if value.shape[0] not in (1, index.shape[0]):
         raise ValueError(
-            f"value must have batch size 1 or {index.shape[0]} (that of index), got {_shape(value)}"
+            f"value must have batch size 1 or {index.shape[0]} (that of index), "
+            f"got {shape_of(value)}"
         )
-    if min(value.shape[2:]) // stride + 2 * padding < kernel_size:
+    if min(patch.grid(value.shape[2] // stride, value.shape[3] // stride)) < 1:
         raise ValueError(
-            f"value {_shape(value)} must hold at least one patch position at stride {stride}, "
-            f"kernel_size {kernel_size} and padding {padding}"
+            f"value {shape_of(value)} must hold at least one patch position at stride {stride}, "
+            f"kernel_size {kernel_size} and padding {patch.padding}"
         )
     if 0 in index.shape[1:]:
-        raise ValueError(f"index must have a non-empty grid, got {_shape(index)}")
+        raise ValueError(f"index must have a non-empty grid, got {shape_of(index)}")
     if weight is not None:
         if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS:
-            raise TypeError(f"weight must be a floating-point tensor, got {_kind(weight)}")
+            raise TypeError(f"weight must be a floating-point tensor, got {type_of(weight)}")
         if weight.shape != index.shape:
             raise ValueError(
-                f"weight must have the shape {_shape(index)} of index, got {_shape(weight)}"
+                f"weight must have the shape {shape_of(index)} of index, got {shape_of(weight)}"
             )
         _check_device("weight", weight, "value", value)
-    run = transforms.gather_fold if transforms.active() else ops.gather_fold
-    return run(value, index, weight, stride, kernel_size, padding, divisor, backend)
+    return _gather_fold([value], index, weight, [stride], *patch, divisor, backend)[0]
 
 
 def search_transfer(
@@ -239,8 +242,8 @@ def search_transfer(
 ) -> tuple[Match, list[Tensor]]:
     """`search`, and `gather_fold` of every value at its stride, with TTSR's options, in one.
 
-    One operator instead of one for every level costs less to launch, and its gradient shares what
-    depends on the index alone.
+    One `gather_fold` of all levels costs less to launch, and its gradient shares the inverse of the
+    index.
 
     Args:
         query, key, key_mask, precision, backend: as for `search`.
@@ -255,34 +258,43 @@ def search_transfer(
     """
     query, key, precision = _check_pair(query, key, precision)
     for name, value, stride in zip(names, values, strides, strict=True):
-        _check_map(name, value)
+        check_map(name, value)
         _check_batch(name, value, query)
         _check_device(name, value, "query", query)
         if [size // stride for size in value.shape[2:]] != list(key.shape[2:]):
             raise ValueError(
-                f"{name} {_shape(value)} must be {stride} times the size of key {_shape(key)}, "
+                f"{name} {shape_of(value)} must be {stride} times the size of key {shape_of(key)}, "
                 f"up to {stride - 1} more rows and columns"
             )
     if key_mask is not None:
-        _check_mask(key_mask, key, list(key.shape[2:]))
-    if transforms.active():
-        options = (*ops.TTSR_PATCH, *ops.TTSR_SCORE, precision, backend)
-        match = Match(*transforms.search(query, key, key_mask, *options))
-        transfer = (*ops.TTSR_PATCH, ops.TTSR_DIVISOR, backend)
-        return match, [
-            transforms.gather_fold(value, match.index, None, stride, *transfer)
-            for value, stride in zip(values, strides, strict=True)
-        ]
-    score, index, textures = ops.search_transfer(
-        query, key, key_mask, values, strides, precision, backend
+        check_mask(key_mask, key, (key.shape[2], key.shape[3]))
+    score, index = _search(query, key, key_mask, *Patch(), *Score(), precision, backend)
+    return Match(score, index), _gather_fold(
+        values, index, None, strides, *Patch(), "area", backend
     )
-    return Match(score, index), textures
+
+
+def _search(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if under_transform():
+        return untraced(Search.apply, *arguments)
+    return search_operator(*arguments)
+
+
+def _gather_fold(
+    values: list[Tensor], index: Tensor, weight: Tensor | None, strides: list[int], *options: Any
+) -> list[Tensor]:
+    if not under_transform():
+        return gather_fold_operator(values, index, weight, strides, *options)
+    return [
+        untraced(GatherFold.call, [value], index, weight, [stride], *options)[0]
+        for value, stride in zip(values, strides, strict=True)
+    ]
 
 
 def _check_pair(query: Tensor, key: Tensor, precision: str | None) -> tuple[Tensor, Tensor, str]:
     """Query and key in one dtype, and the precision of their search."""
-    _check_map("query", query)
-    _check_map("key", key)
+    check_map("query", query)
+    check_map("key", key)
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         if precision is None and query.dtype == torch.float32 == key.dtype:
@@ -292,7 +304,9 @@ def _check_pair(query: Tensor, key: Tensor, precision: str | None) -> tuple[Tens
     _check_same("key", key, "query", query)
     _check_batch("key", key, query)
     if key.shape[1] != query.shape[1]:
-        raise ValueError(f"key must have the channels of query {_shape(query)}, got {_shape(key)}")
+        raise ValueError(
+            f"key must have the channels of query {shape_of(query)}, got {shape_of(key)}"
+        )
     return query, key, _resolve_precision(precision, query.dtype)
 
 
@@ -310,21 +324,23 @@ def _resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
     return precision
 
 
-def _check_map(name: str, x: Tensor) -> None:
+def check_map(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
         raise TypeError(
-            f"{name} must be a float64, float32, float16 or bfloat16 tensor, got {_kind(x)}"
+            f"{name} must be a float64, float32, float16 or bfloat16 tensor, got {type_of(x)}"
         )
     if x.dim() != 4:
-        raise ValueError(f"{name} must be [N, C, H, W], got {_shape(x)}")
+        raise ValueError(f"{name} must be [N, C, H, W], got {shape_of(x)}")
     if 0 in x.shape[1:]:
-        raise ValueError(f"{name} must have at least one channel, row and column, got {_shape(x)}")
+        raise ValueError(
+            f"{name} must have at least one channel, row and column, got {shape_of(x)}"
+        )
 
 
 def _check_batch(name: str, x: Tensor, query: Tensor) -> None:
     if x.shape[0] not in (1, query.shape[0]):
         raise ValueError(
-            f"{name} must have batch size 1 or {query.shape[0]} (that of query), got {_shape(x)}"
+            f"{name} must have batch size 1 or {query.shape[0]} (that of query), got {shape_of(x)}"
         )
 
 
@@ -339,16 +355,16 @@ def _check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on {other.device} like {other_name}, got {x.device}")
 
 
-def _check_patch(kernel_size: int, padding: int | None, sizes: tuple[int, ...]) -> int:
-    if not isinstance(kernel_size, int) or kernel_size not in sizes:
-        raise ValueError(f"kernel_size must be one of {sizes}, got {kernel_size!r}")
-    if padding is None:
-        return kernel_size // 2
-    if not isinstance(padding, int) or not 0 <= padding <= kernel_size // 2:
+def check_patch(kernel_size: int, padding: int | None) -> Patch:
+    """The patch of these two arguments of `search` and `gather_fold`, checked."""
+    if not isinstance(kernel_size, int) or kernel_size not in (1, 3, 5, 7):
+        raise ValueError(f"kernel_size must be one of (1, 3, 5, 7), got {kernel_size!r}")
+    patch = Patch.of(kernel_size, padding)
+    if not isinstance(patch.padding, int) or not 0 <= patch.padding <= kernel_size // 2:
         raise ValueError(
             f"padding must be an integer from 0 to {kernel_size // 2}, got {padding!r}"
         )
-    return padding
+    return patch
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -356,20 +372,20 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def _check_mask(mask: Tensor, key: Tensor, grid: list[int]) -> None:
+def check_mask(mask: Tensor, key: Tensor, grid: tuple[int, int]) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"key_mask must be a bool tensor, got {_kind(mask)}")
-    if mask.dim() != 3 or list(mask.shape[1:]) != grid or mask.shape[0] not in (1, key.shape[0]):
+        raise TypeError(f"key_mask must be a bool tensor, got {type_of(mask)}")
+    if mask.dim() != 3 or tuple(mask.shape[1:]) != grid or mask.shape[0] not in (1, key.shape[0]):
         raise ValueError(
             f"key_mask must be [{key.shape[0]} or 1, {grid[0]}, {grid[1]}] (the key grid), "
-            f"got {_shape(mask)}"
+            f"got {shape_of(mask)}"
         )
     _check_device("key_mask", mask, "key", key)
 
 
-def _shape(x: Tensor) -> str:
+def shape_of(x: Tensor) -> str:
     return str(list(x.shape))
 
 
-def _kind(x: object) -> str:
+def type_of(x: object) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__

@@ -1,10 +1,10 @@
-"""The oracle: what `search`, `gather_fold` and `SearchTransfer` compute, in plain PyTorch.
+"""The oracle: `search`, `gather_fold` and `SearchTransfer` in plain PyTorch.
 
-Every other implementation in this package is held to the functions of this file, evaluated in
-higher precision. They unfold, normalise, multiply and fold exactly as equations 2 to 5 of the TTSR
-paper (arXiv 2006.04139) read, which needs a matrix of `Hk*Wk x H*W` scores and `kernel_size**2`
-copies of
-the value: clarity here, speed and memory elsewhere.
+Every other implementation in this package is held to these three functions, evaluated in higher
+precision, and every gradient to their gradients by autograd. They unfold, normalise, multiply and
+fold exactly as equations 2 to 5 of the TTSR paper (arXiv 2006.04139) read, which needs a matrix of
+`Hk*Wk x H*W` scores and `kernel_size**2` copies of the value: clarity here, speed and memory
+elsewhere.
 """
 
 import torch
@@ -92,59 +92,3 @@ def search_transfer(
         gather_fold(ref_lv2, index, stride=2),
         gather_fold(ref_lv1, index, stride=4),
     )
-
-
-def gather_fold_adjoint(
-    grad: Tensor,  # [N, C, stride*H, stride*W]
-    index: Tensor,  # [N, Ho, Wo] int64
-    weight: Tensor | None,  # [N, Ho, Wo]
-    value_size: list[int],  # [N or 1, C, HV, WV]
-    *,
-    stride: int = 1,
-    kernel_size: int = 3,
-    padding: int = 1,
-    divisor: str = "area",
-) -> Tensor:  # value_size
-    """Gradient of `gather_fold` to its value: unfold, scatter-add, fold."""
-    size, pad = kernel_size * stride, padding * stride
-    patches = _grad_patches(grad, index, stride, kernel_size, padding, divisor)
-    if weight is not None:
-        patches = patches * weight.flatten(1)[:, None, :].to(patches.dtype)
-    grid = [n // stride + 2 * padding - kernel_size + 1 for n in value_size[2:]]
-    flat = index.flatten(1)[:, None, :].expand_as(patches)
-    total = patches.new_zeros(*patches.shape[:2], grid[0] * grid[1]).scatter_add(2, flat, patches)
-    if value_size[0] == 1:
-        total = total.sum(0, keepdim=True)
-    return F.fold(total, (value_size[2], value_size[3]), size, stride=stride, padding=pad)
-
-
-def gather_dot(
-    value: Tensor,  # [N or 1, C, HV, WV]
-    grad: Tensor,  # [N, C, stride*H, stride*W]
-    index: Tensor,  # [N, Ho, Wo] int64
-    *,
-    stride: int = 1,
-    kernel_size: int = 3,
-    padding: int = 1,
-    divisor: str = "area",
-) -> Tensor:  # [N, Ho, Wo]
-    """Gradient of `gather_fold` to its weight: inner products of the patches that meet."""
-    patches = _grad_patches(grad, index, stride, kernel_size, padding, divisor)
-    values = F.unfold(value, kernel_size * stride, stride=stride, padding=padding * stride)
-    flat = index.flatten(1)[:, None, :].expand_as(patches)
-    chosen = values.expand(index.shape[0], -1, -1).gather(2, flat)
-    return (chosen * patches).sum(1).view(index.shape)
-
-
-def _grad_patches(
-    grad: Tensor, index: Tensor, stride: int, kernel_size: int, padding: int, divisor: str
-) -> Tensor:  # [N, C*size*size, Nq]
-    """Patches of the output's gradient, divided as the output was."""
-    size, pad = kernel_size * stride, padding * stride
-    if divisor == "area":
-        grad = grad / kernel_size**2
-    elif divisor == "overlap":
-        ones = grad.new_ones(1, size * size, index[0].numel())
-        count = F.fold(ones, grad.shape[2:], size, stride=stride, padding=pad)
-        grad = grad / count.clamp(min=1)
-    return F.unfold(grad, size, stride=stride, padding=pad)

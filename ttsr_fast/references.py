@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ttsr_fast.functional import Match, gather_fold, search
+from ttsr_fast.operators.patch import Patch
 
 _BAND = 2**16  # key positions that are brought over to another device at a time
 
@@ -88,12 +89,10 @@ def _search_one(
     best: ReferenceMatch | None,
 ) -> ReferenceMatch:
     """The better of `best` and the matches in one reference."""
-    kernel_size, padding = options.get("kernel_size", 3), options.get("padding")
-    pad = kernel_size // 2 if padding is None else padding
-    if not isinstance(key, Tensor) or key.dim() != 4 or min(key.shape[2:]) + 2 * pad < kernel_size:
-        search(query, key, **options)  # says what is wrong with it
-    height, width = key.shape[2:]
-    rows, columns = (n + 2 * pad - kernel_size + 1 for n in (height, width))
+    patch = _patch(options)
+    if not isinstance(key, Tensor) or key.dim() != 4 or min(patch.grid(*key.shape[2:])) < 1:
+        search(query, key, **options)  # an error that says what is wrong with it
+    rows, columns = patch.grid(*key.shape[2:])
     if mask is not None and list(mask.shape[1:]) != [rows, columns]:
         raise ValueError(
             f"its mask must be [1 or {key.shape[0]}, {rows}, {columns}], got {list(mask.shape)}"
@@ -101,10 +100,10 @@ def _search_one(
     step = band or (rows if key.device == query.device else max(1, _BAND // columns))
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        top, bottom = rows_needed(first, last, height, kernel_size, padding)
+        top, bottom = rows_needed(first, last, key.shape[2], patch)
         part = key[:, :, top:bottom].to(query.device, non_blocking=True)
         here = None if mask is None else mask.to(query.device, non_blocking=True)
-        found = search_band(query, part, first, last, height, key_mask=here, **options)
+        found = search_band(query, part, first, last, key.shape[2], key_mask=here, **options)
         if best is None:
             best = ReferenceMatch(*found, torch.full_like(found.index, number))
             continue
@@ -178,18 +177,20 @@ def gather_fold_references(
 # seen whole, and by one band.
 
 
-def rows_needed(
-    first: int, last: int, height: int, kernel_size: int = 3, padding: int | None = None
-) -> tuple[int, int]:
+def rows_needed(first: int, last: int, height: int, patch: Patch) -> tuple[int, int]:
     """Rows of the key map, end exclusive, that the patches at grid rows [first, last) read.
 
     Args:
         first, last: rows of the key grid.
         height: rows of the whole key map.
-        kernel_size, padding: as for `search`.
+        patch: of the search.
     """
-    pad = kernel_size // 2 if padding is None else padding
-    return max(0, first - pad), min(height, last - 1 - pad + kernel_size)
+    top = first - patch.padding
+    return max(0, top), min(height, top + last - first - 1 + patch.kernel_size)
+
+
+def _patch(options: dict[str, Any]) -> Patch:
+    return Patch.of(options.get("kernel_size", 3), options.get("padding"))
 
 
 def search_band(
@@ -217,10 +218,9 @@ def search_band(
         backend "cpp" is bit-equal to that of a search in the whole key; of "torch" the last bit
         depends on the shape of a product. A band that the mask bars wholly scores -inf.
     """
-    kernel_size, padding = options.get("kernel_size", 3), options.get("padding")
-    pad = kernel_size // 2 if padding is None else padding
-    top, _ = rows_needed(first, last, height, kernel_size, padding)
-    rows, columns = (n + 2 * pad - kernel_size + 1 for n in band.shape[2:])
+    patch = _patch(options)
+    top, _ = rows_needed(first, last, height, patch)
+    rows, columns = patch.grid(*band.shape[2:])
     mask = torch.zeros(1, rows, columns, dtype=torch.bool, device=band.device)
     mask[:, first - top : last - top] = True
     if key_mask is None:
@@ -228,9 +228,9 @@ def search_band(
         score, index = search(query, band, key_mask=None if whole else mask, **options)
         return Match(score, index + top * columns)
     mask = mask & key_mask[:, top : top + rows]
-    barred = ~mask.flatten(1).any(1)[:, None, None]
-    score, index = search(query, band, key_mask=mask | barred, **options)
-    return Match(torch.where(barred, -torch.inf, score), index + top * columns)
+    excluded = ~mask.flatten(1).any(1)[:, None, None]
+    score, index = search(query, band, key_mask=mask | excluded, **options)
+    return Match(torch.where(excluded, -torch.inf, score), index + top * columns)
 
 
 def is_better(score: Tensor, best: Tensor) -> Tensor:

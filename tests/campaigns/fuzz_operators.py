@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests import cases
+from tests import cases, checks
 from tests.checks import assert_no_worse, assert_same_choice
 from ttsr_fast import Match, reference
-from ttsr_fast.operators import backends, ops, pytorch
+from ttsr_fast.operators import library
+from ttsr_fast.operators.patch import sum_dtype
 
 LIMIT = 20  # seconds for a call
+ops = torch.ops.ttsr_fast
 BACKENDS = os.environ.get("TTSR_FAST_TEST_BACKENDS", "cpp,torch").split(",")
 Call = tuple[str, Callable[..., Any], list[Any]]
 
@@ -65,12 +67,12 @@ def right_call(rng: random.Random) -> Call:
     value = tensor(keys, channels, hk * stride + ragged, wk * stride)
     grad = tensor(images, channels, h * stride, w * stride)
     weight = rng.choice((None, torch.rand(index.shape)))
-    options = [stride, *patch, rng.choice(cases.DIVISORS), backend]
+    options = [[stride], *patch, rng.choice(cases.DIVISORS), backend]
     if name == "gather_fold":
-        return name, ops.gather_fold, [value, index, weight, *options]
+        return name, ops.gather_fold, [[value], index, weight, *options]
     if name == "gather_dot":
-        return name, ops.gather_dot, [value, grad, index, *options]
-    return name, ops.gather_fold_adjoint, [grad, index, weight, list(value.shape), *options]
+        return name, ops.gather_dot, [[value], [grad], index, *options]
+    return name, ops.gather_fold_adjoint, [[grad], index, weight, list(value.shape), *options]
 
 
 def check(call: Call) -> None:
@@ -89,18 +91,26 @@ def check(call: Call) -> None:
             add_eps=add_eps,
         )
         return
-    oracle = getattr(reference, name)
-    options = dict(
-        zip(("stride", "kernel_size", "padding", "divisor"), arguments[-5:-1], strict=True)
-    )
-    inputs = arguments[:-5]
-    exact = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
-    plain = [
-        x.to(pytorch.work_dtype(x.dtype)) if torch.is_tensor(x) and x.is_floating_point() else x
-        for x in inputs
-    ]
-    rounded = oracle(*plain, **options).to(result.dtype)
-    assert_no_worse(result, oracle(*exact, **options), rounded)
+    oracle = {
+        "gather_fold": reference.gather_fold,
+        "gather_fold_adjoint": checks.adjoint,
+        "gather_dot": checks.dot,
+    }[name]
+    (stride,), kernel_size, padding, divisor, _ = arguments[-5:]
+    options = {"kernel_size": kernel_size, "padding": padding, "divisor": divisor}
+    inputs = [x[0] if isinstance(x, list) and len(x) == 1 else x for x in arguments[:-5]]
+    (result,) = result if isinstance(result, list) else (result,)
+
+    def expected(dtype: Callable[[torch.dtype], torch.dtype]) -> Tensor:
+        floats = (torch.is_tensor(x) and x.is_floating_point() for x in inputs)
+        converted = (
+            x.to(dtype(x.dtype)) if floating else x
+            for x, floating in zip(inputs, floats, strict=True)
+        )
+        return oracle(*converted, stride=stride, **options)
+
+    exact = expected(lambda _: torch.float64)
+    assert_no_worse(result, exact, expected(sum_dtype).to(result.dtype))
 
 
 def compiled_call(rng: random.Random) -> Call:
@@ -127,7 +137,7 @@ def broken_call(rng: random.Random) -> tuple[str, Call]:
     compiled = "cpp" in BACKENDS and rng.random() < 0.5
     name, operator, arguments = compiled_call(rng) if compiled else right_call(rng)
     if not compiled and rng.random() < 0.3:
-        name, operator, arguments = _backward_of_search(rng)
+        name, operator, arguments = _backward(rng)
     place = rng.randrange(len(arguments))
     value = arguments[place]
     if isinstance(value, Tensor):
@@ -138,7 +148,7 @@ def broken_call(rng: random.Random) -> tuple[str, Call]:
     return f"{name}, argument {place}: {how}", (name, operator, arguments)
 
 
-def _backward_of_search(rng: random.Random) -> Call:
+def _backward(rng: random.Random) -> Call:
     x, y = torch.randn(2, 3, 6, 7), torch.randn(rng.choice((1, 2)), 3, 5, 4)
     index = torch.randint(20, (2, 6, 7))
     scores = [torch.randn(2, 6, 7), x, y, torch.rand(2, 6, 7), index]
@@ -148,8 +158,8 @@ def _backward_of_search(rng: random.Random) -> Call:
         return "search_backward", ops.search_backward, scores + options
     grads = [torch.randn(2, 3, 6 * s, 7 * s) for s in (1, 2)]
     sizes = [2, 3, 5, 4, 2, 3, 10, 8]
-    arguments = [scores[0], grads, *scores[1:], sizes, [1, 2], backend, [True] * 4]
-    return "search_transfer_backward", ops.search_transfer_backward, arguments
+    arguments = [grads, index, None, sizes, [1, 2], 3, 1, "area", backend]
+    return "gather_fold_adjoint", ops.gather_fold_adjoint, arguments
 
 
 def _sized(x: Tensor, rng: random.Random) -> Tensor:
@@ -203,6 +213,8 @@ def _other(value: Any, rng: random.Random) -> Any:
         return rng.choice((0.0, -1.0, float("nan"), float("inf"), 1e308))
     if isinstance(value, list):
         if value and isinstance(value[0], Tensor):
+            if rng.random() < 0.6:
+                return [rng.choice(_TENSOR_CHANGES)[1](value[0], rng), *value[1:]]
             return rng.choice(([], value[:1], value[::-1], value * 2))
         return rng.choice(([], [*value, 1], value[1:], [0 for _ in value], [2**40 for _ in value]))
     return rng.choice(("", "x", "cpp", None))
@@ -214,7 +226,7 @@ def run(calls: int, broken: int, seed: int) -> Counter[str]:
     Raises:
         AssertionError: a right call has a wrong result, or a broken one does not end.
     """
-    backends.load_library()
+    library.load_library()
     ends: Counter[str] = Counter()
     for number in range(calls):
         call = right_call(random.Random(f"right {seed} {number}"))

@@ -9,7 +9,7 @@ import torch
 import ttsr_fast
 from ttsr_fast.choices import BACKENDS
 from ttsr_fast.devices import gpu
-from ttsr_fast.operators import backends
+from ttsr_fast.operators import backends, library
 
 # What the extras of pyproject.toml bring.
 EXTRAS = {
@@ -36,13 +36,13 @@ def describe() -> Iterator[tuple[str, str]]:
             if reason is not None:
                 verdict = f"no: {reason}"
             elif (backend, kind) == ("cpp", "cpu"):
-                verdict = f"runs, {backends.instruction_set()}"
+                verdict = f"runs, {library.instruction_set()}"
             else:
                 verdict = "runs"
             yield f"{backend} on {kind}", verdict
-    reason = backends.load_cuda_library()
+    reason = library.load_cuda_library()
     if reason is None:
-        yield "cuda library", f"loaded, CUDA {backends.cuda_library_version()}"
+        yield "cuda library", f"loaded, CUDA {library.cuda_library_version()}"
     else:
         yield "cuda library", f"no: {reason}"
     for extra, names in EXTRAS.items():

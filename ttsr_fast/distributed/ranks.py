@@ -1,4 +1,4 @@
-"""The processes of a torch.distributed group in one call: what they agree on, and their reductions.
+"""The processes of a torch.distributed group in one call: agreement and reductions.
 
 Built so that no process waits in vain. Before anything large is reduced, every process has said
 whether its own share went well, and that it was called as the others were.
@@ -24,7 +24,7 @@ _FACTS = 8  # that processes compare, at most
 T = TypeVar("T")
 
 
-def place(group: "dist.ProcessGroup | None") -> tuple[int, int]:
+def rank_and_size(group: "dist.ProcessGroup | None") -> tuple[int, int]:
     """Rank of this process in the group, by default of all processes, and the size of that.
 
     Raises:
@@ -42,21 +42,21 @@ def place(group: "dist.ProcessGroup | None") -> tuple[int, int]:
     return rank, dist.get_world_size(group)
 
 
-class Team:
+class Ranks:
     """The processes of a group in one call of `operation`."""
 
     def __init__(self, operation: str, group: "dist.ProcessGroup | None", timeout: float) -> None:
-        self.rank, self.size = place(group)
+        self.rank, self.size = rank_and_size(group)
         self.operation = operation
         whole = dist.group.WORLD if group is None else group
-        assert whole is not None  # or `place` has raised
+        assert whole is not None  # or `rank_and_size` has raised
         self.group = whole
         self.legal = isinstance(timeout, int | float) and 0 < timeout <= LONGEST_TIMEOUT
         self.timeout = timeout
         kinds = dist.get_backend_config(self.group)  # such as "cpu:gloo,cuda:nccl"
         self.device = "cpu" if "cpu:" in kinds else kinds.split(":")[0]
 
-    def agree(self, step: Callable[[], dict[str, str]]) -> None:
+    def check_all_equal(self, step: Callable[[], dict[str, str]]) -> None:
         """Run `step`, and raise in every process if it raises in one.
 
         What it returns has to be the same in all, and is compared by name.
@@ -94,7 +94,7 @@ class Team:
                     f"is {facts[name]} in process {self.rank}"
                 )
 
-    def attempt(self, step: Callable[[], T]) -> T:
+    def run_on_all(self, step: Callable[[], T]) -> T:
         """What `step` computes, or an error in every process if it raises in one."""
         done: list[T] = []
 
@@ -105,7 +105,7 @@ class Team:
                 torch.get_device_module(kind).synchronize()
             return {}
 
-        self.agree(run)
+        self.check_all_equal(run)
         return done[0]
 
     def reduce(self, x: Tensor, operation: str, spent: float = 0.0) -> Tensor:

@@ -32,16 +32,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttsr_fast.distributed.ranks import TIMEOUT, Team, place
+from ttsr_fast.distributed.ranks import TIMEOUT, Ranks, rank_and_size
 from ttsr_fast.functional import (
     Match,
-    _check_map,
-    _check_mask,
-    _check_patch,
-    _kind,
+    check_map,
+    check_mask,
+    check_patch,
     gather_fold,
     search,
+    type_of,
 )
+from ttsr_fast.operators.patch import Patch
 from ttsr_fast.references import rows_needed, search_band
 
 POSITIONS = 1 << 32  # an index takes the lower half of an int64
@@ -96,18 +97,18 @@ def shard_rows(
         ValueError: the key is smaller than a patch, or an option does not fit.
         RuntimeError: there is no group, or this process is not in it.
     """
-    rank, size = place(group)
-    pad = _check_patch(kernel_size, padding, (1, 3, 5, 7))
-    if not isinstance(height, int) or height + 2 * pad < kernel_size:
+    rank, size = rank_and_size(group)
+    patch = check_patch(kernel_size, padding)
+    if not isinstance(height, int) or height <= patch.shrink:
         raise ValueError(
             f"height must be an integer and hold one patch of {kernel_size} rows with padding "
-            f"{pad}, got {height!r}"
+            f"{patch.padding}, got {height!r}"
         )
-    rows = height + 2 * pad - kernel_size + 1
+    rows, _ = patch.grid(height, height)
     first, last = rank * rows // size, (rank + 1) * rows // size
     if first == last:
         return Shard(0, 0, 0, 0)
-    return Shard(first, last, *rows_needed(first, last, height, kernel_size, pad))
+    return Shard(first, last, *rows_needed(first, last, height, patch))
 
 
 def search_sharded(
@@ -155,23 +156,23 @@ def search_sharded(
         RuntimeError: there is no group; another process failed, has ended or does not answer; an
             argument requires a gradient.
     """
-    team = Team("search_sharded", group, timeout)
+    ranks = Ranks("search_sharded", group, timeout)
     kernel_size, padding = options.get("kernel_size", 3), options.get("padding")
     shard_of = partial(shard_rows, height, kernel_size=kernel_size, padding=padding, group=group)
 
     def check() -> dict[str, str]:
         _check_no_gradient(query=query, key_rows=key_rows)
         shard = shard_of()
-        _check_map("query", query)
+        check_map("query", query)
         _check_rows("key_rows", key_rows, shard.top, shard.bottom)
-        grid = _key_grid(height, key_rows.shape[3], kernel_size, padding)
+        grid = Patch.of(kernel_size, padding).grid(height, key_rows.shape[3])
         if grid[0] * grid[1] >= POSITIONS:
             raise ValueError(
                 f"height {height} and key_rows {list(key_rows.shape)} make a key grid of "
                 f"{grid[0] * grid[1]} positions; it must have fewer than 2**32"
             )
         if key_mask is not None:
-            _check_mask(key_mask, key_rows, grid)
+            check_mask(key_mask, key_rows, grid)
             if not bool(key_mask.flatten(1).any(1).all()):
                 raise ValueError(
                     "key_mask must leave at least one key position True in every image"
@@ -184,9 +185,9 @@ def search_sharded(
             "options": str(sorted(options.items())),
         }
 
-    team.agree(check)
+    ranks.check_all_equal(check)
     search_here = partial(_search_rows, query, key_rows, shard_of(), height, key_mask, options)
-    return _merge(team, team.attempt(search_here))
+    return _merge(ranks, ranks.run_on_all(search_here))
 
 
 def gather_fold_sharded(
@@ -238,7 +239,7 @@ def gather_fold_sharded(
         RuntimeError: there is no group; another process failed, has ended or does not answer; an
             argument requires a gradient.
     """
-    team = Team("gather_fold_sharded", group, timeout)
+    ranks = Ranks("gather_fold_sharded", group, timeout)
     options: dict[str, Any] = {"stride": stride, "kernel_size": kernel_size, "padding": padding}
     options |= {"divisor": divisor, "backend": backend}
 
@@ -254,11 +255,11 @@ def gather_fold_sharded(
         shard = shard_of()
         _check_rows("value_rows", value_rows, *shard.of_value(value_height, stride))
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            raise TypeError(f"index must be an int64 tensor, got {_kind(index)}")
+            raise TypeError(f"index must be an int64 tensor, got {type_of(index)}")
         if weight is not None and not (isinstance(weight, Tensor) and weight.is_floating_point()):
-            raise TypeError(f"weight must be a floating-point tensor, got {_kind(weight)}")
+            raise TypeError(f"weight must be a floating-point tensor, got {type_of(weight)}")
         columns = value_rows.shape[3] // stride
-        grid = _key_grid(value_height // stride, columns, kernel_size, padding)
+        grid = Patch.of(kernel_size, padding).grid(value_height // stride, columns)
         if grid[1] < 1:
             raise ValueError(
                 f"value_rows must be as wide as one patch at stride {stride}, kernel_size "
@@ -278,10 +279,10 @@ def gather_fold_sharded(
             "options": str(options),
         }
 
-    team.agree(check)
+    ranks.check_all_equal(check)
     fold_here = partial(_fold_rows, value_rows, index, weight, shard_of(), options)
-    total = team.attempt(fold_here)
-    return team.reduce(total, "SUM").to(value_rows.dtype)
+    total = ranks.run_on_all(fold_here)
+    return ranks.reduce(total, "SUM").to(value_rows.dtype)
 
 
 # --- the share of one process ---
@@ -318,10 +319,9 @@ def _fold_rows(
     Below the rows given there are zeros, which serve as patches for the queries of others: weights
     of zero would make NaN of an infinite value.
     """
-    stride, kernel_size, padding = (options[x] for x in ("stride", "kernel_size", "padding"))
-    rows = F.pad(value_rows, [0, 0, 0, (kernel_size + 1) * stride])
-    blocks = [n // stride for n in rows.shape[2:]]
-    height, width = _key_grid(blocks[0], blocks[1], kernel_size, padding)
+    stride, patch = options["stride"], Patch.of(options["kernel_size"], options["padding"])
+    rows = F.pad(value_rows, [0, 0, 0, (patch.kernel_size + 1) * stride])
+    height, width = patch.grid(*(n // stride for n in rows.shape[2:]))
     row = index // width
     here = (row >= shard.first) & (row < shard.last)
     local = torch.where(here, index - shard.top * width, (height - 1) * width)
@@ -329,17 +329,17 @@ def _fold_rows(
     return gather_fold(rows, local, weight=weight, **options).contiguous()
 
 
-def _merge(team: Team, found: Match) -> Match:
+def _merge(ranks: Ranks, found: Match) -> Match:
     """The best of what the processes found."""
     ordered = _ordered(found.score)
     if ordered.dtype == torch.int32:
         both = (ordered.long() << 32) + (POSITIONS - 1 - found.index)
-        team.reduce(both, "MAX")
+        ranks.reduce(both, "MAX")
         score = _scores((both >> 32).int(), found.score.dtype)
         return Match(score, POSITIONS - 1 - both % POSITIONS)
-    best = team.reduce(ordered.clone(), "MAX")
+    best = ranks.reduce(ordered.clone(), "MAX")
     index = found.index.masked_fill(ordered != best, POSITIONS)
-    return Match(_scores(best, found.score.dtype), team.reduce(index, "MIN"))
+    return Match(_scores(best, found.score.dtype), ranks.reduce(index, "MIN"))
 
 
 def _ordered(score: Tensor) -> Tensor:
@@ -358,11 +358,6 @@ def _scores(ordered: Tensor, dtype: torch.dtype) -> Tensor:
 # --- checks ---
 
 
-def _key_grid(height: int, width: int, kernel_size: int, padding: int | None) -> list[int]:
-    pad = kernel_size // 2 if padding is None else padding
-    return [n + 2 * pad - kernel_size + 1 for n in (height, width)]
-
-
 def _check_no_gradient(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
@@ -375,7 +370,7 @@ def _check_no_gradient(**tensors: Tensor | None) -> None:
 def _check_rows(name: str, x: Tensor, top: int, bottom: int) -> None:
     """That a map holds the rows [top, bottom) of the whole one, of which there may be none."""
     if not (isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == 0):
-        _check_map(name, x)
+        check_map(name, x)
     if x.shape[2] != bottom - top:
         raise ValueError(
             f"{name} must hold the rows {top} to {bottom} (end exclusive) of the whole map in this "

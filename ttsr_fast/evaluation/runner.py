@@ -15,7 +15,7 @@ from torch import Tensor
 from ttsr_fast import images, metrics
 from ttsr_fast.choices import DEFAULT_PHASES, EVALUATED, REFERENCES
 from ttsr_fast.datasets import Pair, degrade, identities, identity, read_rgb
-from ttsr_fast.distributed.ranks import place
+from ttsr_fast.distributed.ranks import rank_and_size
 from ttsr_fast.evaluation.table import Failure, Row, Table
 from ttsr_fast.files import shown
 from ttsr_fast.images import SCALE, Image
@@ -330,7 +330,7 @@ class _Share:
     def __init__(self, together: bool) -> None:
         self.rank, self.size, self._group = 0, 1, None
         if together and dist.is_available() and dist.is_initialized():
-            self.rank, self.size = place(None)
+            self.rank, self.size = rank_and_size(None)
         if self.size > 1:  # one that takes objects from the CPU, whatever the others are
             self._group = dist.new_group(backend="gloo")
 

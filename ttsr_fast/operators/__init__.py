@@ -1,1 +1,1 @@
-"""The operators of the namespace `ttsr_fast` and the backends that run them."""
+"""The operators of the namespace `ttsr_fast`: one file each, and a module for every backend."""

@@ -1,7 +1,7 @@
-"""What the compiled libraries are called with: layouts, whole blocks, weights.
+"""Backend `"cpp"`: calls of the compiled libraries, with the layouts that they take.
 
-The library for the CPU takes rows or channels that lie side by side, as the result has them; that
-for CUDA reads channels side by side and writes either.
+The library for the CPU takes maps with contiguous rows, or with contiguous channels, as the result
+has them; the CUDA library reads contiguous channels and writes either.
 """
 
 import _thread
@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttsr_fast.operators import pytorch, schemas  # noqa: F401  # schemas defines the operators
-from ttsr_fast.operators.choosers import Choosers, checks_index
+from ttsr_fast.operators import library
+from ttsr_fast.operators.index import InverseIndex, checks_index
+from ttsr_fast.operators.patch import Patch, Score, Transfer, patch_norm, sum_dtype
+from ttsr_fast.operators.triton import why_not_gpu
 
 # Seconds from which on a search is interruptible. The threads of the main thread wait actively for
 # a few milliseconds after their last work, beside those that the search then has of its own.
@@ -67,17 +69,22 @@ def interruptible(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def search(
-    query, key, key_mask, score, index, kernel_size, padding, normalize, eps, add_eps, precision
-):
-    normalized = (normalize == "both", normalize != "none")
-    options = (kernel_size, padding, *normalized, eps, add_eps, precision == "bf16")
-    arguments = (query, key, key_mask, score, index, *options)
-    if _seconds(query, key, kernel_size) > _LONG:
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N or 1, C, HK, WK]
+    key_mask: Tensor | None,  # [N or 1, HKo, WKo]
+    match: tuple[Tensor, Tensor],  # [N, Ho, Wo] twice, filled
+    patch: Patch,
+    scoring: Score,
+    precision: str,
+) -> None:
+    normalize = (scoring.of_query, scoring.of_key, scoring.eps, scoring.add_eps)
+    arguments = (query, key, key_mask, *match, *patch, *normalize, precision == "bf16")
+    if _seconds(query, key, patch.kernel_size) > _LONG:
         interruptible(torch.ops.ttsr_fast.cpp_search, *arguments)
     else:
         torch.ops.ttsr_fast.cpp_search(*arguments)
     if precision == "bf16" and query.dtype != torch.bfloat16:
-        _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add_eps)
+        _rescore(query, key, match, patch, scoring)
 
 
 def _seconds(query: Tensor, key: Tensor, kernel_size: int) -> float:
@@ -91,145 +98,161 @@ def _seconds(query: Tensor, key: Tensor, kernel_size: int) -> float:
     return 1e-9 * wide * nanoseconds / torch.get_num_threads()
 
 
-def _rescore(query, key, score, index, kernel_size, padding, normalize, eps, add_eps):
-    """The score of the chosen pairs from the features as given, not as rounded for the choice."""
-    patch = (kernel_size, padding)
+def _rescore(
+    query: Tensor, key: Tensor, match: tuple[Tensor, Tensor], patch: Patch, scoring: Score
+) -> None:
+    """Scores of the chosen pairs from the features as given, not as rounded for the choice."""
+    score, index = match
     exact = torch.empty_like(score)
-    gather_dot(key, query, index, exact, 1, *patch, "none")
-    if normalize in ("both", "key"):
+    gather_dot([key], [query], index, exact, Transfer([1], patch, "none"))
+    if scoring.of_key:
         chosen = torch.empty_like(score.unsqueeze(1))
-        norm = pytorch.denominator(pytorch.patch_norm(key, *patch), eps, add_eps)
-        gather_fold([norm], index, None, [chosen], [1], 1, 0, "none")
+        norm = scoring.denominator(patch_norm(key, patch))
+        gather_fold([norm], index, None, [chosen], Transfer([1], Patch(1, 0), "none"))
         exact /= chosen[:, 0]
-    if normalize == "both":
-        exact /= pytorch.denominator(pytorch.patch_norm(query, *patch)[:, 0], eps, add_eps)
+    if scoring.of_query:
+        exact /= scoring.denominator(patch_norm(query, patch)[:, 0])
     score.copy_(torch.where(score.isnan(), score, exact))
 
 
-def gather_fold(values, index, weight, outs, strides, kernel_size, padding, divisor):
+def gather_fold(
+    values: list[Tensor],  # [N or 1, C, HV, WV] each
+    index: Tensor,  # [N, Ho, Wo]
+    weight: Tensor | None,  # [N, Ho, Wo]
+    outs: list[Tensor],  # [N, C, stride*H, stride*W] each, filled
+    transfer: Transfer,
+) -> None:
     if index.is_cuda:
-        return cuda_gather_fold(values, index, weight, outs, strides, kernel_size, padding, divisor)
-    for value, out, stride in zip(values, outs, strides, strict=True):
-        torch.ops.ttsr_fast.cpp_gather_fold(
-            _laid_out_like(out, _whole_blocks(value, stride)),
-            index.contiguous(),
-            weight,
-            out,
-            stride,
-            kernel_size,
-            padding,
-            *_key_grid(value, stride, kernel_size, padding),
-            divisor,
-        )
+        return cuda_gather_fold(values, index, weight, outs, transfer)
+    index = index.contiguous()
+    for level, (value, out) in enumerate(zip(values, outs, strict=True)):
+        stride = transfer.strides[level]
+        value_ = _laid_out_like(out, _whole_blocks(value, stride))
+        options = (stride, *transfer.patch, *transfer.key_grid(value.shape, level))
+        torch.ops.ttsr_fast.cpp_gather_fold(value_, index, weight, out, *options, transfer.divisor)
 
 
-def gather_fold_adjoint(grads, choosers, weight, outs, strides, kernel_size, padding, divisor):
-    run = cuda_gather_fold_adjoint if choosers.index.is_cuda else _cpu_adjoint
-    padded = [_with_whole_blocks(out, stride) for out, stride in zip(outs, strides, strict=True)]
-    keys = _key_grid(outs[0], strides[0], kernel_size, padding)
-    run(grads, choosers, weight, padded, strides, kernel_size, padding, keys, divisor)
-    for out, whole in zip(outs, padded, strict=True):
-        if whole is not out:
-            out.copy_(whole[:, :, : out.shape[2], : out.shape[3]])
+def gather_fold_adjoint(
+    grads: list[Tensor],  # [N, C, stride*H, stride*W] each
+    inverse: InverseIndex,
+    weight: Tensor | None,  # [N, Ho, Wo]
+    outs: list[Tensor],  # [N or 1, C, HV, WV] each, filled
+    transfer: Transfer,
+) -> None:
+    run = cuda_gather_fold_adjoint if inverse.index.is_cuda else _cpu_adjoint
+    whole = [_with_whole_blocks(x, n) for x, n in zip(outs, transfer.strides, strict=True)]
+    run(grads, inverse, weight, whole, transfer, transfer.key_grid(outs[0].shape))
+    for out, filled in zip(outs, whole, strict=True):
+        if filled is not out:
+            out.copy_(filled[:, :, : out.shape[2], : out.shape[3]])
 
 
-def _cpu_adjoint(grads, choosers, weight, outs, strides, kernel_size, padding, keys, divisor):
-    for grad, out, stride in zip(grads, outs, strides, strict=True):
-        torch.ops.ttsr_fast.cpp_gather_fold_adjoint(
-            _laid_out_like(out, grad),
-            choosers.index.contiguous(),
-            weight,
-            out,
-            stride,
-            kernel_size,
-            padding,
-            *keys,
-            divisor,
-        )
+def _cpu_adjoint(
+    grads: list[Tensor],
+    inverse: InverseIndex,
+    weight: Tensor | None,
+    outs: list[Tensor],
+    transfer: Transfer,
+    keys: tuple[int, int],
+) -> None:
+    index = inverse.index.contiguous()
+    for grad, out, stride in zip(grads, outs, transfer.strides, strict=True):
+        options = (stride, *transfer.patch, *keys, transfer.divisor)
+        grad = _laid_out_like(out, grad)
+        torch.ops.ttsr_fast.cpp_gather_fold_adjoint(grad, index, weight, out, *options)
 
 
-def gather_dot(value, grad, index, out, stride, kernel_size, padding, divisor):
-    whole, keys = _whole_blocks(value, stride), _key_grid(value, stride, kernel_size, padding)
-    options = (stride, kernel_size, padding, *keys, divisor)
-    if index.is_cuda:
-        return cuda_gather_dot(whole, grad, index, out, *options)
-    torch.ops.ttsr_fast.cpp_gather_dot(whole, grad, index.contiguous(), out, *options)
+def gather_dot(
+    values: list[Tensor],  # [N or 1, C, HV, WV] each
+    grads: list[Tensor],  # [N, C, stride*H, stride*W] each
+    index: Tensor,  # [N, Ho, Wo]
+    out: Tensor,  # [N, Ho, Wo], filled
+    transfer: Transfer,
+) -> None:
+    run = cuda_gather_dot if index.is_cuda else torch.ops.ttsr_fast.cpp_gather_dot
+    index = index.contiguous()
+    for level, (value, grad) in enumerate(zip(values, grads, strict=True)):
+        stride, part = transfer.strides[level], torch.empty_like(out) if level else out
+        options = (stride, *transfer.patch, *transfer.key_grid(value.shape, level))
+        run(_whole_blocks(value, stride), grad, index, part, *options, transfer.divisor)
+        if level:
+            out += part
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why this backend cannot run, or None."""
+    if device.type == "cpu":
+        return library.load_library()
+    if device.type != "cuda":
+        return "the compiled kernels are for the CPU and for CUDA"
+    if op == "search":
+        return "the compiled search is for the CPU; backend='triton' searches on a GPU"
+    return library.load_cuda_library() or why_not_gpu(device)
 
 
 # --- CUDA ---
 
 
-def cuda_gather_fold(values, index, weight, outs, strides, kernel_size, padding, divisor):
-    whole = [_whole_blocks(value, stride) for value, stride in zip(values, strides, strict=True)]
+def cuda_gather_fold(
+    values: list[Tensor],
+    index: Tensor,
+    weight: Tensor | None,
+    outs: list[Tensor],
+    transfer: Transfer,
+) -> None:
+    whole = [_whole_blocks(x, n) for x, n in zip(values, transfer.strides, strict=True)]
     torch.ops.ttsr_fast.cuda_gather_fold(
         [_channels_last(value) for value in whole],
         index.contiguous(),
         _sum_weight(weight, values[0]),
         outs,
-        strides,
-        kernel_size,
-        padding,
-        *_key_grid(values[0], strides[0], kernel_size, padding),
-        divisor,
+        transfer.strides,
+        *transfer.patch,
+        *transfer.key_grid(values[0].shape),
+        transfer.divisor,
         checks_index(),
     )
 
 
 def cuda_gather_fold_adjoint(
     grads: list[Tensor],
-    choosers: Choosers,
+    inverse: InverseIndex,
     weight: Tensor | None,
     outs: list[Tensor],
-    strides: list[int],
-    kernel_size: int,
-    padding: int,
-    keys: list[int],
-    divisor: str,
+    transfer: Transfer,
+    keys: tuple[int, int],
 ) -> None:
     for batch in {len(out) for out in outs}:  # one value for all images, or one for each
         levels = [level for level, out in enumerate(outs) if len(out) == batch]
-        begin, order = choosers.of(keys[0] * keys[1], batch)
         torch.ops.ttsr_fast.cuda_gather_fold_adjoint(
             [_channels_last(grads[level]) for level in levels],
-            choosers.index.contiguous(),
-            begin,
-            order,
+            inverse.index.contiguous(),
+            *inverse.csr(keys[0] * keys[1], batch),
             _sum_weight(weight, grads[0]),
             [outs[level] for level in levels],
-            [strides[level] for level in levels],
-            kernel_size,
-            padding,
+            [transfer.strides[level] for level in levels],
+            *transfer.patch,
             *keys,
-            divisor,
+            transfer.divisor,
         )
 
 
-def cuda_gather_dot(value, grad, index, out, *options):
-    torch.ops.ttsr_fast.cuda_gather_dot(
-        _channels_last(value),
-        _channels_last(grad),
-        index.contiguous(),
-        out,
-        *options,
-        checks_index(),
-    )
+def cuda_gather_dot(value: Tensor, grad: Tensor, *rest: Any) -> None:
+    maps = (_channels_last(value), _channels_last(grad))
+    torch.ops.ttsr_fast.cuda_gather_dot(*maps, *rest, checks_index())
 
 
 def _sum_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if weight is None else weight.to(pytorch.work_dtype(x.dtype)).contiguous()
+    return None if weight is None else weight.to(sum_dtype(x.dtype)).contiguous()
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """`x` with the channels of a pixel side by side; pixels and images may lie anywhere."""
-    beside = x.stride(1) == 1 or x.shape[1] == 1
-    return x if beside else x.contiguous(memory_format=torch.channels_last)
+    """`x` with the channels of a pixel contiguous; pixels and images may lie anywhere."""
+    contiguous = x.stride(1) == 1 or x.shape[1] == 1
+    return x if contiguous else x.contiguous(memory_format=torch.channels_last)
 
 
 # --- layouts ---
-
-
-def _key_grid(value: Tensor, stride: int, kernel_size: int, padding: int) -> list[int]:
-    return [size // stride + 2 * padding - kernel_size + 1 for size in value.shape[2:]]
 
 
 def _whole_blocks(x: Tensor, stride: int) -> Tensor:
@@ -239,7 +262,7 @@ def _whole_blocks(x: Tensor, stride: int) -> Tensor:
 
 
 def _with_whole_blocks(out: Tensor, stride: int) -> Tensor:
-    """`out`, or one to fill in its stead if its last blocks are not whole."""
+    """`out`, or a larger map to fill instead if its last blocks are not whole."""
     size = [-(-n // stride) * stride for n in out.shape[2:]]
     if size == list(out.shape[2:]):
         return out

@@ -1,109 +1,103 @@
-"""`search` and `gather_fold` in plain PyTorch, exact and memory-linear, for any device.
+"""Backend `"torch"`: both operations in plain PyTorch, exact and memory-linear, on any device.
 
 The search multiplies pixels, not patches: with M(i, j) the inner product of key pixel i and query
 pixel j, the inner product of two patches is the sum of M(i + d, j + d) over the offsets d of a
 patch. M is formed for one block of query rows and key rows at a time, its taps are added along the
 diagonals, and only the running best is kept. The transfer adds one shifted gather per tap.
 
-Every function fills its `out` arguments, which the caller allocates.
+Every function fills results that the caller allocates.
 """
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttsr_fast.operators.choosers import check_index
+from ttsr_fast.operators.index import InverseIndex, check_index
+from ttsr_fast.operators.patch import Patch, Score, Transfer, patch_norm, sum_dtype
 
 SLAB_BYTES = 64 << 20  # upper bound for one block of M, where one patch per column allows it
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that features of `dtype` are summed in, and of their scores."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def patch_norm(x: Tensor, kernel_size: int, padding: int) -> Tensor:  # [N, 1, Ho, Wo]
-    """Norm of every patch of `x` `[N, C, H, W]`."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=work_dtype(x.dtype))
-    squared = F.pad(norm**2, [padding] * 4)
-    return F.avg_pool2d(squared, kernel_size, stride=1, divisor_override=1).sqrt()
-
-
-def denominator(norm: Tensor, eps: float, add_eps: bool) -> Tensor:
-    """What patches of these norms are divided by."""
-    return norm + eps if add_eps else norm.clamp(min=eps)
 
 
 def search(
     query: Tensor,  # [N, C, H, W]
     key: Tensor,  # [N or 1, C, HK, WK]
     key_mask: Tensor | None,  # [N or 1, HKo, WKo]
-    score: Tensor,  # [N, Ho, Wo], filled
-    index: Tensor,  # [N, Ho, Wo], filled
-    kernel_size: int,
-    padding: int,
-    normalize: str,
-    eps: float,
-    add_eps: bool,
+    match: tuple[Tensor, Tensor],  # [N, Ho, Wo] twice, filled
+    patch: Patch,
+    scoring: Score,
     precision: str,
-    barred: Tensor | None = None,  # [N, Ho, Wo]
 ) -> None:
     """Blocks of query rows against blocks of key rows; see the module's docstring.
 
-    Computes in the dtype of `score`, which is at least as accurate as any `precision` asks for.
-    `barred` holds a key position for every query that is not to be matched by it.
+    Computes in the dtype of the score, which is at least as accurate as any `precision` asks for.
     """
+    search_excluding(None, query, key, key_mask, match, patch, scoring)
+
+
+def search_excluding(
+    excluded_index: Tensor | None,  # [N, Ho, Wo]
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    match: tuple[Tensor, Tensor],
+    patch: Patch,
+    scoring: Score,
+) -> None:
+    """`search` in which every query passes over one key: the second best, if that is the best."""
     if key.dtype != query.dtype:
         raise TypeError(f"key must have the dtype {query.dtype} of query, got {key.dtype}")
-    norm_q, norm_k = (patch_norm(x, kernel_size, padding)[:, 0] for x in (query, key))
+    score, index = match
+    norm_q, norm_k = (patch_norm(x, patch)[:, 0] for x in (query, key))
     scale = torch.ones_like(norm_k)
-    if normalize != "none":
-        scale = denominator(norm_k, eps, add_eps).reciprocal()
+    if scoring.of_key:
+        scale = scoring.denominator(norm_k).reciprocal()
     scale = scale.masked_fill(~norm_k.isfinite(), float("nan"))
     first = torch.zeros_like(index[:, :1, :1])
     if key_mask is not None:
         first = first + key_mask.flatten(1).int().argmax(1)[:, None, None]
+    index.copy_(first.expand_as(index))
     for n in range(query.shape[0]):
         n_k = min(n, key.shape[0] - 1)
-        valid = None if key_mask is None else key_mask[min(n, key_mask.shape[0] - 1)]
-        q, k = (x.to(score.dtype) for x in (query[n], key[n_k]))
-        index[n] = first[n]
+        q, k = (F.pad(x.to(score.dtype), [patch.padding] * 4) for x in (query[n], key[n_k]))
+        image = _Image(
+            q,
+            k,
+            scale[n_k],
+            None if key_mask is None else key_mask[min(n, key_mask.shape[0] - 1)],
+            None if excluded_index is None else excluded_index[n],
+        )
         with _full_float32():
-            _search_image(
-                q,
-                k,
-                scale[n_k],
-                valid,
-                None if barred is None else barred[n],
-                score[n],
-                index[n],
-                kernel_size,
-                padding,
-            )
-    if normalize == "both":
-        score /= denominator(norm_q, eps, add_eps)
-    lost = ~norm_q.isfinite()
-    score.masked_fill_(lost, float("nan"))
-    index.copy_(torch.where(lost, first, index))
+            _search_image(image, score[n], index[n], patch.kernel_size)
+    if scoring.of_query:
+        score /= scoring.denominator(norm_q)
+    not_finite = ~norm_q.isfinite()
+    score.masked_fill_(not_finite, float("nan"))
+    index.copy_(torch.where(not_finite, first, index))
+
+
+class _Image(NamedTuple):
+    """One image of a search, its maps padded."""
+
+    query: Tensor  # [C, H+2p, W+2p]
+    key: Tensor  # [C, HK+2p, WK+2p]
+    scale: Tensor  # [HKo, WKo]
+    valid: Tensor | None  # [HKo, WKo]
+    excluded_index: Tensor | None  # [Ho, Wo]
 
 
 def _search_image(
-    query: Tensor,  # [C, H, W]
-    key: Tensor,  # [C, HK, WK]
-    scale: Tensor,  # [HKo, WKo]
-    valid: Tensor | None,  # [HKo, WKo]
-    barred: Tensor | None,  # [Ho, Wo]
+    image: _Image,
     score: Tensor,  # [Ho, Wo], filled with max_i scale_i <q_j, k_i>
     index: Tensor,  # [Ho, Wo], holds the lowest key position allowed, filled
     kernel_size: int,
-    padding: int,
 ) -> None:
-    q, k = (F.pad(x, [padding] * 4) for x in (query, key))
+    q, k, scale, valid, excluded_index = image
     (rows_q, cols_q), (rows_k, cols_k) = score.shape, scale.shape
     halo = kernel_size - 1
     score.fill_(float("-inf"))
@@ -124,8 +118,9 @@ def _search_image(
         total = total * scale[window]
         if valid is not None:
             total.masked_fill_(~valid[window], float("-inf"))
-        if barred is not None:
-            y, x = barred[y_q : y_q + n_q] // cols_k - y_k, barred[y_q : y_q + n_q] % cols_k - x_k
+        if excluded_index is not None:
+            at = excluded_index[y_q : y_q + n_q]
+            y, x = at // cols_k - y_k, at % cols_k - x_k
             hit = (y >= 0) & (y < n_k) & (x >= 0) & (x < n_x)
             at_y, at_x = hit.nonzero(as_tuple=True)
             total[at_y, at_x, y[hit], x[hit]] = float("-inf")
@@ -167,58 +162,55 @@ def _full_float32() -> Iterator[None]:
 
 
 def gather_fold(
-    value: Tensor,  # [N or 1, C, HV, WV]
+    values: list[Tensor],  # [N or 1, C, HV, WV] each
     index: Tensor,  # [N, Ho, Wo]
     weight: Tensor | None,  # [N, Ho, Wo]
-    out: Tensor,  # [N, C, stride*H, stride*W], filled
-    stride: int,
-    kernel_size: int,
-    padding: int,
-    divisor: str,
+    outs: list[Tensor],  # [N, C, stride*H, stride*W] each, filled
+    transfer: Transfer,
 ) -> None:
     """One gather of blocks per tap, added at the tap's offset on the query grid."""
-    blocks, row_of = _value_blocks(value, index, stride, kernel_size, padding)
-    n, h, w = index.shape
-    grid = [size // stride for size in out.shape[2:]]
-    margin = [size + 2 * padding for size in grid]
-    total = blocks.new_zeros(n, *margin, blocks.shape[1])  # [N, H+2p, W+2p, C*s*s]
-    for a in range(kernel_size):
-        for b in range(kernel_size):
+    padding, (n, h, w) = transfer.patch.padding, index.shape
+    for level, (value, out) in enumerate(zip(values, outs, strict=True)):
+        stride = transfer.strides[level]
+        blocks, row_of = _value_blocks(value, index, transfer, level)
+        grid = [size // stride for size in out.shape[2:]]
+        margin = [size + 2 * padding for size in grid]
+        total = blocks.new_zeros(n, *margin, blocks.shape[1])  # [N, H+2p, W+2p, C*s*s]
+        for a, b in _taps(transfer.patch):
             chosen = blocks[row_of(a, b)]  # [N, Ho, Wo, C*s*s]
             if weight is not None:
                 chosen = chosen * weight[..., None].to(blocks.dtype)
             total[:, a : a + h, b : b + w] += chosen
-    total = total[:, padding : padding + grid[0], padding : padding + grid[1]]
-    total = total * _divisor_scale(index, grid, kernel_size, padding, divisor, total.dtype)
-    out.copy_(_from_blocks(total, stride))
+        total = total[:, padding : padding + grid[0], padding : padding + grid[1]]
+        total = total * _divisor_scale(index, grid, transfer, total.dtype)
+        out.copy_(_from_blocks(total, stride))
 
 
 def gather_fold_adjoint(
-    grad: Tensor,  # [N, C, stride*H, stride*W]
-    index: Tensor,  # [N, Ho, Wo]
+    grads: list[Tensor],  # [N, C, stride*H, stride*W] each
+    inverse: InverseIndex,
     weight: Tensor | None,  # [N, Ho, Wo]
-    out: Tensor,  # [N or 1, C, HV, WV], filled
-    stride: int,
-    kernel_size: int,
-    padding: int,
-    divisor: str,
+    outs: list[Tensor],  # [N or 1, C, HV, WV] each, filled
+    transfer: Transfer,
 ) -> None:
-    """The transpose of `gather_fold` in its value."""
-    # Each of these adds in a fixed order on its devices, and the other one does not.
-    add = _index_add if grad.device.type == "cpu" else _index_put
-    pulled = _grad_blocks(grad, index, stride, kernel_size, padding, divisor)
-    blocks, row_of = _value_blocks(torch.zeros_like(out), index, stride, kernel_size, padding)
-    n, h, w = index.shape
-    for a in range(kernel_size):
-        for b in range(kernel_size):
+    """Transpose of `gather_fold` in its values."""
+    index, padding = inverse.index, transfer.patch.padding
+    h, w = index.shape[1:]
+    for level, (grad, out) in enumerate(zip(grads, outs, strict=True)):
+        stride = transfer.strides[level]
+        # Each of these adds in a fixed order on its devices, and the other one does not.
+        add = _index_add if grad.device.type == "cpu" else _index_put
+        pulled = _grad_blocks(grad, index, transfer, level)
+        blocks, row_of = _value_blocks(torch.zeros_like(out), index, transfer, level)
+        for a, b in _taps(transfer.patch):
             pull = pulled[:, a : a + h, b : b + w]
             if weight is not None:
                 pull = pull * weight[..., None].to(pull.dtype)
             add(blocks, row_of(a, b).flatten(), pull.flatten(0, 2))
-    grid = [size + 2 * padding for size in _block_grid(out, stride)]
-    total = blocks.view(out.shape[0], *grid, -1)
-    total = total[:, padding : grid[0] - padding, padding : grid[1] - padding]
-    out.copy_(_from_blocks(total, stride)[:, :, : out.shape[2], : out.shape[3]])
+        grid = [size + 2 * padding for size in _block_grid(out, stride)]
+        total = blocks.view(out.shape[0], *grid, -1)
+        total = total[:, padding : grid[0] - padding, padding : grid[1] - padding]
+        out.copy_(_from_blocks(total, stride)[:, :, : out.shape[2], : out.shape[3]])
 
 
 def _index_add(rows: Tensor, index: Tensor, source: Tensor) -> None:
@@ -230,44 +222,52 @@ def _index_put(rows: Tensor, index: Tensor, source: Tensor) -> None:
 
 
 def gather_dot(
-    value: Tensor,  # [N or 1, C, HV, WV]
-    grad: Tensor,  # [N, C, stride*H, stride*W]
+    values: list[Tensor],  # [N or 1, C, HV, WV] each
+    grads: list[Tensor],  # [N, C, stride*H, stride*W] each
     index: Tensor,  # [N, Ho, Wo]
     out: Tensor,  # [N, Ho, Wo], filled
-    stride: int,
-    kernel_size: int,
-    padding: int,
-    divisor: str,
+    transfer: Transfer,
 ) -> None:
-    """Inner product of every patch of `grad` with the value patch at its index."""
-    pulled = _grad_blocks(grad, index, stride, kernel_size, padding, divisor)
-    blocks, row_of = _value_blocks(value, index, stride, kernel_size, padding)
-    n, h, w = index.shape
+    """Inner product of every output patch with the value patch at its index, over all levels."""
+    h, w = index.shape[1:]
     out.zero_()
-    for a in range(kernel_size):
-        for b in range(kernel_size):
+    for level, (value, grad) in enumerate(zip(values, grads, strict=True)):
+        pulled = _grad_blocks(grad, index, transfer, level)
+        blocks, row_of = _value_blocks(value, index, transfer, level)
+        for a, b in _taps(transfer.patch):
             out += (blocks[row_of(a, b)] * pulled[:, a : a + h, b : b + w]).sum(-1)
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype) -> None:
+    """No reason: plain PyTorch runs everywhere."""
+
+
+def _taps(patch: Patch) -> Iterator[tuple[int, ...]]:
+    return itertools.product(range(patch.kernel_size), repeat=2)
 
 
 def _block_grid(x: Tensor, stride: int) -> list[int]:
     return [-(-size // stride) for size in x.shape[2:]]
 
 
-def _value_blocks(value: Tensor, index: Tensor, stride: int, kernel_size: int, padding: int):
+def _value_blocks(
+    value: Tensor, index: Tensor, transfer: Transfer, level: int
+) -> tuple[Tensor, Callable[[int, int], Tensor]]:
     """The value as rows of one block each, and the row that every patch reads for a tap.
 
     Blocks are padded by `padding` on all sides, so that a patch begins at its own grid position.
     """
-    work = work_dtype(value.dtype)
+    stride, padding = transfer.strides[level], transfer.patch.padding
     height, width = _block_grid(value, stride)
     ragged = [height * stride - value.shape[2], width * stride - value.shape[3]]
     margin = padding * stride
-    padded = F.pad(value.to(work), [margin, margin + ragged[1], margin, margin + ragged[0]])
+    padded = F.pad(
+        value.to(sum_dtype(value.dtype)), [margin, margin + ragged[1], margin, margin + ragged[0]]
+    )
     height, width = height + 2 * padding, width + 2 * padding
     blocks = padded.unflatten(3, (width, stride)).unflatten(2, (height, stride))
     blocks = blocks.permute(0, 2, 4, 1, 3, 5).reshape(value.shape[0] * height * width, -1)
-    shrink = kernel_size - 1 - 2 * padding
-    rows, columns = (size // stride - shrink for size in value.shape[2:])
+    rows, columns = transfer.key_grid(value.shape, level)
     check_index(index, rows * columns)
     row = index // columns * width + index % columns
     if value.shape[0] > 1:
@@ -277,15 +277,15 @@ def _value_blocks(value: Tensor, index: Tensor, stride: int, kernel_size: int, p
 
 
 def _grad_blocks(
-    grad: Tensor, index: Tensor, stride: int, kernel_size: int, padding: int, divisor: str
+    grad: Tensor, index: Tensor, transfer: Transfer, level: int
 ) -> Tensor:  # [N, H+2p, W+2p, C*s*s]
     """The gradient as one row per block, divided as the output was, with a margin of zeros."""
-    work = work_dtype(grad.dtype)
+    stride, dtype = transfer.strides[level], sum_dtype(grad.dtype)
     grid = _block_grid(grad, stride)
-    blocks = grad.to(work).unflatten(3, (grid[1], stride)).unflatten(2, (grid[0], stride))
+    blocks = grad.to(dtype).unflatten(3, (grid[1], stride)).unflatten(2, (grid[0], stride))
     blocks = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3)
-    blocks = blocks * _divisor_scale(index, grid, kernel_size, padding, divisor, work)
-    return F.pad(blocks, [0, 0, *[padding] * 4])
+    blocks = blocks * _divisor_scale(index, grid, transfer, dtype)
+    return F.pad(blocks, [0, 0, *[transfer.patch.padding] * 4])
 
 
 def _from_blocks(blocks: Tensor, stride: int) -> Tensor:  # [N, H, W, C*s*s] -> [N, C, s*H, s*W]
@@ -295,24 +295,23 @@ def _from_blocks(blocks: Tensor, stride: int) -> Tensor:  # [N, H, W, C*s*s] -> 
 
 
 def _divisor_scale(
-    index: Tensor, grid: list[int], kernel_size: int, padding: int, divisor: str, dtype: torch.dtype
+    index: Tensor, grid: list[int], transfer: Transfer, dtype: torch.dtype
 ) -> Tensor:  # [H or 1, W or 1, 1]
     """The factor of every output block."""
+    patch, divisor = transfer.patch, transfer.divisor
     if divisor == "overlap":
         count_y, count_x = (
-            _overlap(size, patches, kernel_size, padding, index.device)
+            _overlap(size, patches, patch, index.device)
             for size, patches in zip(grid, index.shape[1:], strict=True)
         )
         return (count_y[:, None, None] * count_x[:, None]).to(dtype).reciprocal()
-    scale = 1 / kernel_size**2 if divisor == "area" else 1.0
+    scale = 1 / patch.kernel_size**2 if divisor == "area" else 1.0
     return torch.full((1, 1, 1), scale, dtype=dtype, device=index.device)
 
 
-def _overlap(
-    size: int, patches: int, kernel_size: int, padding: int, device: torch.device
-) -> Tensor:
-    """How many patches along one axis cover each of `size` blocks."""
+def _overlap(size: int, patches: int, patch: Patch, device: torch.device) -> Tensor:
+    """The number of patches along one axis that cover each of `size` blocks."""
     position = torch.arange(size, device=device)
-    first = (position + padding - kernel_size + 1).clamp(min=0)
-    last = (position + padding).clamp(max=patches - 1)
+    first = (position + patch.padding - patch.kernel_size + 1).clamp(min=0)
+    last = (position + patch.padding).clamp(max=patches - 1)
     return last - first + 1

@@ -1,4 +1,4 @@
-"""The index of a match: its check, and its inverse: which queries chose each key."""
+"""The index of a match: range check, and inverse in compressed sparse rows (CSR)."""
 
 import os
 
@@ -9,12 +9,17 @@ CHECK_INDEX_VARIABLE = "TTSR_FAST_CHECK_INDEX"
 
 
 def checks_index() -> bool:
-    """Whether work on a GPU stops at an index outside the key grid."""
+    """True if work on a GPU stops at an index outside the key grid."""
     return os.environ.get(CHECK_INDEX_VARIABLE, "1") != "0"
 
 
-def check_index(index: Tensor, keys: int) -> None:
-    """Stop where an index is outside a grid of so many keys.
+def check_index(index: Tensor, keys: int, where: str = "") -> None:
+    """Stop at an index outside a grid of `keys` positions.
+
+    Args:
+        index: int64, any shape.
+        keys: positions of the key grid.
+        where: description of the grid, for the message.
 
     Raises:
         ValueError: on the CPU. CUDA stops with an assertion, without synchronising the device.
@@ -24,13 +29,13 @@ def check_index(index: Tensor, keys: int) -> None:
     if index.device.type == "cpu":
         low, high = (int(x) for x in index.aminmax())
         if low < 0 or high >= keys:
-            raise ValueError(f"index must lie in [0, {keys}), got {low} to {high}")
+            raise ValueError(f"index must lie in [0, {keys}){where}, got {low} to {high}")
     elif index.is_cuda and checks_index():
         torch._assert_async(((index >= 0) & (index < keys)).all())
 
 
-class Choosers:
-    """The queries that chose each key, sorted out once for all who sum over them.
+class InverseIndex:
+    """The queries of every key, sorted once for all sums over them.
 
     Attributes:
         index: `[N, Ho, Wo]`, the key of every query.
@@ -38,26 +43,26 @@ class Choosers:
 
     def __init__(self, index: Tensor) -> None:
         self.index = index
-        self._sorted: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._csr: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def of(self, keys: int, groups: int) -> tuple[Tensor, Tensor]:
-        """Compressed rows: key i of group g was chosen by `order[begin[r]:begin[r + 1]]`.
+    def csr(self, keys: int, groups: int) -> tuple[Tensor, Tensor]:
+        """Offsets and indices: row r = g * keys + i lists the queries of key i in group g.
 
         Args:
             keys: positions of the key grid.
-            groups: N, or 1 to let all images choose among the same keys.
+            groups: N, or 1 if all images share the keys.
 
         Returns:
-            `begin` `[groups * keys + 1]` with r = g * keys + i, and `order` `[N * Ho * Wo]`, both
-            int32: positions in the flattened index, ascending for each key. The sort is stable, so
-            both are the same every time; nothing waits for the device.
+            `csr_offsets` `[groups * keys + 1]` and `csr_indices` `[N * Ho * Wo]`, both int32. Row r
+            is `csr_indices[csr_offsets[r]:csr_offsets[r + 1]]`: positions in the flattened index,
+            ascending. The sort is stable, so both are the same every time; nothing synchronises.
 
         Raises:
             ValueError: 2**31 queries or keys, or more.
         """
-        if (keys, groups) not in self._sorted:
-            self._sorted[keys, groups] = self._sort(keys, groups)
-        return self._sorted[keys, groups]
+        if (keys, groups) not in self._csr:
+            self._csr[keys, groups] = self._sort(keys, groups)
+        return self._csr[keys, groups]
 
     def _sort(self, keys: int, groups: int) -> tuple[Tensor, Tensor]:
         rows, device = groups * keys, self.index.device
