@@ -159,7 +159,7 @@ def test_a_signal_lets_the_step_end(data, tmp_path, number):
     assert signal.getsignal(number) is handler
 
 
-def test_the_second_signal_is_not_held_back(data, tmp_path):
+def test_the_second_signal_ends_the_training(data, tmp_path):
     def progress(state):
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -15,8 +15,8 @@ from ttsr_fast.cli.common import Quiet, errors_in_one_line, flag, say, terminal_
 from ttsr_fast.cli.signals import exit_at_signals
 from ttsr_fast.files import shown
 from ttsr_fast.training.config import PRESETS, SETTINGS, Config, load_config, to_yaml
-from ttsr_fast.training.interruption import SIGNALS, Ended, signals_raise
 from ttsr_fast.training.settings import explained
+from ttsr_fast.training.signals import SIGNALS, Ended, signals_raise
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

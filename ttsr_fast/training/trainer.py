@@ -18,11 +18,11 @@ from ttsr_fast.training import checkpoints, data_files
 from ttsr_fast.training.checkpoints import BEST, LAST
 from ttsr_fast.training.config import SETTINGS, Config, to_yaml
 from ttsr_fast.training.datasets import Draws
-from ttsr_fast.training.interruption import Interruption, held_back, ignore_first_signals
 from ttsr_fast.training.items import training_items, validation_items
 from ttsr_fast.training.lock import claimed
 from ttsr_fast.training.networks import Networks, make_accelerator
 from ttsr_fast.training.record import Record
+from ttsr_fast.training.signals import Interruption, ignore_first_signals, signals_blocked
 from ttsr_fast.training.steps import Batch, NotFinite, Steps
 from ttsr_fast.training.validation import Validation, enlarged, row, validate
 
@@ -153,7 +153,7 @@ class Trainer:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # so that it draws from no other
         )
-        with held_back():  # the loader's processes are not ready for signals at once
+        with signals_blocked():  # the loader's processes are not ready for signals at once
             batches = iter(loader)
         for batch in batches:
             yield {name: x.to(device, non_blocking=True) for name, x in batch.items()}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.trainings import ROOT, photographs, program
 from ttsr_fast.cli.commands import app
 from ttsr_fast.training import trainer
-from ttsr_fast.training.interruption import SIGNALS, Ended, signals_raise
+from ttsr_fast.training.signals import SIGNALS, Ended, signals_raise
 
 each = pytest.mark.parametrize
 BEFORE = "before the first step: nothing is lost, run the same command again"
