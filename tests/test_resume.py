@@ -23,7 +23,7 @@ from ttsr_fast.model import TTSR, load_model
 from ttsr_fast.training import steps
 from ttsr_fast.training.checkpoints import BEST, LAST
 from ttsr_fast.training.config import load_config
-from ttsr_fast.training.data_files import FILES
+from ttsr_fast.training.items import FILES
 from ttsr_fast.training.trainer import MODELS, Trainer, train
 from ttsr_fast.training.validation import Validation
 

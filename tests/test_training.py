@@ -9,8 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.trainings import FULL, configuration, gradients, photographs
 from ttsr_fast.model import TTSR, save_model
-from ttsr_fast.training.datasets import Draws
-from ttsr_fast.training.trainer import Shares, Trainer, train
+from ttsr_fast.training.data import DistributedBatchSampler, EpochSampler
+from ttsr_fast.training.trainer import Trainer, train
 from ttsr_fast.training.validation import psnr
 
 each = pytest.mark.parametrize
@@ -244,9 +244,10 @@ def test_validation_is_the_psnr_of_bytes(config, data):
 
 
 def test_processes_share_every_batch():
-    """Together they have the draws of one process, the same number in each."""
-    whole = list(Shares(Draws(11, seed=3, epoch=2), 4, 0, 0, 1))
-    parts = [list(Shares(Draws(11, seed=3, epoch=2), 4, 0, number, 2)) for number in range(2)]
+    """Together they have the indices of one process, the same number in each."""
+    sampler = EpochSampler(11, seed=3, epoch=2)
+    whole = list(DistributedBatchSampler(sampler, 4, 0, 0, 1))
+    parts = [list(DistributedBatchSampler(sampler, 4, 0, rank, 2)) for rank in range(2)]
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
     assert [len(batch) for batch in whole] == [4, 4]
-    assert list(Shares(Draws(11, seed=3, epoch=2), 4, 1, 0, 1)) == whole[1:]
+    assert list(DistributedBatchSampler(sampler, 4, 1, 0, 1)) == whole[1:]

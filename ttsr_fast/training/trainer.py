@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from ttsr_fast.files import keep_as, replacing, write_bytes
 from ttsr_fast.model import save_model
-from ttsr_fast.training import checkpoints, data_files
+from ttsr_fast.training import checkpoints, items
 from ttsr_fast.training.checkpoints import BEST, LAST
 from ttsr_fast.training.config import SETTINGS, Config, to_yaml
-from ttsr_fast.training.datasets import Draws
+from ttsr_fast.training.data import DistributedBatchSampler, EpochSampler
 from ttsr_fast.training.items import training_items, validation_items
 from ttsr_fast.training.lock import claimed
 from ttsr_fast.training.networks import Networks, make_accelerator
@@ -143,11 +143,13 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """This process's share of the batches left in the epoch, on its device."""
         data, device = self.config.data, self.accelerator.device
-        draws = Draws(len(self.items), seed=self.config.run.seed, epoch=self.state.epoch)
+        draws = EpochSampler(len(self.items), seed=self.config.run.seed, epoch=self.state.epoch)
         process = self.accelerator.process_index, self.accelerator.num_processes
         loader = DataLoader(
             self.items,
-            batch_sampler=Shares(draws, data.batch_size, self.state.done, *process),
+            batch_sampler=DistributedBatchSampler(
+                draws, data.batch_size, self.state.done, *process
+            ),
             num_workers=data.num_workers,
             worker_init_fn=ignore_first_signals,
             pin_memory=device.type == "cuda",
@@ -180,7 +182,7 @@ class Trainer:
                 **self.networks.state(),
                 **position,
                 "items": len(self.items),
-                "files": data_files.summary(self.files),
+                "files": items.summary(self.files),
                 "penalty_rng": self.steps.penalty_rng.get_state(),
                 "rng": checkpoints.rng_state(),
             }
@@ -216,16 +218,16 @@ class Trainer:
             setattr(self.state, name, saved[name])
 
     @cached_property
-    def files(self) -> list[data_files.File]:
+    def files(self) -> list[items.File]:
         """Files that the training learns from."""
-        return data_files.data_files(self.items)
+        return items.data_files(self.items)
 
     def _check_files(self, saved: dict[str, Any], path: Path) -> None:
         """Notice training files that have changed since a checkpoint, if that has recorded them."""
         before = saved.get("files")
         if not isinstance(before, dict):
             return
-        changes = data_files.difference(self.files, before, path.parent)
+        changes = items.difference(self.files, before, path.parent)
         if changes and self.config.data.on_change == "raise":
             raise ValueError(
                 f"{path} was saved with other training files: {changes}; put the old ones back, or "
@@ -263,7 +265,7 @@ class Trainer:
             # Files are accepted for this run, and not for those that go on from it.
             data = replace(self.config.data, on_change="raise")
             write_bytes(self.out / SETTINGS, to_yaml(replace(self.config, data=data)).encode())
-            data_files.write_list(self.files, self.out)
+            items.write_list(self.files, self.out)
 
     def _in_main(self, call: Callable[[], Any]) -> None:
         """Call in the main process; its error is raised in all."""
@@ -362,31 +364,3 @@ class Trainer:
         save_model(self.networks.ttsr, self.out / MODELS[0])
         if self.networks.ema is not None:
             save_model(self.networks.best, self.out / MODELS[1])
-
-
-class Shares(Sampler[list[int]]):
-    """What a process loads: its share of every batch of an epoch. An incomplete batch is left out.
-
-    Args:
-        draws: of the epoch, for all processes.
-        batch_size: of all processes together, a multiple of `processes`.
-        done: batches to leave out at the beginning.
-        process: the number of this one.
-        processes: how many there are.
-    """
-
-    def __init__(
-        self, draws: Draws, batch_size: int, done: int, process: int, processes: int
-    ) -> None:
-        self._draws, self._batch_size, self._done = draws, batch_size, done
-        self._share = batch_size // processes
-        self._first = process * self._share
-
-    def __len__(self) -> int:
-        return len(self._draws) // self._batch_size - self._done
-
-    def __iter__(self) -> Iterator[list[int]]:
-        draws = list(self._draws)
-        for batch in range(self._done, len(draws) // self._batch_size):
-            start = batch * self._batch_size + self._first
-            yield draws[start : start + self._share]

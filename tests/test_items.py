@@ -12,8 +12,8 @@ from ttsr_fast.datasets import Pair
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.training.checkpoints import LAST
 from ttsr_fast.training.config import SETTINGS, load_config
-from ttsr_fast.training.data_files import FILES, File, data_files, difference, summary, write_list
-from ttsr_fast.training.datasets import PairDataset
+from ttsr_fast.training.data import PairDataset
+from ttsr_fast.training.items import FILES, File, data_files, difference, summary, write_list
 from ttsr_fast.training.photographs import Photographs
 from ttsr_fast.training.trainer import train
 
