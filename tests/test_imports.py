@@ -43,7 +43,7 @@ LAW: dict[str, set[str]] = {
     "training": {"choices", "datasets", "devices", "files", "images", "model"},
 }
 LAW["evaluation"] |= {"numpy", "torch", "upscaling", "visualize"}
-LAW["training"] |= {"PIL", "accelerate", "numpy", "omegaconf", "skimage", "torch", "yaml"}
+LAW["training"] |= {"PIL", "accelerate", "numpy", "omegaconf", "torch", "yaml"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
 LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setuptools", "skimage"}

@@ -1,4 +1,4 @@
-"""`ttsr-fast train`: its help and its last lines."""
+"""`ttsr-fast train`: help and last lines."""
 
 import re
 
@@ -19,7 +19,7 @@ def data(tmp_path_factory):
     return photographs(tmp_path_factory.mktemp("data") / "photographs")
 
 
-def test_which_file_to_use_is_said(data, tmp_path):
+def test_the_file_to_use_is_printed(data, tmp_path):
     out = tmp_path / "out"
     result = CliRunner().invoke(app, program(data, out, settings=("ema=0.9",))[3:])
     average, last = result.stdout.splitlines()[-2:]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ FILES = "training-files.json"  # in the folder of a training
 _NAMED = 3  # files in a message
 
 Items = PairDataset | Photographs
+
+_logger = logging.getLogger(__name__)
 
 
 class File(NamedTuple):
@@ -126,6 +129,30 @@ def difference(files: Sequence[File], before: dict[str, Any], folder: Path) -> s
     }
     changes = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
     return ", ".join(changes) or "the same files in another order"
+
+
+def check_unchanged(
+    files: Sequence[File], before: dict[str, Any] | None, checkpoint: Path, accept: bool
+) -> None:
+    """Compare the files with the record in a checkpoint.
+
+    Args:
+        files: current files.
+        before: `summary` in the checkpoint; None in checkpoints of early versions.
+        checkpoint: its file.
+        accept: log a warning for changes, instead of an error.
+
+    Raises:
+        ValueError: the files have changed.
+    """
+    changes = difference(files, before, checkpoint.parent) if isinstance(before, dict) else ""
+    if changes and not accept:
+        raise ValueError(
+            f"{checkpoint} was saved with other training files: {changes}; put the old ones back, "
+            "or go on with --set on_change=accept"
+        )
+    if changes:
+        _logger.warning("the training files have changed: %s", changes)
 
 
 def _files(paths: Iterable[Path]) -> list[File]:
