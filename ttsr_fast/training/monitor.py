@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,7 +85,7 @@ def _bytes(
 
 
 class Log:
-    """Scalars and images in TensorBoard's format, as a context manager.
+    """Scalars and images in TensorBoard's format.
 
     Args:
         folder: of its files; None for a process that writes none.
@@ -103,15 +102,7 @@ class Log:
         self._before: float | None = None
         self._seconds: float | None = None
 
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 

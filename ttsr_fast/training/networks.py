@@ -226,20 +226,17 @@ def _keep_matches(ttsr: TTSR) -> None:
 
 def _vgg19(config: Config) -> dict[str, Tensor] | None:
     """Weights of VGG19 for the start of LTE and for the perceptual loss."""
-    where = config.model.vgg19
+    where, needed = config.model.vgg19, config.loss.per_w > 0
     if where not in ("auto", "none"):
         return find_vgg19(where)
-    if config.loss.per_w > 0:
-        try:
-            return find_vgg19()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"loss.per_w needs them: {error} as model.vgg19") from error
-    if where == "none":
+    if where == "none" and not needed:
         return None
     try:
         return find_vgg19()
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError as error:
+        if not needed:
+            return None
+        raise FileNotFoundError(f"loss.per_w needs them: {error} as model.vgg19") from error
 
 
 def _optimizer(ttsr: TTSR, optim: configs.Optim) -> torch.optim.Optimizer:

@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _Handler = Callable[[int, FrameType | None], None]
@@ -25,7 +25,7 @@ def signal_handler(handler: _Handler, numbers: Sequence[int] = SIGNALS) -> Itera
             signal.signal(number, former)
 
 
-class Interruption:
+class Interruption(ExitStack):
     """The first SIGTERM or SIGINT is recorded; a second one has its former effect.
 
     A context manager. Outside the main thread it does nothing.
@@ -34,25 +34,15 @@ class Interruption:
         signal: number of the signal received, or 0.
     """
 
-    def __init__(self) -> None:
-        self.signal = 0
-        self._handler = ExitStack()
+    signal = 0
 
     def __enter__(self) -> "Interruption":
-        self._handler.enter_context(signal_handler(self._record))
+        self.enter_context(signal_handler(self._record))
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._handler.close()
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._handler.close()
+        self.close()
 
 
 class Ended(BaseException):

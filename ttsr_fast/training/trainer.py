@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class Trainer:
             config, self.state, self.networks, self.items, self.accelerator
         )
         self._main = self.accelerator.is_main_process
-        self._progress = progress if self._main else None
+        self._progress = progress if progress and self._main else lambda state: None
 
     def run(self, resume: str | Path | bool | None = None) -> State:
         """Train from the beginning or a checkpoint to the end or a signal; arguments of `train`."""
@@ -124,7 +124,7 @@ class Trainer:
             unfinished = self.state.epoch < self.config.run.epochs
             if unfinished:
                 log = Log(self.out / "logs" if self._main else None, self.state.step)
-                with Interruption() as self._interruption, log as self._log:
+                with Interruption() as self._interruption, closing(log) as self._log:
                     self._loop()
             if self._main and (unfinished or not (self.out / MODELS[0]).exists()):
                 self._export()
@@ -154,7 +154,7 @@ class Trainer:
             better = (last or state.epoch % run.val_every == 0) and self._validate(batch)
             if better or last or state.signal or state.epoch % run.save_every == 0:
                 self.checkpoints.save(better)
-            self._report_progress()
+            self._progress(self.state)
 
     def step(self, batch: Batch, full: bool) -> dict[str, float]:
         """One update of the discriminator, if there is one, and of the generator.
@@ -320,11 +320,7 @@ class Trainer:
             log.scalars("loss", state.losses, state.step)
             log.scalars("rate", self.networks.rates(), state.step)
             log.scalars("speed", {"images": state.images_per_second}, state.step)
-        self._report_progress()
-
-    def _report_progress(self) -> None:
-        if self._progress is not None:
-            self._progress(self.state)
+        self._progress(self.state)
 
     @contextmanager
     def _inputs_saved(self, batch: Batch) -> Iterator[None]:
