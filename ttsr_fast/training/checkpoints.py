@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ttsr_fast.files import keep_as, replacing, write_bytes
@@ -30,6 +29,9 @@ from ttsr_fast.training.items import (
 )
 from ttsr_fast.training.monitor import Validation
 from ttsr_fast.training.networks import Networks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LAST, BEST = "last.pt", "best.pt"
 MODELS = ("model.safetensors", "model-ema.safetensors")
@@ -119,7 +121,7 @@ class Checkpoints:
         state: State,
         networks: Networks,
         items: Items,
-        accelerator: Accelerator,
+        accelerator: "Accelerator",
     ) -> None:
         self._config, self._state, self._networks = config, state, networks
         self._items, self._accelerator = items, accelerator

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ttsr_fast.optional import optional
 from ttsr_fast.training import yaml_files
 from ttsr_fast.training.settings import (
     Config,
@@ -144,7 +145,8 @@ def _commented(keys: Sequence[Key]) -> Iterator[str]:
 
 
 def _merged(settings: Mapping[str, Any]) -> Config:
-    omegaconf = _omegaconf()
+    message = "a configuration needs OmegaConf: pip install 'ttsr-fast[train]'"
+    omegaconf = optional("omegaconf", message)
     merged = omegaconf.OmegaConf.structured(Config)
     for key, value in settings.items():
         check_plain(key, value)
@@ -241,13 +243,3 @@ def _converted(key: str, value: Any) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _omegaconf() -> Any:
-    try:
-        import omegaconf
-    except ImportError as error:
-        raise ImportError(
-            "a configuration needs OmegaConf: pip install 'ttsr-fast[train]'"
-        ) from error
-    return omegaconf

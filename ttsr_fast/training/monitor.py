@@ -4,16 +4,19 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ttsr_fast.model import TTSR
+from ttsr_fast.optional import optional
 from ttsr_fast.training.data import Batch, model_inputs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _INERTIA = 0.9  # of the average speed, per step
 
@@ -26,7 +29,7 @@ class Validation(NamedTuple):
 
 
 def validate(
-    ttsr: TTSR, items: Dataset, accelerator: Accelerator, mask_padding: bool = False
+    ttsr: TTSR, items: Dataset, accelerator: "Accelerator", mask_padding: bool = False
 ) -> Validation:
     """PSNR of the generator and of bicubic upscaling.
 
@@ -98,7 +101,9 @@ class Log:
     def __init__(self, folder: Path | None, step: int) -> None:
         self._writer: Any = None
         if folder is not None:
-            self._writer = _summary_writer()(folder, purge_step=step + 1)
+            message = "a training's log needs tensorboard: pip install 'ttsr-fast[train]'"
+            tensorboard = optional("torch.utils.tensorboard", message)
+            self._writer = tensorboard.SummaryWriter(folder, purge_step=step + 1)
         self._before: float | None = None
         self._seconds: float | None = None
 
@@ -131,13 +136,3 @@ class Log:
             self._seconds = _INERTIA * mean + (1 - _INERTIA) * seconds
         self._before = now
         return 0.0 if not self._seconds else images / self._seconds
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "a training's log needs tensorboard: pip install 'ttsr-fast[train]'"
-        ) from error
-    return SummaryWriter

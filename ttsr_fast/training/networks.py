@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,16 @@ from ttsr_fast.devices import gpu
 from ttsr_fast.model import TTSR, load_model
 from ttsr_fast.model.discriminator import Discriminator
 from ttsr_fast.model.vgg import VGG19, find_vgg19
+from ttsr_fast.optional import optional
 from ttsr_fast.training import config as configs
 from ttsr_fast.training.config import Config
 from ttsr_fast.training.data import Batch, model_inputs
 from ttsr_fast.training.initialisation import initialise_as_upscaling
 
-try:
+if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, set_seed
-except ImportError as error:
-    raise ImportError("training needs accelerate: pip install 'ttsr-fast[train]'") from error
+
+accelerate = optional("accelerate", "training needs accelerate: pip install 'ttsr-fast[train]'")
 
 
 class Output(NamedTuple):
@@ -49,11 +49,11 @@ class Networks:
         lacks_vgg19: LTE starts from random weights because no others were found.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, accelerator: "Accelerator") -> None:
         optim = config.optim
         self._accelerator, self._mask_padding = accelerator, config.data.mask_padding
         vgg19 = _vgg19(config)
-        set_seed(config.run.seed)
+        accelerate.utils.set_seed(config.run.seed)
         with _errors_only("ttsr_fast.model"):  # `lacks_vgg19` decides about the warning
             self.ttsr = _generator(config.model, vgg19).to(accelerator.device)
         textures = config.model.hard_attention and config.model.weights is None
@@ -141,7 +141,7 @@ class Networks:
         return {name: part for name, part in parts.items() if part is not None}
 
 
-def make_accelerator(config: Config) -> Accelerator:
+def make_accelerator(config: Config) -> "Accelerator":
     """accelerate's device, processes and 16 bits.
 
     Raises:
@@ -149,10 +149,10 @@ def make_accelerator(config: Config) -> Accelerator:
     """
     model = config.model
     whole = model.hard_attention and model.soft_attention and model.csfi
-    wrapping = DistributedDataParallelKwargs(find_unused_parameters=not whole)
+    wrapping = accelerate.utils.DistributedDataParallelKwargs(find_unused_parameters=not whole)
     # By default accelerate treats processes without a GPU as trainings of one process each.
     cpu = config.run.cpu or gpu() is None
-    accelerator = Accelerator(
+    accelerator = accelerate.Accelerator(
         cpu=cpu, mixed_precision=config.run.amp or "no", kwargs_handlers=[wrapping]
     )
     if config.run.amp is not None and not accelerator.native_amp:  # accelerate ignores it

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,7 +26,7 @@ from ttsr_fast.training.losses import (
     transferal_loss,
 )
 from ttsr_fast.training.monitor import Log, comparison, validate
-from ttsr_fast.training.networks import Networks, Output, frozen, make_accelerator
+from ttsr_fast.training.networks import Networks, Output, accelerate, frozen, make_accelerator
 from ttsr_fast.training.signals import Interruption, ignore_first_signals, signals_blocked
 
 _logger = logging.getLogger(__name__)
@@ -285,7 +284,7 @@ class Trainer:
             except (OSError, RuntimeError) as caught:
                 error = caught
         if self.accelerator.num_processes > 1:
-            error = broadcast_object_list([error])[0]
+            error = accelerate.utils.broadcast_object_list([error])[0]
         if error is not None:
             raise error
 

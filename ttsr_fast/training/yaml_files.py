@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ttsr_fast.files import refusal, shown
+from ttsr_fast.optional import optional
 
 _LIMIT = 2**16  # bytes; a configuration with all explanations has six thousand
 _DEPTH = 8
@@ -103,12 +104,10 @@ def check_plain(key: str, value: Any) -> None:
 @cache
 def _yaml() -> tuple[Any, Any]:
     """PyYAML, and its safe loader with the limits above."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("a configuration needs PyYAML: pip install 'ttsr-fast[train]'") from error
+    yaml = optional("yaml", "a configuration needs PyYAML: pip install 'ttsr-fast[train]'")
+    safe_loader: Any = yaml.SafeLoader
 
-    class Loader(yaml.SafeLoader):
+    class Loader(safe_loader):
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
