@@ -33,9 +33,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ttsr_fast.images import from_tensor
 from ttsr_fast.model import load_model
 from ttsr_fast.training.config import Config, load_config
+from ttsr_fast.training.monitor import psnr, upscaled
 from ttsr_fast.training.photographs import Photographs, held_out
 from ttsr_fast.training.trainer import MODELS, State, train
-from ttsr_fast.training.validation import enlarged, psnr
 
 EVERY = 6  # of one's own photographs is held out
 SIDE, SEED = 128, 5  # of the parts that are drawn
@@ -105,7 +105,7 @@ def parts(model: torch.nn.Module, files: Sequence[Path]) -> list[dict[str, Any]]
     found = []
     for number in range(len(items)):
         batch = {name: x[None] for name, x in items[number].items()}
-        images = (batch["lrsr"], enlarged(model, batch), batch["ref"], batch["hr"])
+        images = (batch["lrsr"], upscaled(model, batch), batch["ref"], batch["hr"])
         qualities = [psnr(x[0], images[3][0]) for x in images[:2]]
         found.append({"images": dict(zip(PANELS, images, strict=True)), "psnr": qualities})
     return found

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from tests.test_cli import LOW, REF, assert_refused, folder, names, program, run  # noqa: F401
-from tests.test_interruption import INTERRUPTED
+from tests.test_signals import INTERRUPTED
 from tests.trainings import ROOT
 from ttsr_fast.cli import common
 from ttsr_fast.cli.commands import app

@@ -1,4 +1,4 @@
-"""The configuration: presets, files, overrides, official names, and what is refused."""
+"""Configuration: presets, files, overrides, official names, errors."""
 
 import re
 import time
@@ -76,7 +76,7 @@ def test_presets_are_the_published_recipes():
         ("val_every=10", "run.val_every", 10),
     ],
 )
-def test_official_options_have_their_place(official, key, value, tmp_path):
+def test_official_options_are_keys(official, key, value, tmp_path):
     part, _, name = key.partition(".")
     assert to_dict(load_config(None, [official]))[part][name] == value
     file = tmp_path / "official.yaml"
@@ -84,7 +84,7 @@ def test_official_options_have_their_place(official, key, value, tmp_path):
     assert to_dict(load_config(file))[part][name] == value
 
 
-def test_the_later_is_the_stronger(tmp_path):
+def test_later_values_take_precedence(tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("preset: ttsr-rec\nmodel:\n  n_feats: 32\nloss: {per_w: 0.5}\nlr_rate: 1e-3\n")
     config = load_config(file, ["model.n_feats=16", "n_feats=8", "run={seed: 4}"])
@@ -94,31 +94,31 @@ def test_the_later_is_the_stronger(tmp_path):
 
 
 @each("preset", PRESETS)
-def test_what_is_shown_is_what_is_read(preset, tmp_path):
+def test_the_printed_configuration_is_read_back(preset, tmp_path):
     config = load_config(preset, ["run.out=a b", "data.references=[1, 5]", "save_steps=7"])
-    (tmp_path / "shown.yaml").write_text(to_yaml(config))
-    assert load_config(tmp_path / "shown.yaml") == config
+    (tmp_path / "printed.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "printed.yaml") == config
 
 
 @each(
     "value",
     ["a\nb", "a, b", "# x", "x # y", "1e-5", "2026-11-28", "null", "", " ", "größe", "\x85\udc80"],
 )
-def test_any_text_is_shown_in_one_line(value, tmp_path):
+def test_any_text_is_printed_in_one_line(value, tmp_path):
     """Beside its explanation or below it, quoted where YAML needs that."""
     paths = {"out": value, "root": 60 * value, "references": [1, value, {value: None}, value]}
     config = load_config("tiny", values=paths)
     text = to_yaml(config)
-    (tmp_path / "shown.yaml").write_bytes(text.encode())
-    assert load_config(tmp_path / "shown.yaml") == config
+    (tmp_path / "printed.yaml").write_bytes(text.encode())
+    assert load_config(tmp_path / "printed.yaml") == config
     assert all(line[:2] in ("", "# ", "  ") or re.match(r"\w+:  # ", line) for line in lines(text))
 
 
-def test_a_path_is_shown_as_text(tmp_path):
+def test_a_path_is_printed_as_text(tmp_path):
     config = Config()
     config.run.out = Path("a b")
-    (tmp_path / "shown.yaml").write_text(to_yaml(config))
-    assert load_config(tmp_path / "shown.yaml").run.out == "a b"
+    (tmp_path / "printed.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "printed.yaml").run.out == "a b"
 
 
 def test_every_key_is_explained():
@@ -186,7 +186,7 @@ def lines(text):
         ("n_feats=" + 5000 * "9", "n_feats has a value that is no YAML: Exceeds the limit .*"),
     ],
 )
-def test_the_impossible_is_refused(override, message):
+def test_invalid_values_are_refused(override, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         load_config("ttsr", [override])
 
@@ -237,7 +237,7 @@ def test_hostile_files_are_refused_at_once(content, message, tmp_path):
         ("num_res_blocks: ${oc.env:SECRET_TOKEN}+1", "model.num_res_blocks"),
     ],
 )
-def test_nothing_is_looked_up_elsewhere(text, key, tmp_path, monkeypatch):
+def test_no_references_to_other_values(text, key, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"^{key} must not refer to other values with") as caught:
@@ -293,7 +293,7 @@ def test_bad_files_are_refused(content, message, tmp_path):
         load_config(file)
 
 
-def test_a_preset_that_is_not_there_is_refused():
+def test_an_unknown_preset_is_refused():
     with pytest.raises(
         ValueError, match="no preset \\(tiny, ttsr, ttsr-rec\\) and no file .* best"
     ):

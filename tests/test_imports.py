@@ -23,6 +23,7 @@ LAW: dict[str, set[str]] = {
     "choices": set(),
     "devices": {"torch"},
     "files": set(),
+    "optional": set(),
     # The two operations.
     "reference": {"torch"},
     "operators": {"choices", "reference", "torch"},
@@ -43,7 +44,7 @@ LAW: dict[str, set[str]] = {
     "training": {"choices", "datasets", "devices", "files", "images", "model"},
 }
 LAW["evaluation"] |= {"numpy", "torch", "upscaling", "visualize"}
-LAW["training"] |= {"PIL", "accelerate", "numpy", "omegaconf", "skimage", "torch", "yaml"}
+LAW["training"] |= {"PIL", "accelerate", "numpy", "optional", "torch"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
 LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setuptools", "skimage"}

@@ -1,4 +1,4 @@
-"""The program killed and interrupted for real; `tests/campaigns/kill_and_resume.py` does more."""
+"""`ttsr-fast upscale` killed and interrupted; a short `tests/campaigns/kill_and_resume.py`."""
 
 import re
 import signal
@@ -7,7 +7,7 @@ from tests.campaigns.kill_and_resume import Folder, campaign
 from ttsr_fast.images import read_image
 
 
-def test_killed_runs_end_as_if_they_had_not_been():
+def test_killed_runs_have_the_same_results():
     happened = campaign(kills=2, seed=2, count=6)
     assert (happened["kills"], happened["rounds"] > 0) == (2, True)
 
@@ -26,7 +26,7 @@ def test_ctrl_c_is_one_line_and_leaves_whole_files(tmp_path):
     )
     found = re.fullmatch(message, errors)
     assert found is not None
-    assert int(found[1]) in (done - 1, done)  # between its line and its being counted
+    assert int(found[1]) in (done - 1, done)  # the signal may come between line and count
     assert done < 12
     for path in tmp_path.glob("out/*_x4.png"):
         assert read_image(path).size == (72, 88)

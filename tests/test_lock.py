@@ -1,4 +1,4 @@
-"""One training for each folder: who holds it, and when it is free again."""
+"""Lock of a folder: its holder, and its release."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from ttsr_fast.training.lock import LOCK, claimed
 from ttsr_fast.training.trainer import train
 
 HELD = r"^another training is running in {} \(process \d+ on .+\): wait for its end, or choose "
-# Claims a folder, forks a process as a loader does, and says so.
+# Claims a folder, forks a process as a loader does, and prints its number.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_folders_are_made_and_removed_if_they_stay_empty(tmp_path):
 
 
 def test_a_killed_training_holds_nothing(tmp_path):
-    """Not by its file, and not by a process that it has left."""
+    """Neither its file nor its forked process holds the lock."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -78,7 +78,7 @@ def test_a_killed_training_holds_nothing(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_what_cannot_be_locked_is_named(tmp_path):
+def test_an_impossible_lock_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=rf"^cannot make the folder {tmp_path / 'file'}: "):
         claim(tmp_path / "file")

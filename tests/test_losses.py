@@ -1,4 +1,4 @@
-"""Losses against their formulas, written out."""
+"""Losses against their formulas in plain Python."""
 
 import math
 
@@ -27,7 +27,7 @@ def images(*shape, count=2):
 
 
 def mean_difference(a, b, kind):
-    """One number after the other."""
+    """Mean over all pairs of values."""
     pairs = zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)
     differences = [abs(x - y) if kind == "l1" else (x - y) ** 2 for x, y in pairs]
     return math.fsum(differences) / len(differences)
@@ -91,7 +91,7 @@ def test_transferal_by_confidence(kind):
 
 
 def test_transferal_reaches_the_result_the_textures_and_the_confidence():
-    """The extractor, through its textures alone: for the features of the result it is frozen."""
+    """The extractor gets gradients through its textures only: it is frozen for the result."""
     model = TTSR((1, 1, 1, 1), 4).double()
     lr, lrsr, ref, refsr = (*images(1, 3, 4, 4, count=1), *images(1, 3, 16, 16, count=3))
     sr, S, *textures = model(lr, lrsr, ref, refsr)
@@ -108,7 +108,7 @@ def test_transferal_reaches_the_result_the_textures_and_the_confidence():
 
 
 class Linear(torch.nn.Module):
-    """Its gradient is its weights, everywhere."""
+    """A linear network: its gradient is its weights."""
 
     def __init__(self, numbers):
         super().__init__()
@@ -130,7 +130,7 @@ def test_wgan_gp_of_a_linear_discriminator():
 
 
 class Square(torch.nn.Module):
-    """The sum of a * x**2, whose gradient 2 * a * x tells where it was taken."""
+    """Sum of a * x**2; its gradient 2 * a * x reveals the position."""
 
     def __init__(self):
         super().__init__()
@@ -140,8 +140,8 @@ class Square(torch.nn.Module):
         return self.a * image.square().flatten(1).sum(1, keepdim=True)
 
 
-def test_wgan_gp_is_taken_between_each_pair():
-    """At a place of its own for each, which the generator determines."""
+def test_wgan_gp_is_computed_between_each_pair():
+    """At one random position per pair, from the generator."""
     sr, hr = images(4, 3, 2, 2)
     net = Square()
     loss = discriminator_loss(net, sr, hr, generator=torch.Generator(sr.device).manual_seed(5))
@@ -163,11 +163,11 @@ def test_wgan_gp_is_taken_between_each_pair():
 
 @each("kind", ["weight", "bias"])
 def test_gradient_of_the_penalty_by_finite_differences(kind):
-    """Of the discriminator itself, whose activations overwrite what they are made of."""
+    """With the real discriminator, which has in-place activations."""
     net = Discriminator(32).double()
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.mul_(2.4)  # He's variance: as drawn, it hardly looks at the image
+            parameter.mul_(2.4)  # He's variance: its own weights hardly depend on the image
     sr, hr = images(2, 3, 32, 32)
     weights = dict(net.named_parameters())
     directions = {
@@ -225,7 +225,7 @@ def test_adversarial():
 
 @each("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_leaves_the_penalty_alone(dtype):
-    """Its gradient has squares that are too large for a float16, and is none of its numbers."""
+    """Squares of its gradient overflow float16."""
     image = torch.rand(2, 3, 4, 5)
     net = Linear(60).float()
     with torch.no_grad():
@@ -242,7 +242,7 @@ def test_autocast_leaves_the_penalty_alone(dtype):
 
 @each("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_images_are_compared_in_float32(dtype):
-    """Also where the square of a difference is too large for a float16."""
+    """Also where the square of a difference overflows float16."""
     sr, hr = torch.full((1, 3, 4, 4), 300.0, dtype=dtype), torch.zeros(1, 3, 4, 4)
     assert reconstruction_loss(sr, hr, "l2").item() == 300**2
     assert transferal_loss([sr] * 3, [hr.to(dtype)] * 3, torch.full((1, 1, 1, 1), 99.0)) == 300**2

@@ -1,4 +1,4 @@
-"""Pairs made of photographs: where a reference lies, how it is resampled, which are unrelated."""
+"""Pairs from photographs: position and resampling of references, unrelated references."""
 
 import math
 
@@ -26,7 +26,7 @@ def noise(*shape, seed=5):
 
 
 def coordinates(height, width):
-    """A picture of its own coordinates, down and across, from 40 on."""
+    """An image of its own coordinates, down and across, from 40 on."""
     y, x = np.mgrid[:height, :width]
     return np.dstack((40 + y, 40 + x, 40 + 0 * x)).astype(np.uint8)
 
@@ -37,11 +37,11 @@ def pixels(x):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes pictures `0.png`, `1.png`, ... and gives their folder."""
+    """A function that writes images `0.png`, `1.png`, ... and returns their folder."""
 
-    def save(*pictures):
-        for n, picture in enumerate(pictures):
-            Image(picture).save(tmp_path / f"{n}.png")
+    def save(*arrays):
+        for n, array in enumerate(arrays):
+            Image(array).save(tmp_path / f"{n}.png")
         return tmp_path
 
     return save
@@ -51,7 +51,7 @@ def write(tmp_path):
 
 
 @each(
-    ("warp", "drawn", "expected"),
+    ("warp", "numbers", "expected"),
     [
         (Warp(), (0, 0, 0, 0, 0, 0), ((0, 0), (4, 2), (8, 8))),
         (Warp(shift=0.5), (1, -0.5, 0, 0, 0, 0), ((4, -2), (8, 0), (12, 6))),
@@ -62,7 +62,7 @@ def write(tmp_path):
         # Relative to the centre (4, 4), (x, y) becomes (x, y) / (1 + 0.5 x / 8).
         (Warp(perspective=0.5), (0, 0, 0, 0, 1, 0), ((-4 / 3, -4 / 3), (4, 2), (7.2, 7.2))),
         (Warp(perspective=0.5), (0, 0, 0, 0, 0, -1), ((0.8, 0.8), (4, 2 + 2 / 9), (28 / 3,) * 2)),
-        # Doubled about the centre and a quarter turned, then shifted.
+        # Doubled about the centre and rotated by a quarter, then shifted.
         (
             Warp(shift=0.25, rotation=90, scale=2),
             (1, 0, 1, 1, 0, 0),
@@ -70,14 +70,14 @@ def write(tmp_path):
         ),
     ],
 )
-def test_where_points_go(warp, drawn, expected):
-    matrix = warp.homography(np.array(drawn, float), 8)
+def test_mapped_points(warp, numbers, expected):
+    matrix = warp.homography(np.array(numbers, float), 8)
     points = np.array([(0, 0), (4, 2), (8, 8)], float)
     np.testing.assert_allclose(mapped(matrix, points), expected, atol=1e-12)
 
 
 def keys(t):
-    """The kernel of cubic convolution (Keys 1981, eq. 4) with a = -1."""
+    """Kernel of cubic convolution (Keys 1981, eq. 4) with a = -1."""
     t = np.abs(t)
     near, far = t**3 - 2 * t**2 + 1, -(t**3) + 5 * t**2 - 8 * t + 4
     return np.where(t <= 1, near, np.where(t < 2, far, 0))
@@ -111,15 +111,15 @@ def test_tones():
 # --- items ----------------------------------------------------------------------------------------
 
 
-def test_without_a_warp_the_reference_is_the_picture(write):
+def test_without_a_warp_the_reference_equals_the_image(write):
     photo = noise(60, 70, 3)
     dataset = Photographs(
         write(photo), size=24, warp=STILL, unrelated=0, candidates=1, augment=False
     )
-    places = set()
-    for draw in range(40):
-        hr = pixels(dataset[draw]["hr"])
-        np.testing.assert_array_equal(pixels(dataset[draw]["ref"]), hr)
+    positions = set()
+    for index in range(40):
+        hr = pixels(dataset[index]["hr"])
+        np.testing.assert_array_equal(pixels(dataset[index]["ref"]), hr)
         found = [
             (top, left)
             for top in range(37)
@@ -127,23 +127,23 @@ def test_without_a_warp_the_reference_is_the_picture(write):
             if (photo[top, left] == hr[0, 0]).all()
         ]
         assert any((photo[y : y + 24, x : x + 24] == hr).all() for y, x in found)
-        places |= set(found)
-    assert len(places) > 30
+        positions |= set(found)
+    assert len(positions) > 30
     low = images.downscale(hr)
-    np.testing.assert_array_equal(pixels(dataset[draw]["lr"]), low)
-    np.testing.assert_array_equal(pixels(dataset[draw]["lrsr"]), images.upscale_bicubic(low))
-    np.testing.assert_array_equal(pixels(dataset[draw]["refsr"]), images.upscale_bicubic(low))
-    assert dataset[draw]["key_mask"].all() and dataset[draw]["key_mask"].shape == (6, 6)
+    np.testing.assert_array_equal(pixels(dataset[index]["lr"]), low)
+    np.testing.assert_array_equal(pixels(dataset[index]["lrsr"]), images.upscale_bicubic(low))
+    np.testing.assert_array_equal(pixels(dataset[index]["refsr"]), images.upscale_bicubic(low))
+    assert dataset[index]["key_mask"].all() and dataset[index]["key_mask"].shape == (6, 6)
 
 
-def test_references_lie_inside_the_photograph_and_about_their_picture(write):
-    """Shown by a photograph of its own coordinates, in which nothing is darker than 40."""
+def test_references_are_inside_the_photograph_and_near_their_image(write):
+    """In a photograph of its own coordinates, where no pixel is darker than 40."""
     warp = Warp(shift=0.25, rotation=30, perspective=0.2, scale=1.3, brightness=0, contrast=0)
     options = {"warp": warp, "unrelated": 0, "augment": False}
     dataset = Photographs(write(coordinates(160, 170)), size=48, **options)
     shifts, scales = [], []
-    for draw in range(150):
-        hr, ref = (pixels(dataset[draw][name]).astype(float) for name in ("hr", "ref"))
+    for index in range(150):
+        hr, ref = (pixels(dataset[index][name]).astype(float) for name in ("hr", "ref"))
         assert ref.min() >= 40 and ref[..., 2].max() == 40
         shifts.append(ref[23:25, 23:25, :2].mean((0, 1)) - hr[23:25, 23:25, :2].mean((0, 1)))
         across = ref[24, 28, :2] - ref[24, 19, :2]
@@ -157,57 +157,57 @@ def test_a_photograph_without_room_is_not_warped(write):
     dataset = Photographs(
         write(noise(24, 24, 3)), size=24, unrelated=0, warp=Warp(brightness=0, contrast=0)
     )
-    item = dataset[0]  # of which each part is flipped and turned by itself
+    item = dataset[0]  # image and reference are flipped and rotated independently
     assert sorted(item["ref"].flatten().tolist()) == sorted(item["hr"].flatten().tolist())
 
 
 def test_only_references_change_in_brightness(write):
     photo = np.full((40, 40, 3), 100, np.uint8)
     dataset = Photographs(write(photo), size=12, unrelated=0, warp=Warp(brightness=0.1, contrast=0))
-    drawn = [dataset[draw] for draw in range(60)]
-    assert all((pixels(item["hr"]) == 100).all() for item in drawn)
-    values = [int(pixels(item["ref"])[0, 0, 0]) for item in drawn]
+    items = [dataset[index] for index in range(60)]
+    assert all((pixels(item["hr"]) == 100).all() for item in items)
+    values = [int(pixels(item["ref"])[0, 0, 0]) for item in items]
     assert 74 <= min(values) < 78 and 122 < max(values) <= 126
 
 
 @each("share", [0.0, 0.3, 1.0])
 def test_a_share_of_references_is_unrelated(write, share):
-    """Photographs of one colour each; another photograph is any of the others."""
+    """Photographs of one colour each; all other photographs are equally likely."""
     colours = [np.full((40, 40, 3), 60 * n, np.uint8) for n in range(4)]
     dataset = Photographs(
         write(*colours), size=12, unrelated=share, crops_per_photo=100, warp=STILL, candidates=1
     )
     others = np.zeros(4, int)
-    for draw in range(len(dataset)):
-        item = dataset[draw]
+    for index in range(len(dataset)):
+        item = dataset[index]
         own, other = (int(pixels(item[name])[0, 0, 0]) for name in ("hr", "ref"))
-        assert own == 60 * (draw % 4)
+        assert own == 60 * (index % 4)
         others[(other - own) // 60 % 4] += 1
     deviation = math.sqrt(400 * share * (1 - share))
     assert abs(others[1:].sum() - 400 * share) <= 3 * deviation
     assert share == 0 or others[1:].min() > 0.7 * 400 * share / 3
 
 
-def test_share_is_by_default_for_what_there_is(write):
-    """Where there is one photograph alone, all references are parts of it."""
+def test_default_share_of_unrelated_references(write):
+    """With a single photograph, all references are views of it."""
     grey = np.full((40, 40, 3), 60, np.uint8)
     options = {"size": 12, "crops_per_photo": 50, "warp": STILL}
     alone = Photographs(write(grey), **options)
     assert {int(pixels(alone[n]["ref"])[0, 0, 0]) for n in range(50)} == {60}
     two = Photographs(write(grey, grey + 60), **options)
-    draws = [[int(pixels(two[n][name])[0, 0, 0]) for name in ("hr", "ref")] for n in range(100)]
-    assert 0 < sum(own != other for own, other in draws) < 25
+    values = [[int(pixels(two[n][name])[0, 0, 0]) for name in ("hr", "ref")] for n in range(100)]
+    assert 0 < sum(own != other for own, other in values) < 25
 
 
-def test_places_with_detail_are_preferred(write):
-    """Of a photograph three quarters of which are flat."""
+def test_crops_with_detail_are_preferred(write):
+    """In a photograph with three flat quarters."""
     photo = np.full((100, 200, 3), 128, np.uint8)
     photo[:, 150:] = noise(100, 50, 3)
     folder = write(photo)
     flat = []
     for candidates in (1, 6):
         dataset = Photographs(folder, size=12, unrelated=0, candidates=candidates)
-        flat.append(sum(float(dataset[draw]["hr"].std()) < 0.05 for draw in range(60)))
+        flat.append(sum(float(dataset[index]["hr"].std()) < 0.05 for index in range(60)))
     assert flat[0] > 30 and flat[1] < 20
 
 
@@ -218,27 +218,27 @@ def test_photographs_are_reduced_to_the_longest_side(write):
     assert sum((reduced[:, x : x + 24] == hr).all() for x in range(7)) == 1
 
 
-def test_a_photograph_that_is_reduced_too_far(write):
+def test_a_photograph_reduced_too_far(write):
     dataset = Photographs(write(noise(40, 80, 3)), size=24, longest=40, unrelated=0)
     with pytest.raises(ValueError, match="at least 24x24 pixels, got 40x20 with longest 40$"):
         dataset[0]
 
 
-def test_epochs_go_round_the_photographs(write):
+def test_items_cycle_through_the_photographs(write):
     colours = [np.full((20, 20, 3), 50 * n, np.uint8) for n in range(3)]
     dataset = Photographs(write(*colours), size=12, crops_per_photo=2)
     assert len(dataset) == 6
-    seen = [int(pixels(dataset[draw]["hr"])[0, 0, 0]) for draw in range(12)]
+    seen = [int(pixels(dataset[index]["hr"])[0, 0, 0]) for index in range(12)]
     assert seen == [0, 50, 100] * 4
 
 
-def test_the_same_draw_is_the_same_item(write):
+def test_the_same_index_is_the_same_item(write):
     folder = write(noise(60, 60, 3), noise(50, 70, 3, seed=6))
     first, second = (Photographs(folder, size=24, seed=2) for _ in range(2))
-    items = [first[draw] for draw in range(8)]
-    for draw in reversed(range(8)):
-        for name, x in second[draw].items():
-            assert torch.equal(x, items[draw][name])
+    items = [first[index] for index in range(8)]
+    for index in reversed(range(8)):
+        for name, x in second[index].items():
+            assert torch.equal(x, items[index][name])
     assert not torch.equal(items[0]["hr"], first[len(first)]["hr"])
     assert not torch.equal(items[0]["hr"], Photographs(folder, size=24, seed=3)[0]["hr"])
 
@@ -262,15 +262,15 @@ def test_files_are_kept_in_order_and_held_out(tmp_path):
 
 def test_small_and_damaged_photographs(write):
     folder = write(noise(40, 40, 3), noise(20, 40, 3), noise(40, 40, 3))
-    (folder / "2.png").write_bytes(b"no picture")
+    (folder / "2.png").write_bytes(b"no image")
     dataset = Photographs(folder, size=24, unrelated=0)
     with pytest.raises(ValueError, match="1.png must have at least 24x24 pixels, got 40x20"):
         dataset[1]
     with pytest.raises(ValueError, match="cannot read .*2.png: it is no PNG"):
         dataset[2]
     patient = Photographs(folder, size=24, unrelated=0, on_error="skip")
-    for draw in (1, 2):
-        assert torch.equal(patient[draw]["hr"], dataset[3]["hr"])
+    for index in (1, 2):
+        assert torch.equal(patient[index]["hr"], dataset[3]["hr"])
 
 
 @each(

@@ -1,4 +1,4 @@
-"""Trainings that end early and go on: signals, kills, full disks, checkpoints that do not fit."""
+"""Interrupted and resumed trainings: signals, kills, full disks, checkpoints that do not fit."""
 
 import errno
 import os
@@ -20,12 +20,12 @@ from tests.trainings import (
 )
 from ttsr_fast.cli.commands import app
 from ttsr_fast.model import TTSR, load_model
-from ttsr_fast.training import steps
+from ttsr_fast.training import trainer as trainer_module
 from ttsr_fast.training.checkpoints import BEST, LAST
 from ttsr_fast.training.config import load_config
-from ttsr_fast.training.data_files import FILES
+from ttsr_fast.training.items import FILES
+from ttsr_fast.training.monitor import Validation
 from ttsr_fast.training.trainer import MODELS, Trainer, train
-from ttsr_fast.training.validation import Validation
 
 each = pytest.mark.parametrize
 LIMIT = 60.0  # seconds
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 
 
 class Stop(Exception):
-    """The end of the world, as far as a training can tell."""
+    """Stands for a kill in this process."""
 
 
 def stop_at(step):
@@ -50,7 +50,7 @@ def stop_at(step):
 
 
 def assert_same_state(folder, other):
-    """Everything in the last checkpoints but the names of folders."""
+    """Equal last checkpoints, apart from the names of folders."""
     x, y = (torch.load(path / LAST, weights_only=True) for path in (folder, other))
     x["config"]["run"]["out"] = y["config"]["run"]["out"]
     assert_equal(x, y)
@@ -75,7 +75,7 @@ def assert_equal(x, y, where="state"):
         assert x == y, where
 
 
-# --- going on ---------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------
 
 
 @each(
@@ -83,20 +83,20 @@ def assert_equal(x, y, where="state"):
     [(("num_epochs=2",), 2), (("num_epochs=2",), 3), ((*FULL, "num_epochs=1"), 4)],
     ids=["in mid-epoch", "after an epoch", "all losses"],
 )
-def test_a_training_that_ends_goes_on_bit_exactly(data, tmp_path, settings, steps):
-    """With work lost since the last checkpoint, and of both networks where there are two."""
+def test_an_interrupted_training_resumes_bit_exactly(data, tmp_path, settings, steps):
+    """With steps lost since the last checkpoint, and with both networks."""
     settings = (*settings, "save_steps=2")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(configuration(data, whole, *settings))
     with pytest.raises(Stop):
         train(configuration(data, parts, *settings), progress=stop_at(steps + 1))
-    torch.manual_seed(99)  # another process begins with other random numbers
+    torch.manual_seed(99)  # as in another process
     state = train(configuration(data, parts, *settings), resume=True)
     assert (state.step, state.signal) == (state.total, 0)
     assert_same_state(parts, whole)
 
 
-def test_a_longer_training_goes_on_from_a_shorter_one(data, tmp_path):
+def test_a_longer_training_resumes_from_a_shorter_one(data, tmp_path):
     settings = ("ema=0.9", "decay=1", "tpl_w=1")
     train(configuration(data, tmp_path / "long", *settings, "num_epochs=2"))
     train(configuration(data, tmp_path / "short", *settings, "num_epochs=1"))
@@ -107,14 +107,14 @@ def test_a_longer_training_goes_on_from_a_shorter_one(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """A training that nothing has ended early."""
+    """A training without interruption."""
     out = tmp_path_factory.mktemp("whole")
     train(configuration(data, out, *LONG))
     return out
 
 
-def test_a_killed_program_goes_on_bit_exactly(data, tmp_path, whole):
-    """SIGKILL in the middle of an epoch, with a process that loads data."""
+def test_a_killed_program_resumes_bit_exactly(data, tmp_path, whole):
+    """SIGKILL in the middle of an epoch, with a loader process."""
     killed = tmp_path / "killed"
     process = start(program(data, killed, settings=LONG))
     wait_for(killed / LAST, process)
@@ -126,7 +126,7 @@ def test_a_killed_program_goes_on_bit_exactly(data, tmp_path, whole):
     assert_same_state(killed, whole)
 
 
-def test_a_terminated_program_saves_and_goes_on_bit_exactly(data, tmp_path, whole):
+def test_a_terminated_program_saves_and_resumes_bit_exactly(data, tmp_path, whole):
     ended = tmp_path / "ended"
     process = start(program(data, ended, settings=LONG))
     wait_for(ended / LAST, process)
@@ -139,7 +139,7 @@ def test_a_terminated_program_saves_and_goes_on_bit_exactly(data, tmp_path, whol
     assert errors.splitlines()[-1] == message
     assert step < 16
     assert "model.safetensors" not in output
-    load_model(ended / MODELS[0])  # the generator of now
+    load_model(ended / MODELS[0])  # the current generator
     state = train(configuration(data, ended, *LONG), resume=True)
     assert state.step == 16
     assert_same_state(ended, whole)
@@ -159,11 +159,11 @@ def test_a_signal_lets_the_step_end(data, tmp_path, number):
     assert signal.getsignal(number) is handler
 
 
-def test_the_second_signal_is_not_held_back(data, tmp_path):
+def test_the_second_signal_ends_the_training(data, tmp_path):
     def progress(state):
         os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has none
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     try:
         with pytest.raises(KeyboardInterrupt):
             train(
@@ -173,7 +173,7 @@ def test_the_second_signal_is_not_held_back(data, tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
-# --- what is kept -----------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------
 
 
 def test_last_and_best_are_kept(data, tmp_path, monkeypatch):
@@ -203,10 +203,10 @@ def test_checkpoints_and_exports_are_models(data, tmp_path):
         assert_equal(dict(load_model(tmp_path / name).state_dict()), dict(tensors))
 
 
-# --- what goes wrong --------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_former_checkpoint(data, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def full(descriptor):
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
     assert_same_state(out, tmp_path / "whole")
 
 
-def test_a_folder_with_a_training_is_not_begun_anew(data, tmp_path):
+def test_a_folder_with_a_training_is_refused(data, tmp_path):
     for name in (LAST, BEST, *MODELS, "training.yaml"):
         out = tmp_path / name
         out.mkdir()
@@ -282,22 +282,22 @@ def test_other_files_are_no_checkpoints(data, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(data, tmp_path, monkeypatch):
-    """The step's pictures are saved, and the weights are those from before."""
+    """The step's images are saved, and the weights are unchanged."""
     out, seen = tmp_path / "out", []
-    true_loss = steps.reconstruction_loss
+    true_loss = trainer_module.reconstruction_loss
 
     def loss(sr, hr, kind):
         seen.append(hr)
         return true_loss(sr, hr, kind) * (float("nan") if len(seen) == 3 else 1)
 
-    monkeypatch.setattr(steps, "reconstruction_loss", loss)
+    monkeypatch.setattr(trainer_module, "reconstruction_loss", loss)
     trainer = Trainer(configuration(data, out, "save_steps=2"))
     with pytest.raises(RuntimeError) as caught:
         trainer.run()
     file = out / "not-finite-step-3.pt"
     assert str(caught.value) == (
         f"loss rec is nan and loss total is nan in step 3, and the training stops; {file} holds "
-        "the pictures of the step"
+        "the images of the step"
     )
     inputs = torch.load(file, weights_only=True)
     assert inputs.keys() == {"lr", "lrsr", "hr", "ref", "refsr", "key_mask"}
@@ -311,8 +311,8 @@ def test_one_process_that_is_not_finite_stops_all(two, data, tmp_path):
     answers = two.run(not_finite_in_the_last, configuration(data, tmp_path / "out"))
     messages = [str(answer) for answer in answers]
     assert all("loss rec is nan and loss total is nan in step 1" in text for text in messages)
-    assert "another process has the pictures" in messages[0]
-    assert "not-finite-step-1-process-1.pt holds the pictures" in messages[1]
+    assert "another process has the images" in messages[0]
+    assert "not-finite-step-1-process-1.pt holds the images" in messages[1]
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_bad_input_is_one_line(data, tmp_path, arguments, message, monkeypatch):
     assert not out.exists()
 
 
-def test_show_is_what_would_be_done(data, tmp_path):
+def test_show_prints_the_settings(data, tmp_path):
     arguments = ["train", "tiny", "--data", str(data), "--set", "n_feats=8", "--show"]
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -353,7 +353,7 @@ def test_show_is_what_would_be_done(data, tmp_path):
     assert load_config(tmp_path / "shown.yaml") == expected
 
 
-def test_the_command_trains_and_goes_on_as_it_began(data, tmp_path):
+def test_the_command_trains_and_resumes(data, tmp_path):
     out = tmp_path / "out"
     arguments = program(data, out, settings=("num_epochs=1", f"validation={data}"))[3:]
     result = CliRunner().invoke(app, arguments)

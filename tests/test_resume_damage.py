@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged or gone: what is said, what a training goes on from."""
+"""Damaged and missing checkpoints: messages, and the checkpoint to resume from."""
 
 import os
 
@@ -27,7 +27,7 @@ def settings(data):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """A training of two epochs with held-out images."""
+    """A training of two epochs with validation images."""
     out = tmp_path_factory.mktemp("whole")
     train(configuration(data, out, *settings(data)))
     return out
@@ -35,14 +35,14 @@ def whole(data, tmp_path_factory):
 
 @pytest.fixture
 def half(data, tmp_path):
-    """The same after its first epoch, with a last and a best checkpoint."""
+    """The same training after its first epoch, with a last and a best checkpoint."""
     out = tmp_path / "half"
     train(configuration(data, out, *settings(data), "num_epochs=1"))
     return out
 
 
 def flipped(path):
-    """One bit of the weights, as a disk may lose it."""
+    """Content with one flipped bit in the weights."""
     saved = torch.load(path, weights_only=True)["state_dict"]["MainNet.conv12.weight"]
     content = bytearray(path.read_bytes())
     content[content.index(saved.numpy().tobytes()) + 5] ^= 64
@@ -50,7 +50,7 @@ def flipped(path):
 
 
 def replace(path, content):
-    """By a new file: another name may share the old one."""
+    """Write a new file: another name may share the old one."""
     path.unlink()
     path.write_bytes(content)
 
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_names_the_whole_one(data, half, whole, damage):
     assert_same_state(half, whole)
 
 
-def test_without_a_whole_checkpoint_nothing_is_begun(data, half):
+def test_without_a_whole_checkpoint_the_folder_is_refused(data, half):
     for name in (LAST, BEST):
         replace(half / name, b"torn")
     with pytest.raises(RuntimeError, match=rf"no whole {BEST} either: begin again in another fold"):
@@ -85,7 +85,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun(data, half):
     (half / BEST).unlink()
     with pytest.raises(RuntimeError, match=rf"no whole {BEST} either: begin again in another fold"):
         train(configuration(data, half, *settings(data)), resume=True)
-    (half / LAST).unlink()  # and the model is left
+    (half / LAST).unlink()  # only the model is left
     with pytest.raises(ValueError, match=rf"holds a training already \({MODELS[0]}\)"):
         train(configuration(data, half, *settings(data)), resume=True)
 
@@ -98,7 +98,7 @@ def test_the_best_takes_the_place_of_a_last_that_is_gone(data, half, whole, capl
     assert_same_state(half, whole)
 
 
-def test_a_checkpoint_of_elsewhere_replaces_no_training(data, half, whole):
+def test_a_checkpoint_of_another_folder_replaces_no_training(data, half, whole):
     before = (half / LAST).read_bytes()
     for name in (LAST, BEST, SETTINGS):
         with pytest.raises(ValueError, match=r"holds a training already \("):
@@ -107,7 +107,7 @@ def test_a_checkpoint_of_elsewhere_replaces_no_training(data, half, whole):
     assert (half.parent / LAST).read_bytes() == before
 
 
-def test_going_on_from_the_best_is_possible(data, half, whole):
+def test_resuming_from_the_best_is_possible(data, half, whole):
     train(configuration(data, half, *settings(data)), resume=half / BEST)
     assert_same_state(half, whole)
 
@@ -135,7 +135,7 @@ def test_going_on_from_the_best_is_possible(data, half, whole):
         ),
     ],
 )
-def test_what_is_missing_is_named(data, half, change, message):
+def test_missing_and_wrong_content_is_named(data, half, change, message):
     saved = torch.load(half / LAST, weights_only=True)
     change(saved)
     (half / LAST).unlink()
@@ -148,14 +148,14 @@ def test_what_is_missing_is_named(data, half, change, message):
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path, monkeypatch):
     """A finite loss can have a gradient that overflows."""
-    step = Trainer._step
+    log_step = Trainer._log_step
 
-    def overflow(self, batch, full):
-        step(self, batch, full)
+    def overflow(self):
+        log_step(self)
         if self.state.step == 3:
             self.networks.ttsr.MainNet.conv12.bias.data[1] = float("inf")
 
-    monkeypatch.setattr(Trainer, "_step", overflow)
+    monkeypatch.setattr(Trainer, "_log_step", overflow)
     message = "^weight MainNet.conv12.bias is not finite after step 3, and the training stops; "
     with pytest.raises(RuntimeError, match=message):
         train(configuration(data, tmp_path, "save_steps=2"))
@@ -166,7 +166,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path, monke
 # --- nothing to resume -------------------------------------------------------------------------
 
 
-def test_resume_in_a_new_folder_begins_and_says_so(data, tmp_path):
+def test_resume_in_a_new_folder_starts_with_a_message(data, tmp_path):
     out = tmp_path / "out"
     result = CliRunner().invoke(app, program(data, out, "--resume")[3:])
     message = f"nothing to resume in {out}: the training starts from the beginning\n"
@@ -177,7 +177,7 @@ def test_resume_in_a_new_folder_begins_and_says_so(data, tmp_path):
     assert (result.exit_code, result.output) == (0, "")
 
 
-def test_it_is_logged(data, tmp_path, caplog):
+def test_the_start_is_logged(data, tmp_path, caplog):
     train(configuration(data, tmp_path), resume=True)
     assert f"{tmp_path} holds no checkpoint yet: starting from the beginning" in caplog.messages
 

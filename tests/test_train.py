@@ -1,11 +1,14 @@
-"""`ttsr-fast train`: its help and its last lines."""
+"""`ttsr-fast train`: help and last lines."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
-from tests.trainings import photographs, program
+from tests.trainings import ROOT, photographs, program
 from ttsr_fast.cli.commands import app
 from ttsr_fast.training.config import Config
 from ttsr_fast.training.settings import explained
@@ -19,7 +22,7 @@ def data(tmp_path_factory):
     return photographs(tmp_path_factory.mktemp("data") / "photographs")
 
 
-def test_which_file_to_use_is_said(data, tmp_path):
+def test_the_file_to_use_is_printed(data, tmp_path):
     out = tmp_path / "out"
     result = CliRunner().invoke(app, program(data, out, settings=("ema=0.9",))[3:])
     average, last = result.stdout.splitlines()[-2:]
@@ -49,3 +52,28 @@ def test_help_explains_every_key(monkeypatch, columns):
         for key in keys:
             assert any(row.startswith(f"{key.name}=") for row in rows)
             assert key.help in text
+
+
+WITHOUT = """
+import sys
+sys.modules[sys.argv[1]] = None
+sys.argv[:2] = ["ttsr-fast"]
+from ttsr_fast.cli import main
+main()
+"""
+
+
+@each(
+    ("package", "purpose"),
+    [
+        ("accelerate", "training needs accelerate"),
+        ("omegaconf", "a configuration needs OmegaConf"),
+        ("yaml", "a configuration needs PyYAML"),
+    ],
+)
+def test_a_missing_package_is_one_line(data, tmp_path, package, purpose):
+    command = [sys.executable, "-c", WITHOUT, package, *program(data, tmp_path / "out")[3:]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    message = f"error: {purpose}: pip install 'ttsr-fast[train]'\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)

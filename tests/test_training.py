@@ -1,4 +1,4 @@
-"""The trainer: what its steps compute, by whatever search and in however many processes."""
+"""Trainer: its steps with several backends, processes and settings."""
 
 import math
 
@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.trainings import FULL, configuration, gradients, photographs
 from ttsr_fast.model import TTSR, save_model
-from ttsr_fast.training.datasets import Draws
-from ttsr_fast.training.trainer import Shares, Trainer, train
-from ttsr_fast.training.validation import psnr
+from ttsr_fast.training.data import DistributedBatchSampler, EpochSampler
+from ttsr_fast.training.monitor import psnr
+from ttsr_fast.training.trainer import Trainer, train
 
 each = pytest.mark.parametrize
 
@@ -36,7 +36,7 @@ def losses_of(config, steps):
 
 
 def test_the_search_gives_the_losses_of_the_oracle(data, tmp_path):
-    """50 steps of one recipe from one seed."""
+    """50 steps from one seed."""
     settings = ("crops_per_photo=5", "num_epochs=10")
     fast = losses_of(configuration(data, tmp_path / "fast", *settings), 50)
     oracle = configuration(data, tmp_path / "oracle", "backend=reference", *settings)
@@ -63,12 +63,12 @@ def test_parts_of_a_batch_have_the_gradients_of_the_whole(config):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_is_that_of_plain_code(config):
-    """The recipe written out: Adam with two rates, k steps of the discriminator, the average."""
+def test_a_step_equals_plain_code(config):
+    """Adam with two rates, k steps of the discriminator, the average."""
     settings = config(*FULL, "lr_rate_lte=1e-4", "gan_k=2")
     trainer, plain = Trainer(settings), Trainer(settings)
     batch = next(trainer.batches())
-    losses = trainer.steps.step(batch, full=True)
+    losses = trainer.step(batch, full=True)
 
     model, critic = plain.networks.ttsr, plain.networks.discriminator
     learnt = [x for n, x in model.LTE.named_parameters() if not n.startswith("sub_mean")]
@@ -106,7 +106,7 @@ def test_the_average_follows_the_weights(config):
     trainer = Trainer(config("ema=0.9"))
     expected = None
     for batch in trainer.batches():
-        trainer.steps.step(batch, full=True)
+        trainer.step(batch, full=True)
         now = torch.nn.utils.parameters_to_vector(trainer.networks.ttsr.parameters())
         expected = now if expected is None else 0.9 * expected + 0.1 * now
     found = torch.nn.utils.parameters_to_vector(trainer.networks.best.parameters())
@@ -114,7 +114,7 @@ def test_the_average_follows_the_weights(config):
 
 
 def test_phases_and_rates_follow_the_recipe(config):
-    """Losses of every epoch, and the rates that StepLR makes of those of both optimisers."""
+    """Losses of every epoch, and StepLR's rates of both optimisers."""
     losses, rates = {}, {}
     settings = config("adv_w=1e-3", "size=32", "num_init_epochs=1", "num_epochs=3", "decay=2")
     settings.data.crops_per_photo = 1
@@ -134,7 +134,7 @@ def test_phases_and_rates_follow_the_recipe(config):
 def test_a_frozen_extractor_stays_as_it_is(config):
     trainer = Trainer(config("lr_rate_lte=0"))
     before = {name: x.clone() for name, x in trainer.networks.ttsr.named_parameters()}
-    trainer.steps.step(next(trainer.batches()), full=True)
+    trainer.step(next(trainer.batches()), full=True)
     changed = {
         name.partition(".")[0]
         for name, x in trainer.networks.ttsr.named_parameters()
@@ -147,14 +147,14 @@ def test_a_frozen_extractor_stays_as_it_is(config):
 def test_ablations_train(config, switch):
     trainer = Trainer(config(f"{switch}=no"))
     batch = next(trainer.batches())
-    first = trainer.steps.step(batch, full=True)["rec"]
+    first = trainer.step(batch, full=True)["rec"]
     for _ in range(5):
-        last = trainer.steps.step(batch, full=True)["rec"]
+        last = trainer.step(batch, full=True)["rec"]
     assert last < first
 
 
 def test_gradients_are_clipped_on_request(config):
-    """To a norm of all together. Adam divides it out of the step: the gradients are looked at."""
+    """Norm over all gradients. Adam normalises the step, so the gradients are compared."""
     norms = []
     for clip in ("clip=null", "clip=1e-3"):
         found, _ = gradients(config(clip))
@@ -164,15 +164,15 @@ def test_gradients_are_clipped_on_request(config):
 
 
 def test_sixteen_bits_change_no_match(config):
-    """Features and search are those of float32, and the picture is nearly so."""
+    """Textures are bit-equal to float32, and the image is close."""
     outputs = []
     for amp in ("null", "bf16"):
-        AcceleratorState._reset_state(True)  # which keeps the precision of the process
+        AcceleratorState._reset_state(True)  # it keeps the precision of the process
         trainer = Trainer(config(f"amp={amp}", "tpl_w=1e-2"))
         batch = next(trainer.batches())
         images = {name: batch[name] for name in ("lr", "lrsr", "ref", "refsr")}
         outputs.append(trainer.networks.generator(**images))
-        outputs[-1] += (torch.tensor(trainer.steps.step(batch, full=True)["total"]),)
+        outputs[-1] += (torch.tensor(trainer.step(batch, full=True)["total"]),)
     AcceleratorState._reset_state(True)
     (sr, *textures, loss), (sr16, *textures16, loss16) = outputs
     assert all(torch.equal(x, y) for x, y in zip(textures, textures16, strict=True))
@@ -189,13 +189,13 @@ def test_float16_is_refused_on_the_cpu(config):
 
 
 def test_padding_is_masked_on_request(config):
-    """Keys of which the batch says that they are padding are not matched then."""
+    """Keys outside the batch's mask are not matched."""
     losses = []
     for mask in ("mask_padding=no", "mask_padding=yes"):
         trainer = Trainer(config(mask))
         batch = next(trainer.batches())
         batch["key_mask"][..., 1:] = False
-        losses.append(trainer.steps.step(batch, full=True)["rec"])
+        losses.append(trainer.step(batch, full=True)["rec"])
     assert losses[0] != losses[1]
 
 
@@ -210,8 +210,8 @@ def test_training_starts_from_given_weights(config, tmp_path):
         Trainer(config(given, "n_feats=8"))
 
 
-def test_what_is_recorded(config, data, tmp_path):
-    """Scalars are those the steps have, PSNR that of bytes; a picture of one row."""
+def test_the_log(config, data, tmp_path):
+    """Scalars of the steps and the validation, and an image of one row."""
     state = train(
         config("print_every=1", "num_epochs=1", f"validation={data}", "crops_per_photo=2")
     )
@@ -226,13 +226,13 @@ def test_what_is_recorded(config, data, tmp_path):
     assert record.Scalars("psnr/psnr")[-1].value == pytest.approx(state.validation.psnr)
     assert record.Scalars("psnr/bicubic")[-1].value == pytest.approx(state.validation.bicubic)
     assert "speed/images" in record.Tags()["scalars"]
-    (picture,) = record.Images(record.Tags()["images"][0])
-    assert (picture.height, picture.width) == (16, 4 * (16 + 4))
+    (image,) = record.Images(record.Tags()["images"][0])
+    assert (image.height, image.width) == (16, 4 * (16 + 4))
 
 
-def test_validation_is_the_psnr_of_bytes(config, data):
+def test_validation_is_the_psnr_in_8_bits(config, data):
     trainer = Trainer(config(f"validation={data}"))
-    items = [trainer.held_out[number] for number in range(len(trainer.held_out))]
+    items = [trainer.validation_items[number] for number in range(len(trainer.validation_items))]
     expected = []
     for item in items:
         x, y = (((item[name] + 1) * 127.5).round().double() for name in ("lrsr", "hr"))
@@ -243,10 +243,11 @@ def test_validation_is_the_psnr_of_bytes(config, data):
     assert math.isnan(psnr(torch.full_like(items[0]["hr"], torch.nan), items[0]["hr"]))
 
 
-def test_processes_share_every_batch():
-    """Together they have the draws of one process, the same number in each."""
-    whole = list(Shares(Draws(11, seed=3, epoch=2), 4, 0, 0, 1))
-    parts = [list(Shares(Draws(11, seed=3, epoch=2), 4, 0, number, 2)) for number in range(2)]
+def test_processes_divide_every_batch():
+    """Together they have the indices of one process, the same number in each."""
+    sampler = EpochSampler(11, seed=3, epoch=2)
+    whole = list(DistributedBatchSampler(sampler, 4, 0, 0, 1))
+    parts = [list(DistributedBatchSampler(sampler, 4, 0, rank, 2)) for rank in range(2)]
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
     assert [len(batch) for batch in whole] == [4, 4]
-    assert list(Shares(Draws(11, seed=3, epoch=2), 4, 1, 0, 1)) == whole[1:]
+    assert list(DistributedBatchSampler(sampler, 4, 1, 0, 1)) == whole[1:]

@@ -1,4 +1,4 @@
-"""Trainings that are small enough for tests, in this process and in others."""
+"""Small trainings for tests, in this process and in others."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from ttsr_fast.training.config import Config, load_config
 from ttsr_fast.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-# Narrow and on small pictures, with the code path of the preset.
+# Narrow and on small images, with the code path of the preset.
 SMALL = (
     *("num_res_blocks=1+1+1+1", "n_feats=4", "size=16", "batch_size=2", "crops_per_photo=3"),
     *(
@@ -32,7 +32,7 @@ FULL = ("adv_w=1e-3", "tpl_w=1e-2", "size=32", "ema=0.9", "num_init_epochs=1", "
 
 
 def photographs(folder: Path, count: int = 2) -> Path:
-    """Pictures with detail of several sizes."""
+    """Images with detail of several sizes."""
     folder.mkdir()
     for number in range(count):
         y, x = np.mgrid[:64, :72]
@@ -42,12 +42,12 @@ def photographs(folder: Path, count: int = 2) -> Path:
 
 
 def configuration(data: Path, out: Path, *settings: str) -> Config:
-    """The tiny preset, smaller."""
+    """The preset `tiny`, smaller."""
     return load_config("tiny", [*SMALL, f"data.root={data}", f"run.out={out}", *settings])
 
 
 def program(data: Path, out: Path, *arguments: str, settings: tuple[str, ...] = ()) -> list[str]:
-    """The command that trains with such a configuration."""
+    """Command of a training with `configuration`."""
     options = [x for setting in (*SMALL, *settings) for x in ("--set", setting)]
     return [
         *(sys.executable, "-m", "ttsr_fast", "train", "tiny"),
@@ -70,7 +70,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def join_group() -> None:
-    """What a launcher tells its processes, for one that is in a group already."""
+    """Set the environment of a launcher, in a process that is in a group already."""
     if dist.is_initialized():
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         rank, size = str(dist.get_rank()), str(dist.get_world_size())
@@ -79,7 +79,7 @@ def join_group() -> None:
 
 
 def not_finite_in_the_last(config: Config) -> None:
-    """A training whose last process has pictures that are no numbers."""
+    """A training with NaN in the images of its last process."""
     join_group()
     trainer = Trainer(config)
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -89,11 +89,11 @@ def not_finite_in_the_last(config: Config) -> None:
 
 
 def gradients(config: Config, steps: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Of both networks in the last of some steps, and its losses; over all processes of a group."""
+    """Gradients of both networks in the last step, and its losses, over all processes."""
     join_group()
     trainer = Trainer(config)
     for batch, _ in zip(trainer.batches(), range(steps), strict=False):
-        losses = trainer.steps.step(batch, full=True)
+        losses = trainer.step(batch, full=True)
     networks = {"G": trainer.networks.ttsr, "D": trainer.networks.discriminator}
     assert trainer.accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     return {
@@ -106,6 +106,6 @@ def gradients(config: Config, steps: int = 1) -> tuple[dict[str, torch.Tensor], 
 
 
 def run_training(config: Config) -> int:
-    """In this process, or in one of a group; the number of steps."""
+    """Number of steps of a training, in this process or a group."""
     join_group()
     return Trainer(config).run().step

@@ -1,4 +1,4 @@
-"""Former names of modules, importable with a warning until version 0.3."""
+"""Former names of modules and classes, importable with a warning until version 0.3."""
 
 import importlib
 import importlib.util
@@ -10,13 +10,15 @@ from types import CodeType, ModuleType
 from typing import Any
 
 NEW_NAMES = {
-    "backends": "operators.backends",
-    "bank": "upscaling.bank",
-    "build": "operators.build",
-    "pairs": "datasets",
-    "pictures": "visualize",
-    "plan": "upscaling.plan",
+    "ttsr_fast.backends": "ttsr_fast.operators.backends",
+    "ttsr_fast.bank": "ttsr_fast.upscaling.bank",
+    "ttsr_fast.build": "ttsr_fast.operators.build",
+    "ttsr_fast.pairs": "ttsr_fast.datasets",
+    "ttsr_fast.pictures": "ttsr_fast.visualize",
+    "ttsr_fast.plan": "ttsr_fast.upscaling.plan",
+    "ttsr_fast.training.datasets": "ttsr_fast.training.data",
 }
+NEW_ATTRIBUTES = {"Draws": "EpochSampler"}
 
 
 class _Moved(MetaPathFinder, Loader):
@@ -25,17 +27,16 @@ class _Moved(MetaPathFinder, Loader):
     def find_spec(
         self, name: str, path: Any, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package, _, module = name.rpartition(".")
-        return (
-            ModuleSpec(name, _Moved()) if package == "ttsr_fast" and module in NEW_NAMES else None
-        )
+        return ModuleSpec(name, _Moved()) if name in NEW_NAMES else None
 
     def create_module(self, spec: ModuleSpec) -> None:
         """An ordinary module."""
 
     def exec_module(self, module: ModuleType) -> None:
         new = importlib.import_module(_new_name(module.__name__))
-        module.__getattr__ = lambda name: getattr(new, name)  # type: ignore[method-assign]
+        module.__getattr__ = lambda name: getattr(  # type: ignore[method-assign]
+            new, NEW_ATTRIBUTES.get(name, name)
+        )
 
     def get_code(self, name: str) -> CodeType | None:
         """For `python -m`."""
@@ -44,9 +45,8 @@ class _Moved(MetaPathFinder, Loader):
 
 
 def _new_name(name: str) -> str:
-    new = f"ttsr_fast.{NEW_NAMES[name.rpartition('.')[2]]}"
-    warnings.warn(f"{name} is now {new}", FutureWarning, stacklevel=2)
-    return new
+    warnings.warn(f"{name} is now {NEW_NAMES[name]}", FutureWarning, stacklevel=2)
+    return NEW_NAMES[name]
 
 
 def install() -> None:

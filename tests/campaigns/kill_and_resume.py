@@ -1,13 +1,13 @@
-"""`ttsr-fast upscale --cache --resume`, killed at random moments: results as if never killed.
+"""`ttsr-fast upscale --cache --resume`, killed at random moments: same results as without kills.
 
     python -m tests.campaigns.kill_and_resume --kills 40 --seed 0
 
 In each round a folder is upscaled into a new folder. The program is killed at random moments and
-started again, until it is left to finish. After some of the kills a file of the cache, a result or
-the record loses its end or gets one bit flipped. Then every result must equal, byte for byte, the
-result of a run without kill and cache; every file of the cache must be whole; nothing else may be
-left; and one more run must find nothing to do. Moments are random, so a seed repeats the choices
-but not the exact places.
+started again, until a last run finishes. After some of the kills a file of the cache, a result or
+the record is truncated or gets one bit flipped. Then every result must equal, byte for byte, the
+result of a run without kill and cache; every file of the cache must be whole; no other file may be
+left; and another run must keep all results. The moments of the kills depend on the machine, so a
+seed repeats the choices only.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from ttsr_fast.images import Image
 from ttsr_fast.model import TTSR, save_model
 
 RECORD = ".ttsr-fast.jsonl"
-EARLY = 0.1  # share of the kills before the program has written anything
+EARLY = 0.1  # share of the kills before the first file
 DAMAGED = 0.3  # share of the kills after which a file is damaged
-ROUND = 8  # kills of a round, at most
+ROUND = 8  # maximum number of kills in a round
 LIMIT = 120  # seconds of a run
 
 
@@ -74,14 +74,14 @@ class Folder:
         )
 
     def finish(self, output: str, *options: str) -> tuple[str, str]:
-        """Output and errors of a run that nothing disturbs."""
+        """Output and errors of an undisturbed run."""
         process = self.start(output, *options)
         printed, errors = process.communicate(timeout=LIMIT)
         check(process.returncode == 0, f"exit code {process.returncode}: {errors}")
         return printed, errors
 
     def has_begun(self, process: subprocess.Popen, output: str) -> bool:
-        """Wait until a run has written something; False if it ends before."""
+        """Wait until a run has written a file; False if it ends before."""
         known = set(self.written(output))
         while process.poll() is None:
             if set(self.written(output)) - known:
@@ -113,10 +113,10 @@ class Folder:
 
 
 def campaign(kills: int, seed: int, count: int = 24) -> Counter[str]:
-    """Rounds until the program was killed `kills` times; what has happened how often.
+    """Rounds until the program was killed `kills` times; counts of all events.
 
     Raises:
-        AssertionError: a result differs, or something is left behind.
+        AssertionError: a result differs, or a file is left behind.
     """
     rng, happened = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as name:
@@ -146,7 +146,7 @@ def campaign(kills: int, seed: int, count: int = 24) -> Counter[str]:
                 happened["kills before the first file"] += early
                 if rng.random() < DAMAGED:
                     happened[_damage(rng, folder.written(output))] += 1
-            # A run without anything to make does not read the cache, which may be damaged.
+            # A run that keeps all results would not read the cache, which may be damaged.
             (folder.path / output / "0_x4.png").unlink(missing_ok=True)
             _, errors = folder.finish(output, "--cache", "cache", "--resume")
             happened["files of the cache that were made again"] += errors.count(" is made again: ")
@@ -159,7 +159,7 @@ def campaign(kills: int, seed: int, count: int = 24) -> Counter[str]:
 
 
 def _killed(folder: Folder, output: str, early: bool, wait: float, happened: Counter[str]) -> bool:
-    """Kill a run after a time; False if it ends by itself before."""
+    """Kill a run after a time; False if it ends before."""
     process = folder.start(output, "--cache", "cache", "--resume")
     if early or folder.has_begun(process, output):
         time.sleep(wait)
@@ -171,7 +171,7 @@ def _killed(folder: Folder, output: str, early: bool, wait: float, happened: Cou
 
 
 def _damage(rng: random.Random, files: list[Path]) -> str:
-    """Damage a file, and say how."""
+    """Damage a file; description of the damage."""
     files = [path for path in files if path.suffix != ".part" and path.stat().st_size > 0]
     if not files:
         return "no file to damage"

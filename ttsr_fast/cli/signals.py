@@ -1,14 +1,15 @@
 """Signals before a command begins and while it imports modules.
 
-An import may lose an exception that a signal raises, so these end the process directly.
+An import may lose an exception raised by a signal handler, so these signals end the process.
 """
 
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
+
+from ttsr_fast.training.signals import signal_handler
 
 at_start = ExitStack()  # closed when a command begins
 
@@ -17,16 +18,12 @@ at_start = ExitStack()  # closed when a command begins
 def exit_at_signals(line: Callable[[str], str], *numbers: int) -> Iterator[None]:
     """End the process at a signal, with a line on stderr and 128 + its number as exit code.
 
-    A signal that is ignored stays so. Outside the main thread, where Python sets no handlers,
-    nothing changes.
+    An ignored signal stays ignored. Outside the main thread nothing changes.
 
     Args:
-        line: makes the line of the signal's name.
+        line: makes the line from the signal's name.
         numbers: the signals.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def end(number: int, frame: FrameType | None) -> None:
         os.write(2, f"{line(signal.Signals(number).name)}\n".encode(errors="backslashreplace"))
@@ -34,9 +31,5 @@ def exit_at_signals(line: Callable[[str], str], *numbers: int) -> Iterator[None]
 
     untouched = (signal.SIG_IGN, None)  # None: not set by Python
     handled = [number for number in numbers if signal.getsignal(number) not in untouched]
-    before = {number: signal.signal(number, end) for number in handled}
-    try:
+    with signal_handler(end, handled):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

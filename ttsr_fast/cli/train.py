@@ -1,4 +1,4 @@
-"""`ttsr-fast train`: a generator learnt from images."""
+"""`ttsr-fast train`: training of a generator."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from ttsr_fast.cli.common import Quiet, errors_in_one_line, flag, say, terminal_
 from ttsr_fast.cli.signals import exit_at_signals
 from ttsr_fast.files import shown
 from ttsr_fast.training.config import PRESETS, SETTINGS, Config, load_config, to_yaml
-from ttsr_fast.training.interruption import SIGNALS, Ended, signals_raise
 from ttsr_fast.training.settings import explained
+from ttsr_fast.training.signals import SIGNALS, Ended, signals_raise
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -29,9 +29,9 @@ The name of the part may be left out: batch_size is data.batch_size.
 """
 
 
-def _print_help(context: typer.Context, wanted: bool) -> None:
-    """Print the help of the command, and then the keys of every part."""
-    if not wanted or context.resilient_parsing:
+def _print_help(context: typer.Context, requested: bool) -> None:
+    """Print the help of the command and the keys of every part."""
+    if not requested or context.resilient_parsing:
         return
     typer.echo(f"{context.get_help()}\n")
     formatter = context.make_formatter()
@@ -123,10 +123,10 @@ def _train(config: Config, resume: bool, quiet: bool, display: "_Display") -> No
         from ttsr_fast.training.trainer import MODELS, train
 
     display.out = out = None if config.run.out is None else Path(config.run.out)
-    speaks = not quiet and os.environ.get("RANK", "0") == "0"
+    verbose = not quiet and os.environ.get("RANK", "0") == "0"
     if resume and out is not None and not any((out / x).exists() for x in (SETTINGS, LAST, BEST)):
         resume = False
-        if speaks:
+        if verbose:
             say(f"nothing to resume in {out}: the training starts from the beginning", err=True)
     with _progress(display, quiet):
         state = train(config, resume=resume, progress=display)
@@ -135,7 +135,7 @@ def _train(config: Config, resume: bool, quiet: bool, display: "_Display") -> No
     if state.signal:
         display.step, display.saved = state.step, True
         raise Ended(state.signal)
-    if display.step is None and speaks:
+    if display.step is None and verbose:
         say(f"nothing to resume in {out}: all {state.step} steps are done", err=True)
     if display.step is not None and not quiet:
         model, average = MODELS
@@ -165,15 +165,14 @@ class _Display:
     """Progress of a training: a bar, or a line for every epoch.
 
     Args:
-        resume: whether the command has the option.
+        resume: the command has `--resume`.
         out: folder of the training.
 
     Attributes:
-        bar: None where there is no terminal.
-        lines: whether lines are shown.
-        step: of the last state, None before there was any; in all processes but the main one there
-            is none.
-        saved: whether the step is in the last checkpoint.
+        bar: None without a terminal.
+        lines: lines are shown.
+        step: of the last state, None before the first one and outside the main process.
+        saved: the step is in the last checkpoint.
     """
 
     def __init__(self, resume: bool, out: Path | None) -> None:
@@ -184,11 +183,11 @@ class _Display:
         self._task: TaskID | None = None
 
     def ended_by(self, name: str) -> str:
-        """A line of the signal's name, the place of the training, and the command to continue."""
-        return f"error: {name} {self._place}"
+        """Line with the signal's name, the last step, and the command to continue."""
+        return f"error: {name} {self._position}"
 
     @property
-    def _place(self) -> str:
+    def _position(self) -> str:
         begun = self.out is not None and (self.out / SETTINGS).exists()
         if self.step is None and (self._resume or not begun):
             return "before the first step: nothing is lost, run the same command again"

@@ -1,1 +1,1 @@
-"""Training of TTSR: what is learnt from, what is minimised, and the loop that does it."""
+"""Training of TTSR: data, networks, losses, and the loop over epochs and batches."""

@@ -1,26 +1,43 @@
-"""The state of a training on disk: all that is needed to go on as if nothing had happened.
+"""State of a training in memory and on disk, complete enough to resume bit for bit.
 
 A checkpoint is one file of tensors, numbers and strings, read with `weights_only=True`. The
-generator lies under `state_dict`, so `ttsr_fast.load_model` reads these files as well.
+weights of the generator are under `state_dict`, where `ttsr_fast.load_model` finds them.
 """
 
 import logging
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ttsr_fast.files import replacing
+from ttsr_fast.files import keep_as, replacing, write_bytes
 from ttsr_fast.model import tensor_files
-from ttsr_fast.training.config import Config, to_dict
+from ttsr_fast.training.config import SETTINGS, Config, to_dict, to_yaml
+from ttsr_fast.training.items import (
+    File,
+    Items,
+    check_unchanged,
+    data_files,
+    summary,
+    write_list,
+)
+from ttsr_fast.training.monitor import Validation
+from ttsr_fast.training.networks import Networks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LAST, BEST = "last.pt", "best.pt"
+MODELS = ("model.safetensors", "model-ema.safetensors")
 _FORMAT = "ttsr-fast training 1"
-# What cannot change in mid-training: shapes, the data of a step, what is kept with the optimisers.
+_POSITION = ("epoch", "done", "step", "best")  # of the state, in checkpoints
+# Settings that must not change: shapes, data of a step, settings kept by the optimisers.
 _FIXED = (
     "model.num_res_blocks",
     "model.n_feats",
@@ -42,7 +59,7 @@ _FIXED = (
     "optim.gamma",
     "run.seed",
 )
-# What every checkpoint holds.
+# Content of every checkpoint.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "state_dict": dict,
@@ -60,49 +77,167 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 _logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(state: dict[str, Any], config: Config, path: Path) -> None:
-    """Write a state; what was under this name is replaced when its successor is complete.
+@dataclass
+class State:
+    """Progress of a training.
+
+    Attributes:
+        epoch: current epoch, from 0; the number of epochs at the end.
+        done: finished steps of the epoch.
+        step: finished steps of the training.
+        total: steps of the training at its end.
+        losses: of the last step; `total` is their weighted sum.
+        images_per_second: average of the last steps, over all processes.
+        validation: the last one.
+        best: highest PSNR of all validations.
+        signal: number of the signal that ended the training, or 0.
+    """
+
+    epoch: int = 0
+    done: int = 0
+    step: int = 0
+    total: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    images_per_second: float = 0.0
+    validation: Validation | None = None
+    best: float = float("-inf")
+    signal: int = 0
+
+
+class Checkpoints:
+    """Checkpoints in the folder of a training, `run.out`, with its settings and file list.
 
     Args:
-        state: dicts, lists and tuples of tensors, numbers, strings and None; the generator's
-            weights under `state_dict`.
-        config: what the training was asked for.
-        path: a file in a folder that exists.
-
-    Raises:
-        OSError: the file cannot be written, such as on a full disk; the old one is as it was.
+        config: settings.
+        state: progress, changed by `resume`.
+        networks: changed by `resume`.
+        items: training data.
+        accelerator: of the networks.
     """
-    with replacing(path) as file:
-        torch.save({**state, "format": _FORMAT, "config": to_dict(config)}, file)
 
+    def __init__(
+        self,
+        config: Config,
+        state: State,
+        networks: Networks,
+        items: Items,
+        accelerator: "Accelerator",
+    ) -> None:
+        self._config, self._state, self._networks = config, state, networks
+        self._items, self._accelerator = items, accelerator
+        assert config.run.out is not None
+        self._folder = Path(config.run.out)
 
-def checkpoint_in(folder: Path) -> Path | None:
-    """The checkpoint to resume in this folder: the last, or the best if that is gone."""
-    last, best = folder / LAST, folder / BEST
-    if last.exists() or not best.exists():
-        return last if last.exists() else None
-    _logger.warning("%s is gone: going on from %s", last, BEST)
-    return best
+    @cached_property
+    def _files(self) -> list[File]:
+        return data_files(self._items)
+
+    def resume(self, resume: str | Path | bool | None) -> bool:
+        """Restore a checkpoint, or check that the folder holds no training; write the settings.
+
+        Args:
+            resume: as for `train`.
+
+        Returns:
+            True if a checkpoint is restored.
+
+        Raises:
+            OSError, RuntimeError, ValueError: as `train`.
+        """
+        path = _checkpoint_in(self._folder) if resume is True else Path(resume) if resume else None
+        if path is None or path.absolute().parent != self._folder.absolute():
+            names = (LAST, BEST, *MODELS, *(() if resume is True else (SETTINGS,)))
+            found = next((name for name in names if (self._folder / name).exists()), None)
+            if found is not None:
+                raise ValueError(
+                    f"{self._folder} holds a training already ({found}): resume it, or choose "
+                    "another folder"
+                )
+        if path is not None:
+            self._restore(path)
+        elif resume:
+            _logger.warning("%s holds no checkpoint yet: starting from the beginning", self._folder)
+        self._accelerator.wait_for_everyone()  # all have looked into the folder
+        if self._accelerator.is_main_process and self._state.epoch < self._config.run.epochs:
+            data = replace(self._config.data, on_change="raise")  # accepted for this run alone
+            settings = to_yaml(replace(self._config, data=data))
+            write_bytes(self._folder / SETTINGS, settings.encode())
+            write_list(self._files, self._folder)
+        return path is not None
+
+    def save(self, better: bool = False) -> None:
+        """Write `last.pt`, and the same as `best.pt` if it is better than all before.
+
+        Raises:
+            RuntimeError: weights are not finite, after gradients that overflow. The checkpoints
+                before stay.
+            OSError: the file cannot be written.
+        """
+        state = self._state
+        weights = self._networks.ttsr.state_dict()
+        bad = next((name for name, x in weights.items() if not x.isfinite().all()), None)
+        if bad is not None:
+            raise RuntimeError(
+                f"weight {bad} is not finite after step {state.step}, and the training stops; "
+                "no checkpoint is replaced"
+            )
+        if self._accelerator.is_main_process:
+            content = {
+                **self._networks.state(),
+                **{name: getattr(state, name) for name in _POSITION},
+                "items": len(self._items),
+                "files": summary(self._files),
+                "rng": _rng_state(),
+                "format": _FORMAT,
+                "config": to_dict(self._config),
+            }
+            # The best first: a run that ends in between repeats the better epoch.
+            path = self._folder / (BEST if better else LAST)
+            with replacing(path) as file:
+                torch.save(content, file)
+            if better:
+                keep_as(path, self._folder / LAST)
+        self._accelerator.wait_for_everyone()
+
+    def _restore(self, path: Path) -> None:
+        saved = load_checkpoint(path, self._config)
+        accept = self._config.data.on_change == "accept"
+        check_unchanged(self._files, saved.get("files"), path, accept)
+        if saved["done"] and saved["items"] != len(self._items):
+            raise ValueError(
+                f"{path} was saved within an epoch of {saved['items']} items, "
+                f"and now there are {len(self._items)}"
+            )
+        try:
+            self._networks.load(saved)
+            _set_rng_state(saved["rng"])
+        except Exception as error:  # a damaged state raises errors of all kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{path} does not hold the state of this training: {reason}"
+            ) from error
+        for name in _POSITION:
+            setattr(self._state, name, saved[name])
 
 
 def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
-    """What `save_checkpoint` has written, on the CPU.
+    """Content of a checkpoint, on the CPU.
 
     Args:
         path: the file.
-        config: of the training that is to go on with it.
+        config: settings of the training to resume.
 
     Raises:
         FileNotFoundError: there is no such file.
         RuntimeError: it cannot be read, or is damaged. For the last checkpoint the message says
-            whether the best is whole.
-        ValueError: it is no checkpoint of a training, or of another one: the keys that differ are
-            named.
+            if the best one is whole.
+        ValueError: it is no checkpoint, or the checkpoint of another training: the message names
+            the keys that differ.
     """
     try:
         state = _read(path)
     except RuntimeError as error:
-        raise RuntimeError(f"{error}{_way_out(path)}") from error
+        raise RuntimeError(f"{error}{_advice(path)}") from error
     saved = state["config"]
     faults = []
     for key, value in _fixed(to_dict(config)).items():
@@ -114,9 +249,18 @@ def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
     return state
 
 
-def rng_state() -> dict[str, Any]:
-    """Of Python, NumPy and torch, on the CPU and on the GPUs."""
-    numpy: Any = np.random.get_state()  # noqa: NPY002 - for whoever still draws from it
+def _checkpoint_in(folder: Path) -> Path | None:
+    """The last checkpoint of a folder, or the best if that is gone."""
+    last, best = folder / LAST, folder / BEST
+    if last.exists() or not best.exists():
+        return last if last.exists() else None
+    _logger.warning("%s is gone: going on from %s", last, BEST)
+    return best
+
+
+def _rng_state() -> dict[str, Any]:
+    """State of the generators of Python, NumPy and torch, on the CPU and on the GPUs."""
+    numpy: Any = np.random.get_state()  # noqa: NPY002 - other code may use it
     kind, keys, *rest = numpy
     return {
         "python": random.getstate(),
@@ -126,8 +270,8 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Undo all draws since `rng_state`; GPUs that were not there then stay as they are."""
+def _set_rng_state(state: dict[str, Any]) -> None:
+    """Restore the result of `_rng_state`; GPUs only if their number is the same."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002 - as above
@@ -156,7 +300,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
-    """All tensors, however deep."""
+    """All tensors in nested dicts, lists and tuples."""
     if isinstance(content, Tensor):
         yield content
     elif isinstance(content, dict | list | tuple):
@@ -164,8 +308,8 @@ def _tensors(content: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def _way_out(damaged: Path) -> str:
-    """Advice for a last checkpoint that is damaged."""
+def _advice(damaged: Path) -> str:
+    """Advice for a damaged last checkpoint."""
     best = damaged.with_name(BEST)
     if damaged.name != LAST:
         return ""
@@ -179,7 +323,7 @@ def _way_out(damaged: Path) -> str:
 
 
 def _fixed(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The values that a training keeps, and whether it has the parts that a state is of."""
+    """Settings that must not change, and the presence of optional parts of the state."""
     values = {}
     for key in _FIXED:
         part, _, name = key.partition(".")

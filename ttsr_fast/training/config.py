@@ -1,8 +1,7 @@
 """Configuration of a training, read from a preset or YAML file and overrides.
 
-A key is `part.field`. The name of the field is enough, as no two parts share one, and the options
-of the official program (researchmm/TTSR, option.py) are keys under their own names too. The parts
-and their fields are in `settings.py`.
+A key is `part.field`, or the field alone, as no two parts share one. The options of the official
+program (researchmm/TTSR, option.py) are keys, too. Parts and fields are in `settings.py`.
 """
 
 import difflib
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ttsr_fast.optional import optional
 from ttsr_fast.training import yaml_files
 from ttsr_fast.training.settings import (
     Config,
@@ -66,13 +66,13 @@ def _blocks(value: Any) -> Any:
     return value.split("+") if isinstance(value, str) else value
 
 
-# Official options under another name here, with what makes our value of theirs.
+# Official options with another name here, and conversions of their values.
 _OFFICIAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "GAN_type": ("loss.gan_type", _official_gan),
     "GAN_k": ("loss.gan_k", lambda value: value),
     "dataset": ("data.layout", lambda value: str(value).lower()),
     "dataset_dir": ("data.root", lambda value: value),
-    "train_crop_size": ("data.size", _quadruple),  # theirs is that of LR
+    "train_crop_size": ("data.size", _quadruple),  # the official size is the LR size
     "model_path": ("model.weights", lambda value: value),
     "save_dir": ("run.out", lambda value: value),
 }
@@ -92,19 +92,19 @@ def load_config(
     *,
     values: Mapping[str, Any] | None = None,
 ) -> Config:
-    """A preset or a YAML file with overrides, checked.
+    """Validated settings of a preset or a YAML file and overrides.
 
-    No file but `source` is read, and no variable of the environment.
+    Nothing else is read: no other file and no environment variable.
 
     Args:
-        source: the name of a preset (`PRESETS`) or a YAML file, which may name one that it starts
-            from as `preset: NAME`; None for the defaults.
-        overrides: `key=value`, the later the stronger; values are written as in YAML.
-        values: keys with values that are taken as they are, the strongest.
+        source: the name of a preset (`PRESETS`) or a YAML file, which may extend a preset by
+            `preset: NAME`; None for the defaults.
+        overrides: `key=value` with values in YAML; later ones take precedence.
+        values: keys and values, taken as they are; they take precedence over all others.
 
     Raises:
         ValueError: no such preset or file, no plain YAML, an unknown key, a value that is
-            impossible or refers to others (`${...}`).
+            invalid or refers to others (`${...}`).
         ImportError: OmegaConf is missing.
     """
     given = [*_read(source), *(pair for text in overrides for pair in _override(text))]
@@ -113,12 +113,12 @@ def load_config(
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain dicts, lists, numbers and strings."""
+    """Settings as plain dicts, lists, numbers and strings."""
     return {name: {key.name: key.value for key in keys} for name, _, keys in explained(config)}
 
 
 def to_yaml(config: Config) -> str:
-    """A file that `load_config` reads, with an explanation of every key."""
+    """Content of a file for `load_config`, with an explanation of every key."""
     lines = [
         "# Configuration for ttsr-fast train FILE.yaml. A key that is left out has its",
         "# default value. --set KEY=VALUE overrides a key.",
@@ -129,7 +129,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _commented(keys: Sequence[Key]) -> Iterator[str]:
-    """Lines of a part: explanations in a column, or above a value that is too long for that."""
+    """Lines of a part: explanations in a column, or above a long value."""
     texts = [f"  {key.name}: {yaml_files.dump(key.value)}" for key in keys]
     column = max(len(text) for text in texts if len(text) <= _LONGEST)
     for text, key in zip(texts, keys, strict=True):
@@ -145,7 +145,8 @@ def _commented(keys: Sequence[Key]) -> Iterator[str]:
 
 
 def _merged(settings: Mapping[str, Any]) -> Config:
-    omegaconf = _omegaconf()
+    message = "a configuration needs OmegaConf: pip install 'ttsr-fast[train]'"
+    omegaconf = optional("omegaconf", message)
     merged = omegaconf.OmegaConf.structured(Config)
     for key, value in settings.items():
         check_plain(key, value)
@@ -160,7 +161,7 @@ def _merged(settings: Mapping[str, Any]) -> Config:
 
 
 def _read(source: str | os.PathLike[str] | None) -> Iterator[tuple[str, Any]]:
-    """Keys and values of a preset or file; those of the preset that a file names come first."""
+    """Keys and values of a preset or file, after the keys of the preset that the file names."""
     if source is None:
         return
     path = PRESET_FOLDER / f"{source}.yaml" if str(source) in PRESETS else Path(source)
@@ -181,7 +182,7 @@ def _read(source: str | os.PathLike[str] | None) -> Iterator[tuple[str, Any]]:
 
 
 def _override(text: str) -> Iterator[tuple[str, Any]]:
-    """Of `key=value`, as `_flat` gives them."""
+    """Keys and values of `key=value`."""
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"an override must be key=value, got {text!r}")
@@ -193,7 +194,7 @@ def _override(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _flat(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """A part's fields as `part.field`, and everything else as it is."""
+    """Keys of the parts as `part.field`, and other keys unchanged."""
     for key, value in content.items():
         if key in _PARTS and (isinstance(value, Mapping) or value is None):
             yield from ((f"{key}.{name}", x) for name, x in (value or {}).items())
@@ -220,7 +221,7 @@ def _full_key(key: str) -> str:
 
 
 def _nearest(name: str) -> str | None:
-    """The key most like a name, if any is; a name that is a word of a key is like it."""
+    """The most similar key, or None; a word of a key is similar to it."""
     names = {x: f"{part}.{x}" for x, part in _PART_OF.items()}
     names |= {x: full for x, (full, _) in _OFFICIAL.items()}
     name = name.lower().replace("-", "_")
@@ -242,13 +243,3 @@ def _converted(key: str, value: Any) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _omegaconf() -> Any:
-    try:
-        import omegaconf
-    except ImportError as error:
-        raise ImportError(
-            "a configuration needs OmegaConf: pip install 'ttsr-fast[train]'"
-        ) from error
-    return omegaconf

@@ -1,4 +1,4 @@
-"""One training for each folder."""
+"""Lock of a folder: one training at a time."""
 
 import logging
 import os
@@ -20,10 +20,10 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep other trainings out of it meanwhile.
+    """Make and lock the folder of a training.
 
-    The kernel releases the lock when the process ends, however it ends. A folder that is still
-    empty in the end is removed.
+    The operating system releases the lock when the process ends, even if it is killed. A folder
+    that stays empty is removed.
 
     Raises:
         RuntimeError: another training is running there.
@@ -37,9 +37,9 @@ def claimed(folder: Path) -> Iterator[None]:
         descriptor = _locked(folder / LOCK)
         yield
     finally:
-        if descriptor in _held:  # and not in a process that was forked
+        if descriptor in _held:  # not in a forked process
             with suppress(OSError):
-                (folder / LOCK).unlink()  # before it is free, so that nobody else's is removed
+                (folder / LOCK).unlink()  # still locked, so it is not another training's
             _held.remove(descriptor)
             os.close(descriptor)
         for path in made:
@@ -48,12 +48,12 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor of the file, which is locked as long as that is open."""
+    """Descriptor of the file, locked until it is closed."""
     while True:
         with named_errors("write", path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         try:
-            if sys.platform != "win32":  # where nothing keeps a second training out
+            if sys.platform != "win32":  # without a lock there
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
@@ -68,10 +68,10 @@ def _locked(path: Path) -> int:
                 shown(path),
                 refusal(error),
             )
-        if os.fstat(descriptor).st_nlink > 0:  # not removed by its holder before it was locked
+        if os.fstat(descriptor).st_nlink > 0:  # its holder has not removed it before the lock
             break
         os.close(descriptor)
-    with suppress(OSError):  # the text is for people
+    with suppress(OSError):  # for the message above only
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     _held.add(descriptor)
@@ -79,7 +79,7 @@ def _locked(path: Path) -> int:
 
 
 def _release_in_child() -> None:
-    """A process that loads data may outlive a training that is killed, and must not lock it."""
+    """A loader process may outlive a killed training, and must not hold its lock."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

@@ -1,10 +1,9 @@
-"""What is trained: the networks, their optimisers and schedules, built and taken apart."""
+"""Networks of a training, with their optimisers and schedules."""
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,40 +11,50 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ttsr_fast.devices import gpu
-from ttsr_fast.model import TTSR, load_model, lte
+from ttsr_fast.model import TTSR, load_model
 from ttsr_fast.model.discriminator import Discriminator
 from ttsr_fast.model.vgg import VGG19, find_vgg19
+from ttsr_fast.optional import optional
 from ttsr_fast.training import config as configs
 from ttsr_fast.training.config import Config
-from ttsr_fast.training.start import start_at_enlargement
+from ttsr_fast.training.data import Batch, model_inputs
+from ttsr_fast.training.initialisation import initialise_as_upscaling
 
-try:
+if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, set_seed
-except ImportError as error:
-    raise ImportError("training needs accelerate: pip install 'ttsr-fast[train]'") from error
+
+accelerate = optional("accelerate", "training needs accelerate: pip install 'ttsr-fast[train]'")
+
+
+class Output(NamedTuple):
+    """Result of the generator for a batch."""
+
+    sr: Tensor
+    S: Tensor | None = None  # None without hard attention
+    textures: tuple[Tensor, ...] = ()
 
 
 class Networks:
-    """Generator, discriminator, VGG19, average, as far as a training has them.
+    """Generator, discriminator, VGG19 and average of weights, as far as the settings need them.
 
-    The generator is wrapped for several processes and for 16 bits, as accelerate does it. The
-    discriminator is small and is called several times before its loss is known: it stays in float32
-    and unwrapped, and `average_gradients` makes its gradients those of all processes.
+    accelerate wraps the generator for several processes and for 16 bits. The discriminator is small
+    and runs several times before its loss is known: it stays in float32 and unwrapped, and
+    `average_gradients` averages its gradients over all processes.
 
     Attributes:
         generator: as it is called.
         ttsr: the model itself.
-        discriminator, vgg, ema: None where the training has none.
-        lacks_vgg19: whether LTE starts from random weights because others were not found.
+        discriminator, optimizer_d, vgg, ema: None in a training without them.
+        penalty_rng: generator of the gradient penalty's random numbers.
+        lacks_vgg19: LTE starts from random weights because no others were found.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, accelerator: "Accelerator") -> None:
         optim = config.optim
-        self._accelerator = accelerator
+        self._accelerator, self._mask_padding = accelerator, config.data.mask_padding
         vgg19 = _vgg19(config)
-        set_seed(config.run.seed)
-        with _without_warnings(lte):
+        accelerate.utils.set_seed(config.run.seed)
+        with _errors_only("ttsr_fast.model"):  # `lacks_vgg19` decides about the warning
             self.ttsr = _generator(config.model, vgg19).to(accelerator.device)
         textures = config.model.hard_attention and config.model.weights is None
         self.lacks_vgg19 = vgg19 is None and config.model.vgg19 == "auto" and textures
@@ -60,6 +69,7 @@ class Networks:
         self.generator, self.optimizer = accelerator.prepare(self.ttsr, optimizer)
         self.discriminator: Discriminator | None = None
         self.optimizer_d: torch.optim.Optimizer | None = None
+        self.penalty_rng = torch.Generator().manual_seed(config.run.seed)
         if config.loss.adv_w > 0:
             self.discriminator = Discriminator(config.data.size).to(accelerator.device)
             rate, betas = optim.lr_rate_dis, (0.0, 0.9)  # arXiv 1704.00028, algorithm 1
@@ -71,13 +81,18 @@ class Networks:
             assert vgg19 is not None
             self.vgg = VGG19(vgg19).to(accelerator.device)
 
+    def forward(self, batch: Batch) -> Output:
+        """Result of the generator for a batch."""
+        sr, *others = self.generator(**model_inputs(batch, self._mask_padding))
+        return Output(sr, others[0], tuple(others[1:])) if others else Output(sr)
+
     @property
     def best(self) -> TTSR:
-        """The generator to be used: the average, if there is one."""
+        """The average of the generator, or the generator in a training without one."""
         return self.ttsr if self.ema is None else cast(TTSR, self.ema.module)
 
     def rates(self) -> dict[str, float]:
-        """The learning rates of this moment."""
+        """Current learning rates."""
         groups = self.optimizer.param_groups
         rates = dict(zip(("MainNet", "LTE"), (group["lr"] for group in groups), strict=False))
         if self.optimizer_d is not None:
@@ -85,33 +100,35 @@ class Networks:
         return rates
 
     def end_epoch(self) -> None:
-        """An epoch with all losses is over: the schedules go on."""
+        """Advance the schedules after an epoch with all losses."""
         for schedule in self._schedules:
             schedule.step()
 
     def average_gradients(self, network: nn.Module) -> None:
-        """Those of all processes, for a network that is not wrapped."""
+        """Average the gradients of an unwrapped network over all processes."""
         if self._accelerator.num_processes > 1:
             for parameter in network.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self._accelerator.reduce(parameter.grad, "mean")
 
     def state(self) -> dict[str, Any]:
-        """Everything that training changes, as `load` takes it."""
+        """All state that training changes, for `load`."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         return {
             "state_dict": self.ttsr.state_dict(),
             "schedules": [schedule.state_dict() for schedule in self._schedules],
+            "penalty_rng": self.penalty_rng.get_state(),
             **parts,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of a training with the same parts and shapes."""
+        """Load the state of a training with the same parts and shapes."""
         self.ttsr.load_state_dict(state["state_dict"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         for schedule, saved in zip(self._schedules, state["schedules"], strict=False):
             schedule.load_state_dict(saved)
+        self.penalty_rng.set_state(state["penalty_rng"])
 
     def _parts(self) -> dict[str, Any]:
         parts = {
@@ -124,22 +141,21 @@ class Networks:
         return {name: part for name, part in parts.items() if part is not None}
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    """accelerate's view of this process: its device, the others, 16 bits.
+def make_accelerator(config: Config) -> "Accelerator":
+    """accelerate's device, processes and 16 bits.
 
     Raises:
-        ValueError: a batch that cannot be shared out among the processes, and what accelerate
-            refuses.
+        ValueError: a batch that the processes cannot divide, or settings refused by accelerate.
     """
     model = config.model
     whole = model.hard_attention and model.soft_attention and model.csfi
-    wrapping = DistributedDataParallelKwargs(find_unused_parameters=not whole)
-    # Left to itself, accelerate takes processes without a GPU for trainings of one process each.
+    wrapping = accelerate.utils.DistributedDataParallelKwargs(find_unused_parameters=not whole)
+    # By default accelerate treats processes without a GPU as trainings of one process each.
     cpu = config.run.cpu or gpu() is None
-    accelerator = Accelerator(
+    accelerator = accelerate.Accelerator(
         cpu=cpu, mixed_precision=config.run.amp or "no", kwargs_handlers=[wrapping]
     )
-    if config.run.amp is not None and not accelerator.native_amp:  # accelerate does without it
+    if config.run.amp is not None and not accelerator.native_amp:  # accelerate ignores it
         raise ValueError(f"run.amp {config.run.amp} is not possible on {accelerator.device.type}")
     batch, parts = config.data.batch_size, accelerator.num_processes * config.run.accumulate
     if batch % parts:
@@ -163,7 +179,7 @@ def _generator(model: configs.Model, vgg19: Mapping[str, Tensor] | None) -> TTSR
         csfi=model.csfi,
     )
     if model.start == "enlargement":
-        start_at_enlargement(ttsr)
+        initialise_as_upscaling(ttsr)
     if model.weights is not None:
         given = load_model(model.weights)
         try:
@@ -177,9 +193,22 @@ def _generator(model: configs.Model, vgg19: Mapping[str, Tensor] | None) -> TTSR
 
 
 @contextmanager
-def _without_warnings(module: ModuleType) -> Iterator[None]:
-    """Whoever trains hears of random weights only where nothing replaces them."""
-    logger = logging.getLogger(module.__name__)
+def frozen(network: nn.Module | None) -> Iterator[None]:
+    """No gradients for the weights of a network inside the block."""
+    parameters = [] if network is None else list(network.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _errors_only(name: str) -> Iterator[None]:
+    """Mute the warnings of a logger inside the block."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -189,28 +218,25 @@ def _without_warnings(module: ModuleType) -> Iterator[None]:
 
 
 def _keep_matches(ttsr: TTSR) -> None:
-    """Let features and search stay in float32 under autocast, or 16 bits would choose for them."""
+    """Features and search in float32 under autocast, so that 16 bits change no match."""
     outside = torch.autocast(ttsr.device.type, enabled=False)
     ttsr.LTE.forward = outside(ttsr.LTE.forward)  # type: ignore[method-assign]
     ttsr.SearchTransfer.precision = ttsr.SearchTransfer.precision or "fp32"
 
 
 def _vgg19(config: Config) -> dict[str, Tensor] | None:
-    """VGG19's weights, which LTE starts from and the perceptual loss needs."""
-    where = config.model.vgg19
+    """Weights of VGG19 for the start of LTE and for the perceptual loss."""
+    where, needed = config.model.vgg19, config.loss.per_w > 0
     if where not in ("auto", "none"):
         return find_vgg19(where)
-    if config.loss.per_w > 0:
-        try:
-            return find_vgg19()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"loss.per_w needs them: {error} as model.vgg19") from error
-    if where == "none":
+    if where == "none" and not needed:
         return None
     try:
         return find_vgg19()
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError as error:
+        if not needed:
+            return None
+        raise FileNotFoundError(f"loss.per_w needs them: {error} as model.vgg19") from error
 
 
 def _optimizer(ttsr: TTSR, optim: configs.Optim) -> torch.optim.Optimizer:

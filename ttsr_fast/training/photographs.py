@@ -1,4 +1,4 @@
-"""Pairs out of ordinary photographs: two views of one place, which no camera took."""
+"""Training pairs from ordinary photographs: a crop, and a synthetic second view of it."""
 
 import math
 import os
@@ -10,24 +10,24 @@ import numpy as np
 from PIL import Image
 
 from ttsr_fast.datasets import pictures_in
-from ttsr_fast.training.datasets import CACHE, DrawnItems, Pictures
+from ttsr_fast.training.data import CACHE, ImageCache, PairDatasetBase
 
-_STRENGTHS = (1.0, 0.5, 0.25, 0.0)  # of a warp for which a photograph has no room
+_STRENGTHS = (1.0, 0.5, 0.25, 0.0)  # of a warp, until the view lies inside the photograph
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True)
 class Warp:
-    """How far the view of a reference may lie from that of its picture. All is drawn evenly.
+    """Limits of the difference between an image and its reference. Samples are uniform.
 
     Attributes:
         shift: of the centre, across and down, as a share of the size.
-        rotation: in degrees, either way.
-        perspective: by what share a side may be larger than the opposite one.
-        scale: how many times larger or smaller, even in its logarithm. Reductions are not
+        rotation: in degrees, in both directions.
+        perspective: largest relative difference of opposite sides.
+        scale: largest factor or divisor of the size, uniform in its logarithm. Reductions are not
             antialiased, so it should stay well below 2.
-        brightness: what is added or taken away, as a share of the range from black to white.
-        contrast: by what share differences from middle grey grow or shrink.
+        brightness: largest offset, as a share of the range from black to white.
+        contrast: largest relative change of the difference from middle grey.
     """
 
     shift: float = 0.25
@@ -45,63 +45,63 @@ class Warp:
         if self.perspective >= 1:
             raise ValueError(f"perspective must be less than 1, got {self.perspective}")
 
-    def homography(self, drawn: np.ndarray, size: int) -> np.ndarray:  # [3, 3]
-        """From the pixels of the reference to those of the picture, both of this size.
+    def homography(self, sample: np.ndarray, size: int) -> np.ndarray:  # [3, 3]
+        """Homography from the pixels of the reference to the pixels of the image.
 
-        Pixel centres lie at halves. With T, R, D and P for translation, rotation, scale (as a
+        Pixel centres are at halves. With T, R, D and P for translation, rotation, scale (as a
         diagonal) and perspective, and c for the centre: T(c + shift) R D P T(-c).
 
         Args:
-            drawn: six numbers in [-1, 1]: shift across and down, rotation, scale, perspective
+            sample: six numbers in [-1, 1]: shift across and down, rotation, scale, perspective
                 across and down. Zeros give the identity.
             size: of both, in pixels.
         """
-        across, down = self.shift * size * drawn[:2]
-        angle, scale = math.radians(self.rotation * drawn[2]), self.scale ** drawn[3]
+        across, down = self.shift * size * sample[:2]
+        angle, scale = math.radians(self.rotation * sample[2]), self.scale ** sample[3]
         cosine, sine = scale * math.cos(angle), scale * math.sin(angle)
-        turn = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+        rotation = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
         perspective = np.eye(3)
-        perspective[2, :2] = self.perspective / size * drawn[4:6]
+        perspective[2, :2] = self.perspective / size * sample[4:6]
         centre = size / 2
         return (
             _translation(centre + across, centre + down)
-            @ turn
+            @ rotation
             @ perspective
             @ _translation(-centre, -centre)
         )
 
-    def tones(self, drawn: np.ndarray) -> np.ndarray:  # [256] uint8
-        """What becomes of every 8-bit value; `drawn` is two numbers in [-1, 1]."""
-        contrast, brightness = 1 + self.contrast * drawn[0], 255 * self.brightness * drawn[1]
+    def tones(self, sample: np.ndarray) -> np.ndarray:  # [256] uint8
+        """Lookup table of the 8-bit values; `sample` is two numbers in [-1, 1]."""
+        contrast, brightness = 1 + self.contrast * sample[0], 255 * self.brightness * sample[1]
         values = (np.arange(256) - 127.5) * contrast + 127.5 + brightness
         return values.round().clip(0, 255).astype(np.uint8)
 
 
-class Photographs(DrawnItems):
-    """Photographs as a `torch` data set of pairs; items as those of `PairDataset`.
+class Photographs(PairDatasetBase):
+    """Photographs as a `torch` data set of pairs, with the items of `PairDataset`.
 
-    The picture is a part of a photograph and the reference another view of about that part:
-    shifted, turned, scaled, in perspective, darker or brighter. It is resampled once, straight from
-    the photograph, inside which it lies wholly; where there is no room, the warp is halved, at most
+    The image is a crop of a photograph. The reference is another view of about the same part:
+    shifted, rotated, scaled, in perspective, darker or brighter. It is resampled once, directly
+    from the photograph, and lies inside it. Where there is no room, the warp is halved, at most
     twice, and then left out. A share of references comes from another photograph, so that the model
-    learns to do without.
+    learns to ignore them.
 
     Args:
         source: a folder, or several files and folders.
-        size: side of picture and reference, a multiple of 4; smaller photographs are errors.
-        crops_per_photo: items of an epoch out of each.
-        unrelated: share of references out of another photograph; None for 0.1, or 0 where there is
-            one photograph alone.
-        warp: limits of what is drawn for a reference.
-        candidates: out of so many places the picture is the one with most detail, because skies
-            teach little; 1 takes places evenly.
-        augment: False leaves out flips and turns.
+        size: side of image and reference, a multiple of 4; smaller photographs are errors.
+        crops_per_photo: items per photograph and epoch.
+        unrelated: share of references from another photograph; None for 0.1, or 0 with a single
+            photograph.
+        warp: limits of the samples for a reference.
+        candidates: number of random crops, of which the one with most detail is taken, because
+            skies teach little; 1 for uniform positions.
+        augment: False for no flips and rotations.
         seed: of all random numbers. Another seed and `augment=False` give validation data.
         longest: photographs with a longer side are reduced to it: their pixels are often softer
-            than those of a picture that was made at its size. None keeps them.
+            than the pixels of a small image. None for no reduction.
         on_error: as for `PairDataset`.
-        cache: bytes of decoded photographs that every worker keeps, 3 for a pixel. Less than all of
-            them need means decoding anew for most items.
+        cache: bytes of decoded photographs that every worker keeps, 3 per pixel. If they do not
+            hold all photographs, most items decode one again.
 
     Attributes:
         files: the photographs.
@@ -126,7 +126,7 @@ class Photographs(DrawnItems):
         on_error: str = "raise",
         cache: int = CACHE,
     ) -> None:
-        super().__init__(size, augment, seed, True, on_error, Pictures(cache, longest))
+        super().__init__(size, augment, seed, True, on_error, ImageCache(cache, longest))
         self.files = photographs_in(source)
         if crops_per_photo < 1 or candidates < 1:
             raise ValueError(
@@ -145,7 +145,7 @@ class Photographs(DrawnItems):
     def __len__(self) -> int:
         return len(self.files) * self._crops
 
-    def _draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _sample(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         count = len(self.files)
         chosen = number % count
         hr, ref = self._views(self.files[chosen], rng)
@@ -155,29 +155,30 @@ class Photographs(DrawnItems):
         return hr, ref
 
     def _views(self, file: Path, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A part of a photograph and another view of it, `[size, size, 3]` both."""
-        photo, size = self._pictures.read(file, self._size), self._size
+        """A crop of a photograph and another view of it, `[size, size, 3]` both."""
+        photo, size = self._cache.read(file, self._size), self._size
         sides = np.array(photo.shape[1::-1])
-        drawn = rng.uniform(-1, 1, 8)
+        sample = rng.uniform(-1, 1, 8)
         for strength in _STRENGTHS:
-            matrix = self._warp.homography(strength * drawn[:6], size)
-            # The first and the last pixel of the photograph at which the picture may begin.
-            corners = mapped(matrix, np.array([(0, 0), (size, 0), (0, size), (size, size)]))
+            matrix = self._warp.homography(strength * sample[:6], size)
+            # First and last position of the crop in the photograph, for a view inside it.
+            corners = mapped(matrix, _corners(size))
             first = np.ceil(-np.minimum(corners.min(0), 0)).astype(int)
             last = np.floor(sides - np.maximum(corners.max(0), size)).astype(int)
             if (first <= last).all():
                 break
-        places = rng.integers(first, last + 1, (self._candidates, 2))
-        views = [photo[y : y + size, x : x + size] for x, y in places]
-        best = max(range(len(views)), key=lambda n: _detail(views[n])) if len(views) > 1 else 0
-        matrix = _translation(*places[best]) @ matrix
-        return views[best], self._warp.tones(drawn[6:])[resampled(photo, matrix, size)]
+        positions = rng.integers(first, last + 1, (self._candidates, 2))
+        crops = [photo[y : y + size, x : x + size] for x, y in positions]
+        best = max(range(len(crops)), key=lambda n: _detail(crops[n])) if len(crops) > 1 else 0
+        matrix = _translation(*positions[best]) @ matrix
+        return crops[best], self._warp.tones(sample[6:])[resampled(photo, matrix, size)]
 
 
 def photographs_in(source: Source) -> list[Path]:
-    """The files of a folder, or of several files and folders, in natural order.
+    """Files of a folder, or of several files and folders, in natural order.
 
-    Raises: what `folders.pictures_in` raises; ValueError for an empty list.
+    Raises:
+        FileNotFoundError, ValueError: no such folder, or no photographs in it.
     """
     paths = [source] if isinstance(source, str | os.PathLike) else source
     found = [file for path in paths for file in pictures_in(Path(path))]
@@ -187,10 +188,10 @@ def photographs_in(source: Source) -> list[Path]:
 
 
 def held_out(source: Source, every: int = 8) -> tuple[list[Path], list[Path]]:
-    """Photographs to train with, and every so-many-th of them to validate with.
+    """Photographs for training, and every n-th one for validation, with n = `every`.
 
     Raises:
-        ValueError: `every` is less than 2, or there are not so many.
+        ValueError: `every` is less than 2, or more than the number of photographs.
     """
     files = photographs_in(source)
     if not 2 <= every <= len(files):
@@ -210,13 +211,13 @@ def resampled(
     matrix: np.ndarray,  # [3, 3], from the result to `photo`
     size: int,
 ) -> np.ndarray:  # [size, size, 3] uint8
-    """The view of a photograph under a homography, which must lie inside it.
+    """View of a photograph under a homography, which must lie inside it.
 
-    Pillow's bicubic for transforms is sharper than that for sizes (a is -1 instead of -1/2), as a
-    reference should be, and rounds down.
+    Pillow's bicubic transform rounds down and is sharper than its bicubic resize (a is -1 instead
+    of -1/2), as a reference should be.
     """
-    corners = mapped(matrix, np.array([(0, 0), (size, 0), (0, size), (size, size)]))
-    left, top = np.floor(corners.min(0)).astype(int) - 2  # two pixels more are what bicubic reads
+    corners = mapped(matrix, _corners(size))
+    left, top = np.floor(corners.min(0)).astype(int) - 2  # bicubic reads two pixels more
     left, top = max(left, 0), max(top, 0)
     right, bottom = np.ceil(corners.max(0)).astype(int) + 2
     coefficients = _translation(-left, -top) @ matrix
@@ -230,11 +231,15 @@ def resampled(
     return np.asarray(view)
 
 
+def _corners(size: int) -> np.ndarray:  # [4, 2]
+    return np.array([(0, 0), (size, 0), (0, size), (size, size)])
+
+
 def _translation(across: float, down: float) -> np.ndarray:  # [3, 3]
     return np.array([[1.0, 0, across], [0, 1, down], [0, 0, 1]])
 
 
 def _detail(pixels: np.ndarray) -> float:  # of [H, W, 3]
-    """The mean difference of neighbours."""
+    """Mean difference of neighbours."""
     green = pixels[..., 1].astype(np.int16)
     return sum(float(np.abs(np.diff(green, axis=axis)).mean()) for axis in (0, 1))

@@ -22,7 +22,7 @@ def setting(default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
     Args:
         default: value where neither preset nor file nor override sets one.
         help: explanation, in ASCII: unit, meaning, and meaning of null.
-        choices: the possible values, added to an explanation without them; empty for any value.
+        choices: allowed values, added to an explanation without them; empty for any value.
     """
     names = [choice for choice in choices if choice is not None]
     text = help if all(name in help for name in names) else f"{help}; one of {', '.join(names)}"
@@ -204,8 +204,14 @@ class Run:
             _require_at_least(f"run.{name}", getattr(self, name), 1)
         for name in ("num_init_epochs", "num_epochs", "seed"):
             _require_at_least(f"run.{name}", getattr(self, name), 0)
-        epochs = self.num_init_epochs + self.num_epochs
-        require("run.num_epochs", self.num_epochs, epochs > 0, "positive, or num_init_epochs is")
+        require(
+            "run.num_epochs", self.num_epochs, self.epochs > 0, "positive, or num_init_epochs is"
+        )
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of both kinds."""
+        return self.num_init_epochs + self.num_epochs
 
 
 @dataclass
@@ -229,7 +235,7 @@ class Config:
 
 
 class Key(NamedTuple):
-    """A key of a part, with its value and its explanation."""
+    """A key of a part with its value and explanation."""
 
     name: str
     value: Any

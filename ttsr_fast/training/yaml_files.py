@@ -1,4 +1,4 @@
-"""YAML of settings, whoever wrote it: plain values, in bounded time, and nothing is run or read."""
+"""YAML of settings from untrusted files: plain values, bounded time, no code, no other files."""
 
 import codecs
 import math
@@ -9,13 +9,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ttsr_fast.files import refusal, shown
+from ttsr_fast.optional import optional
 
 _LIMIT = 2**16  # bytes; a configuration with all explanations has six thousand
 _DEPTH = 8
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """The value of a YAML file in UTF-8, or in UTF-16 with a byte order mark.
+    """Value of a YAML file in UTF-8, or in UTF-16 with a byte order mark.
 
     Raises:
         ValueError: the file cannot be read, is too large or is no YAML; and as `parse`.
@@ -44,7 +45,7 @@ def parse(text: str) -> Any:
 
     Raises:
         ValueError: no YAML, a duplicate key, an anchor, alias or tag, or nesting deeper than any
-            setting needs. The message says where.
+            setting needs. The message gives the line.
         ImportError: PyYAML is missing.
     """
     yaml, loader = _yaml()
@@ -58,7 +59,7 @@ def parse(text: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """A value in one line, which `parse` reads.
+    """A value in one line, for `parse`.
 
     Raises:
         ImportError: PyYAML is missing.
@@ -79,7 +80,7 @@ def dump(value: Any) -> str:
 
 
 def check_plain(key: str, value: Any) -> None:
-    """Refuse a value that OmegaConf would look up elsewhere, such as in the environment.
+    """Refuse a value that OmegaConf would resolve, such as from the environment.
 
     Raises:
         ValueError: a string in the value holds `${`, or a number has more than 63 bits. The message
@@ -103,12 +104,10 @@ def check_plain(key: str, value: Any) -> None:
 @cache
 def _yaml() -> tuple[Any, Any]:
     """PyYAML, and its safe loader with the limits above."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("a configuration needs PyYAML: pip install 'ttsr-fast[train]'") from error
+    yaml = optional("yaml", "a configuration needs PyYAML: pip install 'ttsr-fast[train]'")
+    safe_loader: Any = yaml.SafeLoader
 
-    class Loader(yaml.SafeLoader):
+    class Loader(safe_loader):
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:

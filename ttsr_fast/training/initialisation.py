@@ -1,4 +1,4 @@
-"""Where a training starts, if neither at random weights nor at a checkpoint."""
+"""Initial weights for `model.start=enlargement`."""
 
 import torch
 from torch import Tensor, nn
@@ -6,26 +6,27 @@ from torch import Tensor, nn
 from ttsr_fast.model import TTSR
 from ttsr_fast.model.main_net import Attention
 
-LEAST_FEATS = 12  # six channels carry the picture, and the last layers have half of them
+LEAST_FEATS = 12  # six channels carry the image, and the last layers have half of them
 _SHARE = 0.03
 _QUIET = 0.5  # factor of LTE's weights
 
 
 @torch.no_grad()
-def start_at_enlargement(model: TTSR, share: float = _SHARE) -> None:
-    """Let a model enlarge its input twice by two, bilinearly, whatever its reference shows.
+def initialise_as_upscaling(model: TTSR, share: float = _SHARE) -> None:
+    """Make a model upscale bilinearly, twice by two, independently of its reference.
 
-    TTSR has no connection from its input to its output: at random weights it spends thousands of
-    steps on learning to pass the picture on. Here three channels carry it and three its negative,
-    of which a ReLU lets one pass at every pixel; convolutions pass on what they are given, and
-    those before the pixel shuffles interpolate (in Aitken et al., arXiv 1707.02937, they repeat).
+    TTSR has no connection from its input to its output: from random weights, it spends thousands of
+    steps on learning to pass the image on. Here three channels carry the image and three its
+    negative, of which a ReLU passes one at every pixel. Convolutions pass their input on, and
+    the convolutions before the pixel shuffles interpolate (in Aitken et al., arXiv 1707.02937, they
+    repeat).
 
-    The weights of LTE become smaller. To the search the size of its features is all the same, but
-    Adam's first steps are as large for every weight, and would shake the picture by the textures.
+    The weights of LTE are reduced. The search ignores the size of its features, but Adam's first
+    steps have the same size for every weight, and would disturb the image through the textures.
 
     Args:
         model: changed in place; of `LEAST_FEATS` channels or more.
-        share: of the weights MainNet had, which are added and break the symmetry.
+        share: factor of MainNet's random weights, which are added to break the symmetry.
 
     Raises:
         ValueError: `model` has fewer channels.
@@ -34,23 +35,21 @@ def start_at_enlargement(model: TTSR, share: float = _SHARE) -> None:
     head, tail = net.SFE.conv_head, net.merge_tail.conv_tail2
     n = head.out_channels
     if n < LEAST_FEATS:
-        raise ValueError(
-            f"a network that starts at enlargement needs {LEAST_FEATS} channels or more, got {n}"
-        )
+        raise ValueError(f"model.start=enlargement needs {LEAST_FEATS} channels or more, got {n}")
     if model.hard_attention:
         for parameter in (x for x in model.LTE.parameters() if x.requires_grad):
             parameter.mul_(_QUIET)
-    same = torch.zeros(1, 3, 3)
-    same[0, 1, 1] = 1
+    identity = torch.zeros(1, 3, 3)
+    identity[0, 1, 1] = 1
     for name, conv in net.named_modules():
         if isinstance(conv, nn.Conv2d):
             conv.weight.mul_(share)
             conv.bias.zero_()  # type: ignore[union-attr]
             if isinstance(conv, Attention):
-                conv.weight[:, n:] = 0  # those of the textures
+                conv.weight[:, n:] = 0  # of the textures
             if name.split(".")[-1] in ("conv_merge", "conv_merge1", "conv_merge2", "conv_merge3"):
-                _pass_on(conv, same)
-    _pass_on(net.merge_tail.conv_tail1, same)
+                _pass_on(conv, identity)
+    _pass_on(net.merge_tail.conv_tail1, identity)
     nearer = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.75, 0.25]])  # first and second of two pixels
     phases = (nearer[:, None, :, None] * nearer[None, :, None, :]).reshape(4, 3, 3)
     for shuffled in (net.conv12, net.conv23):
@@ -65,7 +64,7 @@ def _pass_on(
     conv: nn.Conv2d,
     filters: Tensor,  # [K, 3, 3]
 ) -> None:
-    """Add the first input channels, each under every filter, to the outputs in their order."""
+    """Add every filter of every input channel to the outputs, in that order."""
     for channel in range(conv.out_channels):
         weight = conv.weight[channel, channel // len(filters)]
         weight += filters[channel % len(filters)].to(weight)

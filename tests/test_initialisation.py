@@ -1,11 +1,11 @@
-"""A training that starts at the enlarged picture."""
+"""Initial weights that upscale bilinearly."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ttsr_fast.model import TTSR
-from ttsr_fast.training.start import start_at_enlargement
+from ttsr_fast.training.initialisation import initialise_as_upscaling
 
 each = pytest.mark.parametrize
 
@@ -25,20 +25,20 @@ def bilinear(x: torch.Tensor) -> torch.Tensor:
 def test_it_interpolates(switches: dict[str, bool]) -> None:
     torch.manual_seed(0)
     model = TTSR((1, 2, 1, 1), 12, **switches).double()
-    start_at_enlargement(model, share=0)
+    initialise_as_upscaling(model, share=0)
     net = model.MainNet
     lr, *others = maps(7, 8)
     with torch.no_grad():
-        inner = net(lr, *others)[:, :, 8:-8, 8:-8]  # beyond the picture there are zeros
+        inner = net(lr, *others)[:, :, 8:-8, 8:-8]  # zero padding reaches 8 pixels into the image
     torch.testing.assert_close(inner, bilinear(lr)[:, :, 8:-8, 8:-8])
 
 
-def test_it_is_close_to_that_and_can_learn() -> None:
+def test_it_is_close_to_interpolation_and_can_learn() -> None:
     torch.manual_seed(0)
     model = TTSR((1, 1, 1, 1), 16).double()
     learnt = [x for x in model.parameters() if x.requires_grad]
     before = [x.detach().clone() for x in learnt]
-    start_at_enlargement(model)
+    initialise_as_upscaling(model)
     lr, ref = (torch.rand(2, 3, n, n).double() * 2 - 1 for n in (7, 32))
     lrsr = F.interpolate(lr, scale_factor=4)
     sr = model(lr, lrsr, ref, ref)[0]
@@ -53,16 +53,16 @@ def test_it_is_close_to_that_and_can_learn() -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0
 
 
-def test_features_are_smaller_and_found_alike() -> None:
+def test_features_are_scaled() -> None:
     torch.manual_seed(0)
     model = TTSR((1, 1, 1, 1), 16).double()
     image = torch.rand(1, 3, 16, 16).double()
     before = [x.detach() for x in model.LTE(image)]
-    start_at_enlargement(model)
+    initialise_as_upscaling(model)
     for old, new, halvings in zip(before, model.LTE(image), (1, 3, 5), strict=True):
         torch.testing.assert_close(new, old / 2**halvings)
 
 
 def test_narrow_networks_are_refused() -> None:
     with pytest.raises(ValueError, match="needs 12 channels or more, got 10"):
-        start_at_enlargement(TTSR((1, 1, 1, 1), 10))
+        initialise_as_upscaling(TTSR((1, 1, 1, 1), 10))

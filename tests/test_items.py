@@ -1,4 +1,4 @@
-"""The files of a training: what is recorded of them, and what is said when they change."""
+"""Files of a training: their record, and messages about changes."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from ttsr_fast.datasets import Pair
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.training.checkpoints import LAST
 from ttsr_fast.training.config import SETTINGS, load_config
-from ttsr_fast.training.data_files import FILES, File, data_files, difference, summary, write_list
-from ttsr_fast.training.datasets import PairDataset
+from ttsr_fast.training.data import PairDataset
+from ttsr_fast.training.items import FILES, File, data_files, difference, summary, write_list
 from ttsr_fast.training.photographs import Photographs
 from ttsr_fast.training.trainer import train
 
@@ -22,7 +22,7 @@ each = pytest.mark.parametrize
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Two images, of which one has two references, in folders of their own."""
+    """Two images, one with two references, in separate folders."""
     for name in ("hr/a.png", "hr/b.png", "ref/a/1.png", "ref/a/2.png", "ref/b.png"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ BEFORE = [File("a", 1), File("b", 2), File("c", 3)]
 
 
 @each(
-    ("now", "said"),
+    ("files", "expected"),
     [
         (BEFORE, ""),
         (BEFORE[:2], "1 gone (c)"),
@@ -70,14 +70,14 @@ BEFORE = [File("a", 1), File("b", 2), File("c", 3)]
         (BEFORE[::-1], "the same files in another order"),
     ],
 )
-def test_what_has_changed_is_said(tmp_path, now, said):
+def test_changes_in_words(tmp_path, files, expected):
     write_list(BEFORE, tmp_path)
-    assert difference(now, summary(BEFORE), tmp_path) == said
+    assert difference(files, summary(BEFORE), tmp_path) == expected
     assert json.loads((tmp_path / FILES).read_text()) == [list(file) for file in BEFORE]
 
 
 @each("content", [None, b"{", b"[[1]]", b"3", b'[["a",1]]'])
-def test_without_the_list_the_numbers_are_said(tmp_path, content):
+def test_without_the_list_the_message_has_numbers(tmp_path, content):
     if content is not None:
         (tmp_path / FILES).write_bytes(content)
     assert difference(BEFORE, summary(BEFORE), tmp_path) == ""
@@ -98,7 +98,7 @@ def larger(path):
 
 
 @each(
-    ("change", "said"),
+    ("change", "words"),
     [
         (lambda data: (data / "2.png").unlink(), r"1 gone \(2.png\)"),
         (lambda data: shutil.copy(data / "2.png", data / "3.png"), r"1 new \(3.png\)"),
@@ -106,13 +106,13 @@ def larger(path):
     ],
     ids=["gone", "new", "size"],
 )
-def test_a_training_goes_on_with_the_same_files_only(data, tmp_path, caplog, change, said):
+def test_a_training_resumes_with_the_same_files_only(data, tmp_path, caplog, change, words):
     out = tmp_path / "out"
     train(configuration(data, out))
     listed = (out / FILES).read_bytes()
     change(data)
     config = configuration(data, out, "num_epochs=2")
-    message = rf"{LAST} was saved with other training files: {said}; put the old ones back, or "
+    message = rf"{LAST} was saved with other training files: {words}; put the old ones back, or "
     with pytest.raises(ValueError, match=message):
         train(config, resume=True)
     assert (out / FILES).read_bytes() == listed
@@ -120,7 +120,7 @@ def test_a_training_goes_on_with_the_same_files_only(data, tmp_path, caplog, cha
     state = train(config, resume=True)
     assert state.epoch == 2
     assert any("the training files have changed: 1 " in text for text in caplog.messages)
-    assert load_config(out / SETTINGS).data.on_change == "raise", "it is for one run"
+    assert load_config(out / SETTINGS).data.on_change == "raise", "accepted for one run only"
     assert train(configuration(data, out, "num_epochs=3"), resume=True).epoch == 3
 
 

@@ -1,5 +1,6 @@
-"""Items of training: held to Pillow, and the same whoever draws them and however often."""
+"""Training items: equal to Pillow, and the same for any number of workers and reads."""
 
+import importlib
 import logging
 import pickle
 import re
@@ -14,8 +15,8 @@ from torch.utils.data import DataLoader
 from tests.test_image_files import save_two_directories, save_wide_tiles
 from ttsr_fast.datasets import Pair
 from ttsr_fast.images import Image
-from ttsr_fast.training import datasets
-from ttsr_fast.training.datasets import Draws, PairDataset, Pictures, UnusablePicture
+from ttsr_fast.training import data
+from ttsr_fast.training.data import EpochSampler, ImageCache, PairDataset, UnusableImage
 
 each = pytest.mark.parametrize
 GROUPS = (("lr", "lrsr", "hr"), ("ref", "refsr", "key_mask"))
@@ -27,7 +28,7 @@ def noise(*shape, seed=5):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a picture and gives its path."""
+    """A function that writes an image and returns its path."""
 
     def save(name, pixels):
         Image(pixels).save(tmp_path / name)
@@ -38,7 +39,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def three_pairs(write):
-    """HR pictures of 48x48, references of 48x48, 30x22 and 12x48."""
+    """HR images of 48x48, references of 48x48, 30x22 and 12x48."""
     return [
         Pair(
             str(n),
@@ -72,7 +73,7 @@ def assert_same(item, other):
 # --- one item -------------------------------------------------------------------------------------
 
 
-def test_an_item_is_what_pillow_makes(three_pairs):
+def test_an_item_equals_pillow(three_pairs):
     """The second reference is 30x22: degraded by itself, then padded with black."""
     dataset = PairDataset(three_pairs, size=48, augment=False)
     for n, (height, width) in enumerate([(48, 48), (30, 22), (12, 48)]):
@@ -98,7 +99,7 @@ def test_references_that_are_not_padded_are_cut(three_pairs):
     assert torch.equal(item["key_mask"], torch.ones(7, 5, dtype=torch.bool))
 
 
-def test_the_lr_picture_is_the_reference_where_there_is_none(write):
+def test_without_a_reference_the_lr_image_is_the_reference(write):
     hr = noise(48, 48, 3)
     pairs, low = [Pair("a", write("a.png", hr), ())], resized(hr, 12, 12)
     item = PairDataset(pairs, size=48, augment=False)[0]
@@ -107,8 +108,8 @@ def test_the_lr_picture_is_the_reference_where_there_is_none(write):
     assert item["key_mask"].nonzero().tolist() == [[y, x] for y in range(3) for x in range(3)]
 
 
-def test_parts_lie_at_the_same_share_of_picture_and_reference(write):
-    """Where a picture shows its own coordinates; every part is drawn, the last one included."""
+def test_crops_have_the_same_relative_position_in_image_and_reference(write):
+    """In an image of its own coordinates; every position is sampled, the last one included."""
 
     def coordinates(height, width):
         y, x = np.mgrid[:height, :width]
@@ -116,42 +117,42 @@ def test_parts_lie_at_the_same_share_of_picture_and_reference(write):
 
     pair = Pair("a", write("a.png", coordinates(15, 14)), (write("r.png", coordinates(30, 12)),))
     dataset, seen = PairDataset([pair], size=12, augment=False), set()
-    for draw in range(60):
-        item = dataset[draw]
+    for index in range(60):
+        item = dataset[index]
         (top, left, _), (ref_top, ref_left, _) = (
             ((item[name][:, 0, 0] + 1) * 127.5).round().int().tolist() for name in ("hr", "ref")
         )
         ours, theirs = coordinates(15, 14)[top:, left:], coordinates(30, 12)[ref_top:, ref_left:]
         assert torch.equal(item["hr"], tensor(ours[:12, :12]))
         assert torch.equal(item["ref"], tensor(theirs[:12, :12]))
-        assert int(ref_top / 19 * 4) <= top <= (ref_top + 1) / 19 * 4  # of 19 and of 4 places
+        assert int(ref_top / 19 * 4) <= top <= (ref_top + 1) / 19 * 4  # of 19 and of 4 positions
         assert ref_left == 0
         seen.add((top, left))
     assert seen == {(top, left) for top in range(4) for left in range(3)}
 
 
-def test_one_of_several_references_is_drawn(write):
+def test_one_of_several_references_is_sampled(write):
     refs = tuple(write(f"r{n}.png", np.full((12, 12, 3), n, np.uint8)) for n in range(3))
     dataset = PairDataset([Pair("a", write("a.png", noise(12, 12, 3)), refs)], size=12)
-    drawn = [round((dataset[draw]["ref"][0, 0, 0].item() + 1) * 127.5) for draw in range(60)]
-    assert all(10 <= drawn.count(n) <= 30 for n in range(3))
+    values = [round((dataset[index]["ref"][0, 0, 0].item() + 1) * 127.5) for index in range(60)]
+    assert all(10 <= values.count(n) <= 30 for n in range(3))
 
 
-# --- flips and turns ------------------------------------------------------------------------------
+# --- flips and rotations --------------------------------------------------------------------------
 
 
 def views(x):
-    """The eight views of `[..., H, W]` under flips and quarter turns."""
-    return [torch.rot90(y, turns, (-2, -1)) for y in (x, x.flip(-1)) for turns in range(4)]
+    """The eight views of `[..., H, W]` under flips and quarter rotations."""
+    return [torch.rot90(y, n, (-2, -1)) for y in (x, x.flip(-1)) for n in range(4)]
 
 
-def test_groups_are_flipped_and_turned_apart(three_pairs):
-    """Each group as one, each of its eight views as often as any other, whatever the other's."""
+def test_groups_are_flipped_and_rotated_independently(three_pairs):
+    """Each group as one, with eight equally frequent views, independent of the other group."""
     plain = PairDataset(three_pairs[1:2], size=48, augment=False)[0]
     dataset = PairDataset(three_pairs[1:2], size=48)
     table = torch.zeros(8, 8)
-    for draw in range(400):
-        item, which = dataset[draw], []
+    for index in range(400):
+        item, which = dataset[index], []
         for group in GROUPS:
             found = set(range(8))
             for name in group:
@@ -166,15 +167,15 @@ def test_groups_are_flipped_and_turned_apart(three_pairs):
     assert (table > 0).sum() > 54  # of 64, each empty with a probability of 0.002
 
 
-# --- draws ----------------------------------------------------------------------------------------
+# --- indices --------------------------------------------------------------------------------------
 
 
-def test_an_item_depends_on_seed_and_draw_alone(three_pairs):
+def test_an_item_depends_on_seed_and_index_alone(three_pairs):
     options = {"size": 12, "seed": 3}
     first, second = PairDataset(three_pairs, **options), PairDataset(three_pairs, **options)
-    items = [first[draw] for draw in range(12)]
-    for draw in reversed(range(12)):
-        assert_same(second[draw], items[draw])
+    items = [first[index] for index in range(12)]
+    for index in reversed(range(12)):
+        assert_same(second[index], items[index])
     copy = pickle.loads(pickle.dumps(first))
     assert_same(copy[7], items[7])
     assert not torch.equal(first[7]["hr"], first[4]["hr"])  # another epoch
@@ -182,49 +183,55 @@ def test_an_item_depends_on_seed_and_draw_alone(three_pairs):
 
 
 @each(("method", "workers"), [("fork", 2), ("spawn", 1)])
-def test_workers_draw_the_same(three_pairs, method, workers):
+def test_workers_read_the_same_items(three_pairs, method, workers):
     dataset = PairDataset(three_pairs, size=12)
-    draws = Draws(len(dataset), seed=1, epoch=2)
-    alone = list(DataLoader(dataset, batch_size=2, sampler=draws))
+    sampler = EpochSampler(len(dataset), seed=1, epoch=2)
+    alone = list(DataLoader(dataset, batch_size=2, sampler=sampler))
     shared = DataLoader(
-        dataset, batch_size=2, sampler=draws, num_workers=workers, multiprocessing_context=method
+        dataset, batch_size=2, sampler=sampler, num_workers=workers, multiprocessing_context=method
     )
     for batch, other in zip(alone, shared, strict=True):
         assert_same(batch, other)
-    items = [dataset[draw] for draw in draws]
+    items = [dataset[index] for index in sampler]
     assert torch.equal(
         torch.cat([batch["hr"] for batch in alone]), torch.stack([item["hr"] for item in items])
     )
 
 
-def test_draws_of_an_epoch():
-    """Each once, in an order of the epoch's own, whatever was drawn before."""
-    draws = Draws(7, seed=5)
+def test_indices_of_an_epoch():
+    """Each once, in an order that depends on the epoch alone."""
+    sampler = EpochSampler(7, seed=5)
     epochs = []
     for epoch in range(3):
-        draws.set_epoch(epoch)
-        epochs.append(list(draws))
-        assert list(draws) == epochs[-1] == list(Draws(7, seed=5, epoch=epoch))
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert list(sampler) == epochs[-1] == list(EpochSampler(7, seed=5, epoch=epoch))
         assert sorted(epochs[-1]) == list(range(7 * epoch, 7 * epoch + 7))
-    orders = [tuple(draw % 7 for draw in draws) for draws in epochs]
-    assert len({*orders, tuple(Draws(7, seed=6))}) == 4
-    assert len(draws) == 7
+    orders = [tuple(index % 7 for index in epoch) for epoch in epochs]
+    assert len({*orders, tuple(EpochSampler(7, seed=6))}) == 4
+    assert len(sampler) == 7
     seeds = np.random.SeedSequence(5, spawn_key=(2,))
     assert list(orders[2]) == np.random.default_rng(seeds).permutation(7).tolist()
 
 
-# --- what cannot be used --------------------------------------------------------------------------
+def test_former_names_warn():
+    with pytest.warns(FutureWarning, match="training.datasets is now ttsr_fast.training.data"):
+        former = importlib.import_module("ttsr_fast.training.datasets")
+    assert (former.PairDataset, former.Draws) == (PairDataset, EpochSampler)
+
+
+# --- unusable images ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def damaged(three_pairs):
-    """The second picture is cut short, the third too small for what the tests ask."""
+    """The second image is truncated, the third too small for the size of the tests."""
     three_pairs[1].hr.write_bytes(three_pairs[1].hr.read_bytes()[:200])
     Image(noise(48, 44, 3)).save(three_pairs[2].hr)
     return three_pairs
 
 
-def test_an_unusable_picture_is_named(damaged):
+def test_an_unusable_image_is_named(damaged):
     dataset = PairDataset(damaged, size=48)
     dataset[0]
     with pytest.raises(ValueError, match="cannot read .*1.png: "):
@@ -233,9 +240,9 @@ def test_an_unusable_picture_is_named(damaged):
         dataset[2]
 
 
-def test_an_unusable_picture_is_named_in_one_line_by_a_loader(damaged):
-    """Which makes the error of its worker anew out of a text with the traceback."""
-    with pytest.raises(UnusablePicture, match="cannot read") as raised:
+def test_an_unusable_image_is_named_in_one_line_by_a_loader(damaged):
+    """A loader constructs the error of its worker again, from a text with the traceback."""
+    with pytest.raises(UnusableImage, match="cannot read") as raised:
         PairDataset(damaged[1:2], size=48)[0]
     error = raised.value
     text = "".join(traceback.format_exception(error))
@@ -246,7 +253,7 @@ def test_an_unusable_picture_is_named_in_one_line_by_a_loader(damaged):
 
 
 @each("save", [save_two_directories, save_wide_tiles])
-def test_whatever_a_decoder_raises_is_skipped(three_pairs, tmp_path, caplog, save):
+def test_all_errors_of_decoders_are_skipped(three_pairs, tmp_path, caplog, save):
     save(tmp_path / "bad.tif")
     pairs = [Pair("bad", tmp_path / "bad.tif", ()), three_pairs[0]]
     dataset = PairDataset(pairs, size=48, on_error="skip")
@@ -255,23 +262,23 @@ def test_whatever_a_decoder_raises_is_skipped(three_pairs, tmp_path, caplog, sav
     assert message.startswith(f"left out: cannot read {tmp_path}/bad.tif: it is damaged (")
 
 
-def test_an_unusable_picture_is_skipped_if_asked(damaged, caplog):
+def test_an_unusable_image_is_skipped_on_request(damaged, caplog):
     dataset = PairDataset(damaged, size=48, on_error="skip")
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert_same(dataset[4], dataset[3])  # of epoch 1: the next but one, which is the first
             assert_same(dataset[5], dataset[3])
-    told = [record.getMessage() for record in caplog.records]
-    assert [re.findall(r"left out: .*(\d).png", line) for line in told] == [["1"], ["2"]]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [re.findall(r"left out: .*(\d).png", line) for line in messages] == [["1"], ["2"]]
 
 
-def test_a_missing_reference_counts_as_one(three_pairs):
+def test_a_missing_reference_is_skipped(three_pairs):
     three_pairs[0].references[0].unlink()
     dataset = PairDataset(three_pairs, size=48, on_error="skip")
     assert_same(dataset[0], dataset[1])
 
 
-def test_nothing_that_can_be_used(damaged):
+def test_no_usable_item(damaged):
     with pytest.raises(ValueError, match="no item can be used; the last: cannot read .*1.png"):
         PairDataset(damaged[1:2], size=48, on_error="skip")[0]
 
@@ -290,27 +297,27 @@ def test_bad_arguments(three_pairs, options, message):
         PairDataset(three_pairs, **options)
 
 
-def test_bad_sizes_and_draws(three_pairs):
+def test_bad_sizes_and_indices(three_pairs):
     with pytest.raises(ValueError, match="pairs must be at least one, got none"):
         PairDataset([])
     with pytest.raises(ValueError, match="size must be 48 or more where .* got 44"):
         PairDataset([Pair("a", three_pairs[0].hr, ())], size=44)
-    with pytest.raises(IndexError, match="draw must be 0 or more, got -1"):
+    with pytest.raises(IndexError, match="index must be 0 or more, got -1"):
         PairDataset(three_pairs)[-1]
     with pytest.raises(ValueError, match="length must be 1 or more, .* got 0, 0 and 0"):
-        Draws(0)
+        EpochSampler(0)
 
 
 # --- the cache ------------------------------------------------------------------------------------
 
 
 @each(("limit", "decoded"), [(0, 7), (300, 4), (1000, 3)])
-def test_pictures_used_last_are_kept(write, monkeypatch, limit, decoded):
+def test_recently_used_images_are_kept(write, monkeypatch, limit, decoded):
     """Each is 108 bytes, so that 300 keep two of the three."""
     files = [write(f"{n}.png", noise(6, 6, 3, seed=n)) for n in range(3)]
-    read, count = datasets.read_rgb, []
-    monkeypatch.setattr(datasets, "read_rgb", lambda path: count.append(path) or read(path))
-    pictures = Pictures(limit)
+    read, count = data.read_rgb, []
+    monkeypatch.setattr(data, "read_rgb", lambda path: count.append(path) or read(path))
+    cache = ImageCache(limit)
     for n in (0, 1, 0, 2, 0, 1, 0):
-        np.testing.assert_array_equal(pictures.read(files[n], 1), noise(6, 6, 3, seed=n))
+        np.testing.assert_array_equal(cache.read(files[n], 1), noise(6, 6, 3, seed=n))
     assert len(count) == decoded

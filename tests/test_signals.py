@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 from tests.trainings import ROOT, photographs, program
 from ttsr_fast.cli.commands import app
-from ttsr_fast.training import trainer
-from ttsr_fast.training.interruption import SIGNALS, Ended, signals_raise
+from ttsr_fast.training import checkpoints, trainer
+from ttsr_fast.training.signals import SIGNALS, Ended, signals_raise
 
 each = pytest.mark.parametrize
 BEFORE = "before the first step: nothing is lost, run the same command again"
-# The program, with a signal to itself when it imports a module.
+# The program; it sends itself a signal when it imports a module.
 INTERRUPTED = """
 import os, sys
 module, number = sys.argv[1], int(sys.argv[2])
@@ -48,24 +48,26 @@ def test_signals_raise_and_handlers_come_back():
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
-@each("where", ["training_items", "make_accelerator", "Networks", "claimed", "write_bytes"])
+STAGES = [(trainer, x) for x in ("training_items", "make_accelerator", "Networks", "claimed")]
+
+
+@each(("module", "name"), [*STAGES, (checkpoints, "write_bytes")])
 @each("number", SIGNALS)
-def test_before_the_first_step(data, tmp_path, monkeypatch, where, number):
+def test_before_the_first_step(data, tmp_path, monkeypatch, module, name, number):
     def end(*arguments, **options):
         os.kill(os.getpid(), number)
-        raise AssertionError("it goes on")
+        raise AssertionError("the signal had no effect")
 
-    monkeypatch.setattr(trainer, where, end)
+    monkeypatch.setattr(module, name, end)
     result = CliRunner().invoke(app, program(data, tmp_path / "out")[3:])
-    name = signal.Signals(number).name
     assert (result.exit_code, result.stdout) == (128 + number, "")
-    assert result.stderr == f"error: {name} {BEFORE}\n"
+    assert result.stderr == f"error: {signal.Signals(number).name} {BEFORE}\n"
     assert not (tmp_path / "out").exists()
 
 
 def test_between_settings_and_first_step(data, tmp_path, monkeypatch):
-    """The folder holds a training then, which needs --resume."""
-    monkeypatch.setattr(trainer, "Record", lambda *_: os.kill(os.getpid(), 15))
+    """The folder then holds a training, which needs --resume."""
+    monkeypatch.setattr(trainer, "Log", lambda *_: os.kill(os.getpid(), 15))
     out = tmp_path / "out"
     command = f"ttsr-fast train --out {out} --resume"
     message = f"error: SIGTERM before the first step: nothing is lost, start with {command}\n"
@@ -87,7 +89,7 @@ def test_while_importing(data, tmp_path, module, number):
 
 
 def test_after_the_last_step(data, tmp_path, monkeypatch):
-    """All is saved but the model by itself, which --resume writes."""
+    """The checkpoint is saved; --resume writes the missing model."""
     out = tmp_path / "out"
     export = trainer.Trainer._export
     monkeypatch.setattr(trainer.Trainer, "_export", lambda self: os.kill(os.getpid(), 15))
@@ -101,14 +103,14 @@ def test_after_the_last_step(data, tmp_path, monkeypatch):
 
 
 def test_the_second_signal_is_one_line(data, tmp_path, monkeypatch):
-    step = trainer.Trainer._step
+    log_step = trainer.Trainer._log_step
 
-    def twice(self, batch, full):
-        step(self, batch, full)
+    def twice(self):
+        log_step(self)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(trainer.Trainer, "_step", twice)
+    monkeypatch.setattr(trainer.Trainer, "_log_step", twice)
     out = tmp_path / "out"
     result = CliRunner().invoke(app, program(data, out)[3:])
     message = f"error: SIGINT after step 1: {advice(out)}\n"
