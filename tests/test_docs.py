@@ -1,6 +1,7 @@
 """README and user guide: code and commands run, links lead somewhere, pictures show the truth."""
 
 import ast
+import doctest
 import functools
 import json
 import re
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import markdown
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image as pillow
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
+from ttsr_fast import SearchTransfer, gather_fold, search, upscale
 from ttsr_fast.cli.commands import app
 from ttsr_fast.images import Image
 from ttsr_fast.model import TTSR, save_model
@@ -96,6 +99,16 @@ def test_python_blocks_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(examples) == path.read_text().count("```python\n")
     for example in examples:
         example.evaluate()
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("shown", [search, gather_fold, SearchTransfer, upscale])
+def test_examples_of_docstrings_run(shown: Any) -> None:
+    (example, *_) = doctest.DocTestFinder(recurse=False).find(
+        shown, globs={"torch": torch, shown.__name__: shown}
+    )
+    result = doctest.DocTestRunner().run(example)
+    assert result.attempted >= 4 and result.failed == 0
 
 
 @each_page
