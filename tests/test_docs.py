@@ -1,4 +1,4 @@
-"""README and user guide: code and commands run, links lead somewhere, pictures show the truth."""
+"""README and user guide: code and commands run, links lead somewhere, figures show the truth."""
 
 import ast
 import doctest
@@ -34,13 +34,14 @@ import figures
 import hooks
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INDEX = ROOT / "docs" / "index.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXTENSIONS = ["fenced_code", "tables", "toc"]
-each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 class Page(HTMLParser):
-    """Targets of links and pictures, anchors, and code, by the language of its block."""
+    """Targets of links and images, anchors, and code, by the language of its block."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -204,19 +205,34 @@ def test_results_of_a_gpu_come_last_and_are_missed(
     assert hooks.results("model") == "b\nNo GPU has been measured yet.\n"
 
 
-def test_formulas_of_docstrings_become_mathml() -> None:
+def test_formulas_of_docstrings_become_svg() -> None:
     docstring = "With :math:`w_j` as\n\n.. math::\n    a &\n    b\n\nshown, 2**-9, `k**2` and all."
     text = hooks.dollars(docstring)
     assert text == "With $w_j$ as\n\n$$\n    a &\n    b\n$$\n\nshown, $2^{-9}$, `k**2` and all."
     html = r'<p><span class="arithmatex">\(x &lt; y\)</span></p><div class="arithmatex">\[z\]</div>'
     inline, block = hooks.on_page_content(html).split("</p>")
-    assert inline.startswith(
-        '<p><math xmlns="http://www.w3.org/1998/Math/MathML" display="inline">'
-    )
-    assert "<mo>&#x0003C;</mo>" in inline and "arithmatex" not in inline + block
-    assert block.endswith("<mi>z</mi></mrow></math>") and 'display="block"' in block
-    with pytest.raises(ValueError, match=r"commands that latex2mathml knows, got \\nonsense"):
-        hooks.mathml(r"\nonsense x", block=False)
+    assert inline.startswith('<p><span class="formula"><svg role="img" aria-label="x &lt; y" ')
+    assert "vertical-align" in inline and "arithmatex" not in inline + block
+    assert block.startswith('<div class="formula"><svg role="img" aria-label="z" ')
+    assert re.search(r'd="M[0-9MLQC -]+"/></svg></div>$', block)
+    with pytest.raises(ValueError, match=r"formula must be known to Matplotlib, got \\nonsense x"):
+        hooks.formula(r"\nonsense x", block=False)
+
+
+def test_tables_of_names_come_from_docstrings() -> None:
+    paths = ["ttsr_fast.search", "ttsr_fast.metrics"]
+    page = "<!-- names -->\n" + "".join(f"\n::: {path}\n" for path in paths)
+    rows = hooks.on_page_markdown(page).split("\n\n")[0].splitlines()[2:]
+    first = str(search.__doc__).splitlines()[0]
+    assert rows[0] == f"| [`search`][ttsr_fast.search] | {first} |"
+    assert any(row.startswith("| [`metrics.psnr`][ttsr_fast.metrics.psnr] | ") for row in rows)
+    with pytest.raises(ValueError, match="ttsr_fast.__version__ must have a docstring"):
+        hooks.names(["ttsr_fast.__version__"])
+
+
+def test_index_lists_every_page() -> None:
+    linked = {INDEX.parent / target.partition("#")[0] for target in page(INDEX).targets}
+    assert set(PAGES) - linked == {ROOT / "README.md", INDEX}
 
 
 def test_figures_show_what_is_computed() -> None:
