@@ -87,11 +87,11 @@ def results(kind: str) -> str:
 
 def names(paths: list[str]) -> str:
     """Markdown table: each documented object, or public member of a module, and its first line."""
-    rows = [
-        f"| [`{path.removeprefix(_PACKAGE)}`][{path}] | {_first_line(found)} |"
-        for path, found in _objects(paths)
-    ]
-    return "\n".join(("| name | summary |", "| --- | --- |", *rows))
+    table = ["| name | summary |", "| --- | --- |"]
+    for path, found in _objects(paths):
+        name = path.removeprefix(_PACKAGE).replace(".", ".<wbr>")
+        table.append(f"| [<code>{name}</code>][{path}] | {_first_line(found)} |")
+    return "\n".join(table)
 
 
 def _objects(paths: list[str]) -> Iterator[tuple[str, griffe.Object | griffe.Alias]]:
