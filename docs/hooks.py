@@ -45,7 +45,7 @@ _COMMANDS = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outl
 
 
 def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
-    if page is not None and _RESULTS.search(markdown):
+    if page is not None and len(_RESULTS.findall(markdown)) > 1:
         page.meta["hide"] = ["toc"]  # wide tables take its column
     markdown = _RESULTS.sub(lambda match: results(match[1]), markdown)
     if _NAMES in markdown:

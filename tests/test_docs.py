@@ -128,6 +128,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_commands_are_understood(path: Path) -> None:
     program = typer.main.get_command(app)
     blocks = [code for language, code in page(path).code if language == "sh"]
+    blocks = [block.replace("\\\n", "") for block in blocks]
     for line in (line.strip() for block in blocks for line in block.splitlines()):
         first, *words = shlex.split(line, comments=True) or [""]
         if first == "python":
