@@ -134,7 +134,7 @@ def draw_detail(path: Path) -> None:
         ("lrsr: bicubic", bicubic),
         ("reference", ref.pixels),
         ("missing: reference - refsr", _difference(sharp - blurred)),
-        ("score, 0.85 to 1", result.score.repeat_interleave(SCALE, 0).repeat_interleave(SCALE, 1)),
+        ("score, 0.85 to 1", result.score.numpy().repeat(SCALE, 0).repeat(SCALE, 1)),
         (
             "added: result - lrsr",
             _difference(result.image.to_tensor() - Image(bicubic).to_tensor()),

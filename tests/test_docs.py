@@ -248,7 +248,7 @@ def test_figures_show_what_is_computed() -> None:
     assert shift.add(4).abs().le(1).double().mean() > 0.9, "a match, four columns to the left"
 
 
-@pytest.mark.parametrize("name", ["diagonals", "walk", "detail", "blocks", "overlap"])
+@pytest.mark.parametrize("name", ["diagonals", "walk", "blocks", "overlap"])
 def test_figures_are_drawn(name: str, tmp_path: Path) -> None:
     draw: Callable[[Path], None] = figures.FIGURES[name]
     draw(tmp_path / "figure.png")
