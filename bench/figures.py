@@ -14,18 +14,21 @@ from typing import Any
 import figure_data
 import numpy as np
 import plots
+import torch
 from demo import make_pair
 from PIL import Image as pillow
 from torch import Tensor
 
-from ttsr_fast.images import SCALE, Image, from_tensor
+from ttsr_fast.images import SCALE, Image, from_tensor, upscale_bicubic
 from ttsr_fast.upscaling import upscale
+from ttsr_fast.upscaling.detail import reference_pair
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 SPOTS = ((32, 21), (58, 46), (76, 112), (84, 24), (76, 149), (107, 103))  # row, column of the lr
 SIDE, DPI = 8.6, 140  # inches and dots: 1204 pixels
+DETAIL_PART = np.s_[140:420, 280:650]  # rows and columns of the result
 CLOSE_UP = 12  # pixels of the lr along a side
 
 
@@ -121,6 +124,31 @@ def draw_matches(path: Path) -> None:
     _save_photograph(figure, path)
 
 
+def draw_detail(path: Path) -> None:
+    """The steps of method "detail" on a part of the stereo pair."""
+    lr, ref, _ = make_pair()
+    result = upscale(lr, ref)
+    bicubic = upscale_bicubic(lr.pixels)
+    sharp, blurred = reference_pair(ref, (0, 0), torch.device("cpu"))
+    panels: list[tuple[str, Any]] = [
+        ("lrsr: bicubic", bicubic),
+        ("reference", ref.pixels),
+        ("missing: reference - refsr", _difference(sharp - blurred)),
+        ("score, 0.85 to 1", result.score.numpy().repeat(SCALE, 0).repeat(SCALE, 1)),
+        (
+            "added: result - lrsr",
+            _difference(result.image.to_tensor() - Image(bicubic).to_tensor()),
+        ),
+        ("result", result.image.pixels),
+    ]
+    figure, axes = plots.pyplot().subplots(2, 3, figsize=(SIDE, 4.7), layout="constrained")
+    for axis, (title, pixels) in zip(axes.flat, panels, strict=True):
+        axis.imshow(pixels[DETAIL_PART], interpolation="nearest", vmin=0.85, vmax=1)
+        axis.set_title(title, loc="left", fontsize=11)
+        _bare(axis)
+    _save_photograph(figure, path)
+
+
 def draw_blocks(path: Path) -> None:
     """The nine patches over one output block, and the blocks of the value that they bring."""
     found = figure_data.blocks()
@@ -196,6 +224,7 @@ FIGURES = {
     "diagonals": draw_diagonals,
     "walk": draw_walk,
     "matches": draw_matches,
+    "detail": draw_detail,
     "blocks": draw_blocks,
     "overlap": draw_overlap,
     "gaps": draw_gaps,
@@ -245,6 +274,13 @@ def _corner(row: int, column: int, side: int, image: Image) -> tuple[int, int]:
         for place, size in zip((row, column), image.size, strict=True)
     )
     return top, left
+
+
+def _difference(
+    x: Tensor,  # [1, 3, H, W]
+) -> np.ndarray:  # [H, W, 3] uint8
+    """A difference of images around mid-grey."""
+    return from_tensor(x.clamp(-1, 1), np.empty((0, 0, 3), np.uint8))
 
 
 def _bare(axis: Any, framed: bool = False) -> None:

@@ -1,47 +1,64 @@
-"""What MkDocs does for the user guide beside Markdown: tables of measurements, and formulas.
+"""MkDocs hooks of the user guide: tables of measurements, tables of names, and formulas.
 
-`<!-- results: KIND -->` on a line of its own becomes the tables and plots of `bench/results`. TeX
-becomes MathML, which browsers draw by themselves: pages need no script, no font and no network.
+- `<!-- results: KIND -->` on a line of its own becomes the tables and plots of `bench/results`.
+- `<!-- names -->` becomes a table of the objects that the page documents.
+- TeX becomes SVG: a page needs no script, no font and no network.
 """
 
+import functools
 import json
 import re
 import sys
-from html import unescape
+from collections.abc import Iterator
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
 import griffe
-from latex2mathml.converter import convert
+from matplotlib.font_manager import FontProperties
+from matplotlib.path import Path as Outline
+from matplotlib.textpath import text_to_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # as for its scripts
 
 import report
 
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("search", "transfer", "model", "highres")
-IMAGES = Path(__file__).resolve().parent / "images"
-RESULTS = Path(report.__file__).resolve().parent / "results"
+IMAGES = ROOT / "docs" / "images"
+RESULTS = ROOT / "bench" / "results"
 
 _UNIT = re.compile(r"(?<=\d) (?=(?:[µm]?s|[kMG]B?|[GT]FLOP/s|GB/s)\b)")
+_EXPONENT = re.compile(r"(?<=\de)-(?=\d)")
 _RESULTS = re.compile(r"^<!-- results: (\w+) -->$", re.MULTILINE)
+_PACKAGE = "ttsr_fast."
+_NAMES = "<!-- names -->"
+_DOCUMENTED = re.compile(r"^::: (\S+)", re.MULTILINE)
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL
 )
 _ROLE = re.compile(r":math:`([^`]*)`")
 _POWER = re.compile(r"\b(\d+)\*\*(-?\d+)(?![\d`])")
 _DIRECTIVE = re.compile(r"^( *)\.\. math::\n((?:\1 +.*\n?)+)", re.MULTILINE)
+_EM = 100  # units of an SVG
+_COMMANDS = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C"}
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    return _RESULTS.sub(lambda match: results(match[1]), markdown)
+def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
+    if page is not None and len(_RESULTS.findall(markdown)) > 1:
+        page.meta["hide"] = ["toc"]  # wide tables take its column
+    markdown = _RESULTS.sub(lambda match: results(match[1]), markdown)
+    if _NAMES in markdown:
+        markdown = markdown.replace(_NAMES, names(_DOCUMENTED.findall(markdown)))
+    return markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    return _FORMULA.sub(lambda match: mathml(match[2], match[1] == "div"), html)
+    return _FORMULA.sub(lambda match: formula(match[2], match[1] == "div"), html)
 
 
 def results(kind: str) -> str:
-    """Markdown of every result file of that kind, those of a CPU first.
+    """Markdown of every result file of one kind, CPUs first.
 
     Raises:
         ValueError: no benchmark writes results of that kind.
@@ -61,35 +78,89 @@ def results(kind: str) -> str:
     for path, data in sorted(found, key=lambda pair: report.is_gpu(pair[1])):
         if (IMAGES / f"{path.stem}.png").is_file():
             parts.append(f"![Plot of {path.name}](images/{path.stem}.png)\n")
-        parts.append(_UNIT.sub("\N{NO-BREAK SPACE}", report.markdown(data)))
+        text = _UNIT.sub("\N{NO-BREAK SPACE}", report.markdown(data))
+        parts.append(_EXPONENT.sub("\N{NON-BREAKING HYPHEN}", text))
     if not any(report.is_gpu(data) for _, data in found):
         parts.append("No GPU has been measured yet.\n")
     return "\n".join(parts)
 
 
-def mathml(tex: str, block: bool) -> str:
-    """A formula as browsers draw it; `tex` as it stands in HTML.
+def names(paths: list[str]) -> str:
+    """Markdown table: each documented object, or public member of a module, and its first line."""
+    table = ["| name | summary |", "| --- | --- |"]
+    for path, found in _objects(paths):
+        name = path.removeprefix(_PACKAGE).replace(".", ".<wbr>")
+        table.append(f"| [<code>{name}</code>][{path}] | {_first_line(found)} |")
+    return "\n".join(table)
+
+
+def _objects(paths: list[str]) -> Iterator[tuple[str, griffe.Object | griffe.Alias]]:
+    for path in paths:
+        found = _package()[path.removeprefix(_PACKAGE)]
+        if not found.is_module:
+            yield path, found
+            continue
+        for name, member in found.members.items():
+            exported = name in found.exports if found.exports else not member.is_alias
+            shown = member.is_public and member.has_docstring
+            if exported and shown and (member.is_function or member.is_class):
+                yield f"{path}.{name}", member
+
+
+@functools.cache
+def _package() -> griffe.Object | griffe.Alias:
+    return griffe.load("ttsr_fast", search_paths=[ROOT], resolve_aliases=True)
+
+
+def _first_line(found: griffe.Object | griffe.Alias) -> str:
+    """First paragraph of the docstring.
 
     Raises:
-        ValueError: it has a command that is not known.
+        ValueError: there is none.
     """
-    tex = re.sub(r"\\Big\b", "", unescape(tex).strip())  # brackets grow by themselves
-    tex = re.sub(r"\\arg\b", r"\\text{arg}\\,", tex)
-    formula = convert(tex, display="block" if block else "inline")
-    unknown = re.search(r"\\\w+", formula)
-    if unknown:
-        raise ValueError(f"formula must use commands that latex2mathml knows, got {unknown[0]}")
-    return formula
+    if found.docstring is None:
+        raise ValueError(f"{found.path} must have a docstring")
+    return dollars(" ".join(found.docstring.value.split("\n\n")[0].split()))
+
+
+def formula(tex: str, block: bool) -> str:
+    """SVG of a formula; `tex` as it stands in HTML.
+
+    Raises:
+        ValueError: Matplotlib does not know a command.
+    """
+    tex = " ".join(unescape(tex).split())
+    math = tex.replace(r"\Big\l", r"\left\l").replace(r"\Big\r", r"\right\r")
+    math = f"${math}$".replace(r"\frac", r"\dfrac" if block else r"\frac")
+    font = FontProperties(size=_EM, math_fontfamily="dejavusans")  # as sans-serif as the page
+    try:
+        width, height, depth = text_to_path.get_text_width_height_descent(math, font, True)
+    except ValueError as error:
+        raise ValueError(f"formula must be known to Matplotlib, got {tex}") from error
+    outline = Outline(*text_to_path.get_text_path(font, math, True))
+    steps = (
+        _COMMANDS[code] + " ".join(f"{n * (-1) ** i:.0f}" for i, n in enumerate(numbers))
+        for numbers, code in outline.iter_segments(simplify=False)
+        if code != Outline.CLOSEPOLY  # a filled outline closes itself
+    )
+    size = f'width="{width / _EM:.2f}em" height="{height / _EM:.2f}em"'
+    box = f'viewBox="0 {depth - height:.0f} {width:.0f} {height:.0f}"'
+    style = "" if block else f' style="vertical-align: {-depth / _EM:.2f}em"'
+    name = "div" if block else "span"
+    return (
+        f'<{name} class="formula"><svg role="img" aria-label="{escape(tex)}" {size} {box}{style}>'
+        f'<path fill="currentColor" d="{"".join(steps)}"/></svg></{name}>'
+    )
 
 
 def dollars(docstring: str) -> str:
-    """A docstring whose formulas, and powers of numbers, are written as in Markdown."""
+    """A docstring with its formulas, and powers of numbers, in the notation of Markdown."""
     block = _DIRECTIVE.sub(lambda m: f"{m[1]}$$\n{m[2].rstrip()}\n{m[1]}$$\n", docstring)
     return _POWER.sub(r"$\1^{\2}$", _ROLE.sub(r"$\1$", block))
 
 
 class Formulas(griffe.Extension):
-    """Applies `dollars` to every docstring."""
+    """`dollars` for every docstring."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:

@@ -79,7 +79,7 @@ PACKAGES = {
     "test_convert": ("typer",),
     "test_cuda_library": ("triton",),
     "test_cuda_slab": ("triton",),
-    "test_docs": ("latex2mathml", "sybil", "typer"),
+    "test_docs": ("griffe", "matplotlib", "sybil", "typer"),
     "test_eval": ("typer",),
     "test_gpu": ("triton",),
     "test_kernel_choice": ("triton",),

@@ -1,6 +1,7 @@
-"""README and user guide: code and commands run, links lead somewhere, pictures show the truth."""
+"""README and user guide: code and commands run, links lead somewhere, figures show the truth."""
 
 import ast
+import doctest
 import functools
 import json
 import re
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import markdown
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image as pillow
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
+from ttsr_fast import SearchTransfer, gather_fold, search, upscale
 from ttsr_fast.cli.commands import app
 from ttsr_fast.images import Image
 from ttsr_fast.model import TTSR, save_model
@@ -31,13 +34,14 @@ import figures
 import hooks
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INDEX = ROOT / "docs" / "index.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXTENSIONS = ["fenced_code", "tables", "toc"]
-each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 class Page(HTMLParser):
-    """Targets of links and pictures, anchors, and code, by the language of its block."""
+    """Targets of links and images, anchors, and code, by the language of its block."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -98,6 +102,16 @@ def test_python_blocks_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         example.evaluate()
 
 
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("shown", [search, gather_fold, SearchTransfer, upscale])
+def test_examples_of_docstrings_run(shown: Any) -> None:
+    (example, *_) = doctest.DocTestFinder(recurse=False).find(
+        shown, globs={"torch": torch, shown.__name__: shown}
+    )
+    result = doctest.DocTestRunner().run(example)
+    assert result.attempted >= 4 and result.failed == 0
+
+
 @each_page
 def test_links_lead_somewhere(path: Path) -> None:
     for target in page(path).targets:
@@ -114,6 +128,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_commands_are_understood(path: Path) -> None:
     program = typer.main.get_command(app)
     blocks = [code for language, code in page(path).code if language == "sh"]
+    blocks = [block.replace("\\\n", "") for block in blocks]
     for line in (line.strip() for block in blocks for line in block.splitlines()):
         first, *words = shlex.split(line, comments=True) or [""]
         if first == "python":
@@ -191,19 +206,35 @@ def test_results_of_a_gpu_come_last_and_are_missed(
     assert hooks.results("model") == "b\nNo GPU has been measured yet.\n"
 
 
-def test_formulas_of_docstrings_become_mathml() -> None:
+def test_formulas_of_docstrings_become_svg() -> None:
     docstring = "With :math:`w_j` as\n\n.. math::\n    a &\n    b\n\nshown, 2**-9, `k**2` and all."
     text = hooks.dollars(docstring)
     assert text == "With $w_j$ as\n\n$$\n    a &\n    b\n$$\n\nshown, $2^{-9}$, `k**2` and all."
     html = r'<p><span class="arithmatex">\(x &lt; y\)</span></p><div class="arithmatex">\[z\]</div>'
     inline, block = hooks.on_page_content(html).split("</p>")
-    assert inline.startswith(
-        '<p><math xmlns="http://www.w3.org/1998/Math/MathML" display="inline">'
-    )
-    assert "<mo>&#x0003C;</mo>" in inline and "arithmatex" not in inline + block
-    assert block.endswith("<mi>z</mi></mrow></math>") and 'display="block"' in block
-    with pytest.raises(ValueError, match=r"commands that latex2mathml knows, got \\nonsense"):
-        hooks.mathml(r"\nonsense x", block=False)
+    assert inline.startswith('<p><span class="formula"><svg role="img" aria-label="x &lt; y" ')
+    assert "vertical-align" in inline and "arithmatex" not in inline + block
+    assert block.startswith('<div class="formula"><svg role="img" aria-label="z" ')
+    assert re.search(r'd="M[0-9MLQC -]+"/></svg></div>$', block)
+    with pytest.raises(ValueError, match=r"formula must be known to Matplotlib, got \\nonsense x"):
+        hooks.formula(r"\nonsense x", block=False)
+
+
+def test_tables_of_names_come_from_docstrings() -> None:
+    paths = ["ttsr_fast.search", "ttsr_fast.metrics"]
+    page = "<!-- names -->\n" + "".join(f"\n::: {path}\n" for path in paths)
+    rows = hooks.on_page_markdown(page).split("\n\n")[0].splitlines()[2:]
+    first = str(search.__doc__).splitlines()[0]
+    assert rows[0] == f"| [<code>search</code>][ttsr_fast.search] | {first} |"
+    name = "[<code>metrics.<wbr>psnr</code>][ttsr_fast.metrics.psnr]"
+    assert any(row.startswith(f"| {name} | ") for row in rows)
+    with pytest.raises(ValueError, match="ttsr_fast.__version__ must have a docstring"):
+        hooks.names(["ttsr_fast.__version__"])
+
+
+def test_index_lists_every_page() -> None:
+    linked = {INDEX.parent / target.partition("#")[0] for target in page(INDEX).targets}
+    assert set(PAGES) - linked == {ROOT / "README.md", INDEX}
 
 
 def test_figures_show_what_is_computed() -> None:

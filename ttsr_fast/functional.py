@@ -119,6 +119,13 @@ def search(
         TypeError: an argument is no tensor, or has another dtype than asked for.
         ValueError: shapes, devices or options that do not fit; a mask without a key.
         RuntimeError: the backend asked for cannot run here, or a second derivative is taken.
+
+    Examples:
+        >>> key = torch.rand(1, 64, 25, 31)
+        >>> query = key[:, :, 4:14, 7:27]
+        >>> match = search(query, key, padding=0)  # key grid: 23 x 29 patches
+        >>> divmod(int(match.index[0, 0, 0]), 29)
+        (4, 7)
     """
     query, key, precision = _check_pair(query, key, precision)
     patch = check_patch(kernel_size, padding)
@@ -195,6 +202,13 @@ def gather_fold(
         TypeError: an argument is no tensor, or has another dtype than asked for.
         ValueError: shapes, devices or options that do not fit; an index outside the key grid.
         RuntimeError: the backend asked for cannot run here, or a second derivative is taken.
+
+    Examples:
+        >>> value = torch.rand(1, 3, 100, 124)  # 4 x 4 pixels per position of a 25 x 31 key
+        >>> index = torch.arange(25 * 31).view(1, 25, 31)  # every query matches its own position
+        >>> texture = gather_fold(value, index, stride=4, divisor="overlap")
+        >>> torch.allclose(texture, value)
+        True
     """
     check_map("value", value)
     if not isinstance(stride, int) or stride < 1:

@@ -15,6 +15,15 @@ class SearchTransfer(nn.Module):
         precision: as for `ttsr_fast.search`.
         backend: as for `ttsr_fast.search` and `ttsr_fast.gather_fold`, used for both: on a GPU
             `"triton"` searches with Triton, and transfers with what None would choose.
+
+    Examples:
+        >>> lrsr_lv3, refsr_lv3 = torch.rand(1, 256, 30, 40), torch.rand(1, 256, 32, 36)
+        >>> ref_lv1, ref_lv2 = torch.rand(1, 64, 128, 144), torch.rand(1, 128, 64, 72)
+        >>> ref_lv3 = torch.rand(1, 256, 32, 36)
+        >>> transfer = SearchTransfer()
+        >>> S, T_lv3, T_lv2, T_lv1 = transfer(lrsr_lv3, refsr_lv3, ref_lv1, ref_lv2, ref_lv3)
+        >>> S.shape, T_lv1.shape
+        (torch.Size([1, 1, 30, 40]), torch.Size([1, 64, 120, 160]))
     """
 
     def __init__(self, *, precision: str | None = None, backend: str | None = None) -> None:

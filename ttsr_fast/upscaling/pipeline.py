@@ -99,6 +99,14 @@ def upscale(
             and all that `images.as_image` raises.
         RuntimeError: the backend asked for cannot run here.
         ImportError: Pillow is not installed.
+
+    Examples:
+        >>> ref = torch.rand(3, 96, 128) * 2 - 1  # or a path, an array, a Pillow image
+        >>> lr = torch.nn.functional.avg_pool2d(ref, 4)
+        >>> result = upscale(lr, ref)
+        >>> result.image.size, result.score.shape
+        ((96, 128), torch.Size([24, 32]))
+        >>> result.image.save("large.png")
     """
     if model is not None and not isinstance(model, TTSR):
         raise TypeError(f"model must be a TTSR, got {type(model).__name__}")
