@@ -188,12 +188,12 @@ def cuda_gather_fold_adjoint(
 ) -> None:
     for batch in {len(out) for out in outs}:  # one value for all images, or one for each
         levels = [level for level, out in enumerate(outs) if len(out) == batch]
-        begin, order = choosers.of(keys[0] * keys[1], batch)
+        csr_offsets, csr_indices = choosers.of(keys[0] * keys[1], batch)
         torch.ops.ttsr_fast.cuda_gather_fold_adjoint(
             [_channels_last(grads[level]) for level in levels],
             choosers.index.contiguous(),
-            begin,
-            order,
+            csr_offsets,
+            csr_indices,
             _sum_weight(weight, grads[0]),
             [outs[level] for level in levels],
             [strides[level] for level in levels],

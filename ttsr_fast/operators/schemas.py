@@ -62,8 +62,8 @@ LIBRARY.define(
     f"int[] strides, {_PATCH}, int key_height, int key_width, str divisor, bool check_index) -> ()"
 )
 LIBRARY.define(
-    "cuda_gather_fold_adjoint(Tensor[] grads, Tensor index, Tensor begin, Tensor order, "
-    f"Tensor? weight, Tensor(a!)[] outs, int[] strides, {_PATCH}, "
+    "cuda_gather_fold_adjoint(Tensor[] grads, Tensor index, Tensor csr_offsets, "
+    f"Tensor csr_indices, Tensor? weight, Tensor(a!)[] outs, int[] strides, {_PATCH}, "
     "int key_height, int key_width, str divisor) -> ()"
 )
 LIBRARY.define(
