@@ -70,9 +70,9 @@ LIBRARY.define(
     "cuda_gather_dot(Tensor value, Tensor grad, Tensor index, Tensor(a!) out, "
     f"int stride, {_PATCH}, int key_height, int key_width, str divisor, bool check_index) -> ()"
 )
-for _name in ("cuda_slab_search", "cuda_box_max"):  # see kernels/slab_search.py
+for _name in ("cuda_slab_search", "cuda_slab_argmax"):  # see kernels/slab_search.py
     LIBRARY.define(
         f"{_name}(Tensor query_rows, Tensor key_rows, Tensor scale, Tensor(a!) best, "
-        "Tensor(b!) ring, int key_images, int depth, int together, int image_stride, int[] query, "
-        "int[] key, int keys, int walk_rows) -> ()"
+        "Tensor(b!) ring, int key_images, int depth, int batch, int batch_stride, "
+        "int[] query_layout, int[] key_layout, int keys_per_thread, int rows_per_warp) -> ()"
     )
