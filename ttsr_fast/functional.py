@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from ttsr_fast.choices import PRECISIONS
-from ttsr_fast.operators.gather_fold import GatherFold
-from ttsr_fast.operators.gather_fold import gather_fold as gather_fold_operator
+from ttsr_fast.operators.gather_fold import call_gather_fold
 from ttsr_fast.operators.patch import Patch, Score
-from ttsr_fast.operators.registry import under_transform, untraced
-from ttsr_fast.operators.search import Search
-from ttsr_fast.operators.search import search as search_operator
+from ttsr_fast.operators.search import call_search
 
+KERNEL_SIZES = (1, 3, 5, 7)
 NORMALIZATIONS = ("both", "key", "none")
 DIVISORS = ("area", "overlap", "none")
 
@@ -144,7 +142,7 @@ def search(
     if key_mask is not None:
         check_mask(key_mask, key, patch.grid(*key.shape[2:]))
     options = (*patch, *Score(normalize, float(eps), add_eps), precision, backend)
-    return Match(*_search(query, key, key_mask, *options))
+    return Match(*call_search(query, key, key_mask, *options))
 
 
 def gather_fold(
@@ -240,7 +238,7 @@ def gather_fold(
                 f"weight must have the shape {shape_of(index)} of index, got {shape_of(weight)}"
             )
         _check_device("weight", weight, "value", value)
-    return _gather_fold([value], index, weight, [stride], *patch, divisor, backend)[0]
+    return call_gather_fold([value], index, weight, [stride], *patch, divisor, backend)[0]
 
 
 def search_transfer(
@@ -282,27 +280,10 @@ def search_transfer(
             )
     if key_mask is not None:
         check_mask(key_mask, key, (key.shape[2], key.shape[3]))
-    score, index = _search(query, key, key_mask, *Patch(), *Score(), precision, backend)
-    return Match(score, index), _gather_fold(
+    score, index = call_search(query, key, key_mask, *Patch(), *Score(), precision, backend)
+    return Match(score, index), call_gather_fold(
         values, index, None, strides, *Patch(), "area", backend
     )
-
-
-def _search(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if under_transform():
-        return untraced(Search.apply, *arguments)
-    return search_operator(*arguments)
-
-
-def _gather_fold(
-    values: list[Tensor], index: Tensor, weight: Tensor | None, strides: list[int], *options: Any
-) -> list[Tensor]:
-    if not under_transform():
-        return gather_fold_operator(values, index, weight, strides, *options)
-    return [
-        untraced(GatherFold.call, [value], index, weight, [stride], *options)[0]
-        for value, stride in zip(values, strides, strict=True)
-    ]
 
 
 def _check_pair(query: Tensor, key: Tensor, precision: str | None) -> tuple[Tensor, Tensor, str]:
@@ -371,8 +352,8 @@ def _check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def check_patch(kernel_size: int, padding: int | None) -> Patch:
     """The patch of these two arguments of `search` and `gather_fold`, checked."""
-    if not isinstance(kernel_size, int) or kernel_size not in (1, 3, 5, 7):
-        raise ValueError(f"kernel_size must be one of (1, 3, 5, 7), got {kernel_size!r}")
+    if not isinstance(kernel_size, int) or kernel_size not in KERNEL_SIZES:
+        raise ValueError(f"kernel_size must be one of {KERNEL_SIZES}, got {kernel_size!r}")
     patch = Patch.of(kernel_size, padding)
     if not isinstance(patch.padding, int) or not 0 <= patch.padding <= kernel_size // 2:
         raise ValueError(

@@ -19,6 +19,8 @@ from ttsr_fast.operators.registry import (
     register,
     register_derivative,
     register_without_derivative,
+    under_transform,
+    untraced,
 )
 
 
@@ -228,3 +230,15 @@ class GatherFold(Function):
 
 
 register_derivative(gather_fold, GatherFold.call)
+
+
+def call_gather_fold(
+    values: list[Tensor], index: Tensor, weight: Tensor | None, strides: list[int], *options: Any
+) -> list[Tensor]:
+    """The operator, or under a transform of torch.func what that can differentiate."""
+    if not under_transform():
+        return gather_fold(values, index, weight, strides, *options)
+    return [
+        untraced(GatherFold.call, [value], index, weight, [stride], *options)[0]
+        for value, stride in zip(values, strides, strict=True)
+    ]

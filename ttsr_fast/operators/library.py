@@ -13,8 +13,8 @@ from ttsr_fast.operators.registry import LIBRARY
 _GRID = "int key_height, int key_width, str divisor"
 _SLAB = (
     "Tensor query_rows, Tensor key_rows, Tensor scale, Tensor(a!) best, Tensor(b!) ring, "
-    "int key_images, int depth, int together, int image_stride, int[] query, int[] key, int keys, "
-    "int walk_rows"
+    "int key_images, int depth, int batch, int batch_stride, int[] query_layout, int[] key_layout, "
+    "int keys_per_thread, int rows_per_warp"
 )
 # The operators with their results to fill; `csrc` implements them.
 for _schema in (
@@ -31,12 +31,13 @@ for _schema in (
     "cuda_version() -> int",
     "cuda_gather_fold(Tensor[] values, Tensor index, Tensor? weight, Tensor(a!)[] outs, "
     f"int[] strides, {PATCH}, {_GRID}, bool check_index) -> ()",
-    "cuda_gather_fold_adjoint(Tensor[] grads, Tensor index, Tensor begin, Tensor order, "
-    f"Tensor? weight, Tensor(a!)[] outs, int[] strides, {PATCH}, {_GRID}) -> ()",
+    "cuda_gather_fold_adjoint(Tensor[] grads, Tensor index, Tensor csr_offsets, "
+    "Tensor csr_indices, Tensor? weight, Tensor(a!)[] outs, "
+    f"int[] strides, {PATCH}, {_GRID}) -> ()",
     "cuda_gather_dot(Tensor value, Tensor grad, Tensor index, Tensor(a!) out, "
     f"int stride, {PATCH}, {_GRID}, bool check_index) -> ()",
     f"cuda_slab_search({_SLAB}) -> ()",  # see kernels/slab_search.py
-    f"cuda_box_max({_SLAB}) -> ()",
+    f"cuda_slab_argmax({_SLAB}) -> ()",
 ):
     LIBRARY.define(_schema)
 

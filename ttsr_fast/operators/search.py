@@ -30,6 +30,8 @@ from ttsr_fast.operators.registry import (
     register,
     register_derivative,
     register_without_derivative,
+    under_transform,
+    untraced,
 )
 
 Options = tuple[Any, ...]
@@ -243,3 +245,8 @@ def _at(
 
 
 register_derivative(search, Search.record)
+
+
+def call_search(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operator, or under a transform of torch.func what that can differentiate."""
+    return untraced(Search.apply, *arguments) if under_transform() else search(*arguments)
