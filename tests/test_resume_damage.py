@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_names_the_whole_one(data, half, whole, damage):
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: cannot read {half / LAST}: it is damaged")
     assert line.endswith(
-        f"; {BEST} is whole (after epoch 1): remove {LAST}, and --resume goes on from there"
+        f"; {BEST} is whole (after epoch 1): remove {LAST}, and --resume continues from there"
     )
     assert {path: path.read_bytes() for path in half.iterdir() if path.is_file()} == before
     (half / LAST).unlink()
@@ -80,10 +80,10 @@ def test_a_damaged_checkpoint_names_the_whole_one(data, half, whole, damage):
 def test_without_a_whole_checkpoint_the_folder_is_refused(data, half):
     for name in (LAST, BEST):
         replace(half / name, b"torn")
-    with pytest.raises(RuntimeError, match=rf"no whole {BEST} either: begin again in another fold"):
+    with pytest.raises(RuntimeError, match=rf"no whole {BEST} either: start again in another fold"):
         train(configuration(data, half, *settings(data)), resume=True)
     (half / BEST).unlink()
-    with pytest.raises(RuntimeError, match=rf"no whole {BEST} either: begin again in another fold"):
+    with pytest.raises(RuntimeError, match=rf"no whole {BEST} either: start again in another fold"):
         train(configuration(data, half, *settings(data)), resume=True)
     (half / LAST).unlink()  # only the model is left
     with pytest.raises(ValueError, match=rf"holds a training already \({MODELS[0]}\)"):
@@ -94,7 +94,7 @@ def test_the_best_takes_the_place_of_a_last_that_is_gone(data, half, whole, capl
     (half / LAST).unlink()
     state = train(configuration(data, half, *settings(data)), resume=True)
     assert (state.epoch, state.step) == (2, 6)
-    assert f"{half / LAST} is gone: going on from {BEST}" in caplog.messages
+    assert f"{half / LAST} is gone: resuming from {BEST}" in caplog.messages
     assert_same_state(half, whole)
 
 

@@ -254,7 +254,7 @@ def _checkpoint_in(folder: Path) -> Path | None:
     last, best = folder / LAST, folder / BEST
     if last.exists() or not best.exists():
         return last if last.exists() else None
-    _logger.warning("%s is gone: going on from %s", last, BEST)
+    _logger.warning("%s is gone: resuming from %s", last, BEST)
     return best
 
 
@@ -316,9 +316,9 @@ def _advice(damaged: Path) -> str:
     try:
         epoch = _read(best)["epoch"]
     except (OSError, RuntimeError, ValueError):
-        return f"; there is no whole {BEST} either: begin again in another folder"
+        return f"; there is no whole {BEST} either: start again in another folder"
     return (
-        f"; {BEST} is whole (after epoch {epoch}): remove {LAST}, and --resume goes on from there"
+        f"; {BEST} is whole (after epoch {epoch}): remove {LAST}, and --resume continues from there"
     )
 
 

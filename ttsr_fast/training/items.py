@@ -149,7 +149,7 @@ def check_unchanged(
     if changes and not accept:
         raise ValueError(
             f"{checkpoint} was saved with other training files: {changes}; put the old ones back, "
-            "or go on with --set on_change=accept"
+            "or accept them with --set on_change=accept"
         )
     if changes:
         _logger.warning("the training files have changed: %s", changes)

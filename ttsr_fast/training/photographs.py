@@ -12,7 +12,7 @@ from PIL import Image
 from ttsr_fast.datasets import pictures_in
 from ttsr_fast.training.data import CACHE, ImageCache, PairDatasetBase
 
-_STRENGTHS = (1.0, 0.5, 0.25, 0.0)  # of a warp, until the view lies inside the photograph
+_STRENGTHS = (1.0, 0.5, 0.25, 0.0)  # of a warp, until the view is inside the photograph
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -82,7 +82,7 @@ class Photographs(PairDatasetBase):
 
     The image is a crop of a photograph. The reference is another view of about the same part:
     shifted, rotated, scaled, in perspective, darker or brighter. It is resampled once, directly
-    from the photograph, and lies inside it. Where there is no room, the warp is halved, at most
+    from the photograph, and is inside it. Where there is no room, the warp is halved, at most
     twice, and then left out. A share of references comes from another photograph, so that the model
     learns to ignore them.
 
@@ -211,7 +211,7 @@ def resampled(
     matrix: np.ndarray,  # [3, 3], from the result to `photo`
     size: int,
 ) -> np.ndarray:  # [size, size, 3] uint8
-    """View of a photograph under a homography, which must lie inside it.
+    """View of a photograph under a homography, which must be inside it.
 
     Pillow's bicubic transform rounds down and is sharper than its bicubic resize (a is -1 instead
     of -1/2), as a reference should be.
