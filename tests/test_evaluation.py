@@ -16,8 +16,8 @@ from ttsr_fast.datasets import Pair, find_pairs
 from ttsr_fast.evaluation import evaluate
 from ttsr_fast.images import Image, downscale, read_image, to_tensor, upscale_bicubic
 from ttsr_fast.model import TTSR
+from ttsr_fast.references import search_references
 from ttsr_fast.upscaling import upscale
-from ttsr_fast.upscaling.ttsr import super_resolve
 
 each = pytest.mark.parametrize
 
@@ -105,7 +105,7 @@ def test_all_references_are_searched(model, pair):
 @each(("method", "side"), [("ttsr", 100), ("detail", 500)])
 def test_the_stack_is_one_picture(model, pair, method, side, monkeypatch):
     if method == "ttsr":  # which takes long
-        monkeypatch.setattr("ttsr_fast.evaluation.CANVAS", side)
+        monkeypatch.setattr("ttsr_fast.evaluation.runner.CANVAS", side)
     used = model if method == "ttsr" else "detail"
     (row,) = evaluate(used, [pair], references="stack").rows
     stack = np.zeros((3 * side, side, 3), np.uint8)
@@ -132,15 +132,15 @@ def test_without_references_the_small_picture_serves(model, pair, mode):
 def test_options_reach_the_search(model, pair, monkeypatch):
     asked = []
 
-    def watched(*arguments, **options):
-        asked.append((options["precision"], options["backend"], arguments[4].tiles))
-        return super_resolve(*arguments, **options)
+    def watched(query, keys, *, precision, backend, **options):
+        asked.append((precision, backend))
+        return search_references(query, keys, precision=precision, backend=backend, **options)
 
-    monkeypatch.setattr("ttsr_fast.evaluation.runner.super_resolve", watched)
+    monkeypatch.setattr("ttsr_fast.upscaling.ttsr.search_references", watched)
     monkeypatch.setattr(model.SearchTransfer, "backend", "torch")
     plain = evaluate(model, [pair]).psnr
     small = evaluate(model, [pair], precision="bf16", backend="reference").psnr
-    assert [(p, b) for p, b, _ in asked] == [(None, "torch"), ("bf16", "reference")]
+    assert asked == [(None, "torch"), ("bf16", "reference")]
     assert small == pytest.approx(plain, abs=0.5)
     with pytest.raises(ValueError, match="hr: max_memory .* is too little for method 'ttsr'"):
         evaluate(model, [pair], max_memory=1)
@@ -217,7 +217,7 @@ def test_bad_pictures_are_named(pair, tmp_path):
 
 def test_nothing_is_computed_before_all_is_checked(pair, tmp_path, monkeypatch):
     """Neither for the last picture, nor without scikit-image, nor in too little memory."""
-    monkeypatch.setattr("ttsr_fast.evaluation.runner.detail", None)
+    monkeypatch.setattr("ttsr_fast.evaluation.runner.upscale", None)
     small, text = tmp_path / "small.png", tmp_path / "text.png"
     Image(LEFT[:8, :20]).save(small)
     text.write_text("no image")

@@ -119,13 +119,13 @@ def _cufed(root: Path, references: object) -> tuple[list[Path], _Finder]:
     if references is not None:
         raise TypeError(f"references is not for layout 'cufed', got {references!r}")
     folder = _inside(root, "train/input", "input")
-    return pictures_in(folder), partial(_of_that_name, _existing(folder.parent / "ref"))
+    return images_in(folder), partial(_of_that_name, _existing(folder.parent / "ref"))
 
 
 def _cufed5(root: Path, references: object) -> tuple[list[Path], _Finder]:
     numbers = _numbers(1 if references is None else references)
     folder = _inside(root, "test/CUFED5", "CUFED5", ".")
-    pictures = [path for path in pictures_in(folder) if path.stem.endswith("_0")]
+    pictures = [path for path in images_in(folder) if path.stem.endswith("_0")]
     if not pictures:
         raise ValueError(f"{shown(folder)} holds no images named NNN_0")
     if max(numbers) > 5:
@@ -158,12 +158,12 @@ def _sun80(root: Path, references: object) -> tuple[list[Path], _Finder]:
             )
         return found if numbers is None else tuple(found[n - 1] for n in numbers)
 
-    return pictures_in(_existing(root / "Sun_Hays_SR_groundtruth")), find
+    return images_in(_existing(root / "Sun_Hays_SR_groundtruth")), find
 
 
 def _alone(root: Path, references: object) -> tuple[list[Path], _Finder]:
     folder = _inside(root, "image_SRF_4", "HR", ".")
-    pictures = pictures_in(folder)
+    pictures = images_in(folder)
     pictures = [path for path in pictures if path.stem.endswith("_HR")] or pictures
     if references is None:
         return pictures, lambda hr: ()
@@ -221,14 +221,14 @@ def _listed(path: Path) -> dict[str, list[str]]:
 def _folders(root: Path, references: object) -> tuple[list[Path], _Finder]:
     if not isinstance(references, str | os.PathLike):
         raise TypeError(f"references must be the folder of references, got {references!r}")
-    return pictures_in(root), partial(_of_that_name, _existing(Path(references)))
+    return images_in(root), partial(_of_that_name, _existing(Path(references)))
 
 
 def _of_that_name(folder: Path, hr: Path) -> tuple[Path, ...]:
     """The picture of that name in `folder`, or all of the folder of that name."""
     for name in (hr.name, hr.stem):
         if (folder / name).is_dir():
-            return tuple(pictures_in(folder / name))
+            return tuple(images_in(folder / name))
     return (namesake(hr, folder),)
 
 
@@ -261,7 +261,7 @@ def _numbers(references: object) -> tuple[int, ...]:
 ENDINGS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 
 
-def pictures_in(path: Path) -> list[Path]:
+def images_in(path: Path) -> list[Path]:
     """An image by itself, or the images of a folder, frame 10 after frame 9.
 
     Of a folder, names that begin with a dot are left out, and what is no regular file.

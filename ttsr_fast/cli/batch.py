@@ -25,11 +25,11 @@ from ttsr_fast.cli.common import (
 )
 from ttsr_fast.cli.inputs import ReferenceOptions
 from ttsr_fast.cli.record import Record, digest_of
-from ttsr_fast.datasets import ENDINGS, identities, identity, pictures_in, result_path
+from ttsr_fast.datasets import ENDINGS, identities, identity, images_in, result_path
 from ttsr_fast.files import shown
 from ttsr_fast.images import SCALE, SUFFIXES
 from ttsr_fast.upscaling import plan, upscale
-from ttsr_fast.upscaling.ttsr import Progress
+from ttsr_fast.upscaling.execution import Progress
 
 
 class Batch:
@@ -50,7 +50,7 @@ class Batch:
         several: whether the command was given a folder or several images.
 
     Raises:
-        OSError, ValueError: as `pictures_in`; `ext` is no format; `output` is a file, or named as
+        OSError, ValueError: as `images_in`; `ext` is no format; `output` is a file, or named as
             one, and there are several images.
     """
 
@@ -84,7 +84,7 @@ class Batch:
             if path.is_dir() and output is None:
                 named = path.resolve() if path.name in ("", "..") else path
                 folder = named.with_name(named.name + suffix)
-            for source in pictures_in(path):
+            for source in images_in(path):
                 source = known.setdefault(source.parent.resolve() / source.name, source)
                 if source not in self._output or path in self._named:  # it goes beside itself
                     self._output[source] = folder
@@ -251,7 +251,7 @@ def show_plans(
     refusals: list[plan.NotEnoughMemory] = []
     for source in sources:
         size = images.read_image(source).size
-        pictures = references.bank(source).pictures(grey=False)
+        pictures = references.bank(source).images(grey=False)
         sizes = [picture.size for picture in pictures]
         if (size, *sizes) in seen:
             continue

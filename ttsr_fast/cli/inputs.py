@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from ttsr_fast.cli import environment
-from ttsr_fast.datasets import namesake, pictures_in
+from ttsr_fast.datasets import images_in, namesake
 from ttsr_fast.files import shown
 from ttsr_fast.model import load_model
 from ttsr_fast.operators import backends
-from ttsr_fast.upscaling import plan
+from ttsr_fast.upscaling import memory
 from ttsr_fast.upscaling.bank import ReferenceBank
 
 
@@ -24,7 +24,7 @@ class ReferenceOptions:
         if pairs is not None and not pairs.is_dir():
             raise ValueError(f"--pairs must be a folder, got {shown(pairs)}")
         self._pairs, self._cache = pairs, cache
-        self._all = [file for path in ref or () for file in pictures_in(path)]
+        self._all = [file for path in ref or () for file in images_in(path)]
         self._named = set(ref or ())
         self._bank: ReferenceBank | None = None
 
@@ -33,7 +33,7 @@ class ReferenceOptions:
 
     def inputs(self) -> list[Path]:
         """The references of any image."""
-        return self._all if self._pairs is None else pictures_in(self._pairs)
+        return self._all if self._pairs is None else images_in(self._pairs)
 
     def check(self, source: Path) -> None:
         """Read shared references now: a bad one fails the command. With --pairs, images do."""
@@ -89,6 +89,6 @@ def device_named(name: str | None) -> str:
 
 def memory_limit(text: str | None) -> int | None:
     try:
-        return None if text is None else plan.parse_bytes(text)
+        return None if text is None else memory.parse_bytes(text)
     except ValueError as error:
         raise ValueError(f"--max-memory: {error}") from None

@@ -62,6 +62,6 @@ def match_command(
             result = upscale(
                 low, bank, max_memory=memory_limit(max_memory), progress=tell(lr.name), **options
             )
-            sheet = draw_match(low, bank.pictures(grey=False), *result)
+            sheet = draw_match(low, bank.images(grey=False), *result)
         sheet.save(output)
     report(output, sheet, start, quiet)

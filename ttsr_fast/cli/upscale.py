@@ -107,7 +107,7 @@ def upscale_command(
         with loading(_before_all):
             from ttsr_fast.cli.batch import Batch, made_from, show_plans
             from ttsr_fast.cli.inputs import ReferenceOptions, memory_limit, upscale_options
-            from ttsr_fast.upscaling import plan
+            from ttsr_fast.upscaling import memory
 
         references = ReferenceOptions(ref, pairs, cache)
         batch = Batch(lr, output, references, suffix, ext, resume, quiet)
@@ -121,7 +121,7 @@ def upscale_command(
             options["model"].MainNet.compile()  # at the first image; windows go without
         options |= {"amp": amp, "max_memory": memory_limit(max_memory), "tile": tile}
         if max_memory is None:
-            plan.keep_freed_memory()
+            memory.keep_freed_memory()
         if show_plan:
             return show_plans(batch.sources, references, options)
         batch.prepare(weights, common)

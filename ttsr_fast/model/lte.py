@@ -52,7 +52,7 @@ class LTE(nn.Module):
             lv1 `[N, 64, H, W]`, lv2 `[N, 128, H // 2, W // 2]` and lv3 `[N, 256, H // 4, W // 4]`,
             each after its ReLU.
         """
-        lv1 = self.slice1(side_by_side(self._normalised(image)))
+        lv1 = self.slice1(channels_last_on_cpu(self._normalised(image)))
         lv2 = self.slice2(lv1)
         return lv1, lv2, self.slice3(lv2)
 
@@ -108,7 +108,7 @@ def _say_random() -> None:
     )
 
 
-def side_by_side(x: Tensor) -> Tensor:
+def channels_last_on_cpu(x: Tensor) -> Tensor:
     """On the CPU, `x` with the channels of a pixel side by side, and so all that comes after it.
 
     Convolutions take two thirds of the time then, and the transfer half; results do not change.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttsr_fast.model.lte import side_by_side
+from ttsr_fast.model.lte import channels_last_on_cpu
 
 
 class MainNet(nn.Module):
@@ -143,7 +143,7 @@ class SFE(nn.Module):
         self.conv_tail = _conv3(n_feats, n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_head(side_by_side(x)).relu_()
+        x = self.conv_head(channels_last_on_cpu(x)).relu_()
         return x + self.conv_tail(self.RBs(x))
 
 

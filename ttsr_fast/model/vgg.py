@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttsr_fast.model.checkpoint import read_tensors
-from ttsr_fast.model.lte import IMAGENET_MEAN, IMAGENET_STD, copy_vgg19, side_by_side
+from ttsr_fast.model.lte import IMAGENET_MEAN, IMAGENET_STD, channels_last_on_cpu, copy_vgg19
 
 # Channels of the convolutions, block by block; between blocks are pools.
 _BLOCKS = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,))
@@ -54,7 +54,7 @@ class VGG19(nn.Module):
             raise ValueError(
                 f"image must be [N, 3, H, W], at least 16x16 pixels, got {list(image.shape)}"
             )
-        return self.features(side_by_side((image - self.mean) / self.std))
+        return self.features(channels_last_on_cpu((image - self.mean) / self.std))
 
 
 def find_vgg19(path: str | os.PathLike[str] | None = None) -> dict[str, Tensor]:
