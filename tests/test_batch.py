@@ -125,7 +125,7 @@ def folders(folder):  # noqa: F811  # the fixture above
     for number in range(3):
         Image(noise(4, 5, 3, seed=number)).save(f"lows/{number}.png")
         Image(noise(20, 24, 3, seed=9 + number)).save(f"refs/{number}.{('png', 'bmp')[number % 2]}")
-    Path("lows/notes.txt").write_text("no picture")
+    Path("lows/notes.txt").write_text("no image")
     return folder
 
 
@@ -147,7 +147,7 @@ def test_a_folder_takes_one_reference_for_all(folders):
         np.testing.assert_array_equal(read_image(f"new/out/{number}.png").pixels, expected)
 
 
-def test_a_picture_takes_its_reference_from_a_folder(folders):
+def test_an_image_takes_its_reference_from_a_folder(folders):
     assert run("upscale", "lows/1.png", "--pairs", "refs", "-o", "out.png").exit_code == 0
     expected = upscale("lows/1.png", "refs/1.bmp").image.pixels
     np.testing.assert_array_equal(read_image("out.png").pixels, expected)
@@ -221,7 +221,7 @@ def test_failures_do_not_stop_a_folder(folders):
     assert names(folders / "lows_x4") == ["2_x4.png"]
 
 
-def test_two_pictures_are_not_written_into_one_file(folders):
+def test_two_images_are_not_written_into_one_file(folders):
     Image(LOW).save("lows/0.bmp")
     result = run("upscale", "lows", "--ref", "ref.png", "--ext", "png", "--quiet")
     assert_refused(

@@ -35,7 +35,7 @@ LOW, REF = noise(6, 7, 3), noise(32, 36, 3, seed=4)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with a picture, a reference, and things that are neither."""
+    """The current folder, with an image, a reference, and things that are neither."""
     monkeypatch.chdir(tmp_path)
     Image(LOW).save("low.png")
     Image(REF).save("ref.png")

@@ -1,4 +1,4 @@
-"""VGG19 up to relu5_1, for the perceptual loss, and where its weights are found."""
+"""VGG19 up to relu5_1, for the perceptual loss, and the search for its weights."""
 
 import os
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ class VGG19(nn.Module):
         self,
         image: Tensor,  # [N, 3, H, W]
     ) -> Tensor:  # [N, 512, H // 16, W // 16]
-        """relu5_1 of `image`, whose pixels are in [0, 1]; H and W are at least 16."""
+        """relu5_1 of `image`, with pixels in [0, 1]; H and W are at least 16."""
         if image.dim() != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 16:
             raise ValueError(
                 f"image must be [N, 3, H, W], at least 16x16 pixels, got {list(image.shape)}"
@@ -61,13 +61,13 @@ def find_vgg19(path: str | os.PathLike[str] | None = None) -> dict[str, Tensor]:
     """VGG19's convolutions, trained on ImageNet, in torchvision's naming; never downloaded.
 
     Args:
-        path: a file of them, `.safetensors` or written by `torch.save`; None for the one that
-            torchvision has left in torch.hub's cache (`$TORCH_HOME/hub/checkpoints/vgg19-*.pth`).
+        path: a file of weights, `.safetensors` or written by `torch.save`; None for torchvision's
+            file in torch.hub's cache (`$TORCH_HOME/hub/checkpoints/vgg19-*.pth`).
 
     Raises:
-        FileNotFoundError: there is none in the cache.
+        FileNotFoundError: the cache has no such file.
         RuntimeError: the file cannot be read.
-        ValueError: it holds something else than tensors.
+        ValueError: it holds other things than tensors.
     """
     if path is None:
         cache = Path(torch.hub.get_dir()) / "checkpoints"

@@ -72,7 +72,7 @@ class ReferenceBank:
 
     @property
     def has_features(self) -> bool:
-        """Whether features are in memory."""
+        """True if features are in memory."""
         return bool(self._features)
 
     def features(

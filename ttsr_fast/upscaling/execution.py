@@ -10,7 +10,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Execution(NamedTuple):
-    """How a method runs.
+    """Search, convolutions and progress of a method.
 
     Attributes:
         precision: of the search; None for the default, or the model's own.

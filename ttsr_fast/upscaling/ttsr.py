@@ -62,7 +62,7 @@ def super_resolve(
 ) -> tuple[Tensor, ReferenceMatch]:  # [1, 3, 4*H, 4*W]
     """The image in [-1, 1] on `plan.store`, and the origin of each of its patches.
 
-    The result is that of `TTSR.forward`, with the best of several references.
+    The result equals `TTSR.forward`, with the best of several references.
 
     Raises:
         ValueError: the image or its scores hold NaN or infinity, as `check_finite` explains.
