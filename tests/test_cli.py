@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import ttsr_fast
+from tests.image_samples import noise
 from ttsr_fast.cli import environment, record
 from ttsr_fast.cli.commands import app
 from ttsr_fast.cli.environment import EXTRAS
@@ -23,11 +24,6 @@ from ttsr_fast.visualize import draw_match
 
 ROOT = Path(__file__).parent.parent
 each = pytest.mark.parametrize
-
-
-def noise(*shape, dtype=np.uint8, seed=3):
-    top = np.iinfo(dtype).max
-    return np.random.default_rng(seed).integers(0, top, shape, dtype, endpoint=True)
 
 
 LOW, REF = noise(6, 7, 3), noise(32, 36, 3, seed=4)

@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image as pillow
 
+from tests.image_samples import noise
 from ttsr_fast.datasets import Pair, degrade, find_pairs, read_rgb
 from ttsr_fast.images import Image
 
 each = pytest.mark.parametrize
-
-
-def noise(*shape, dtype=np.uint8, seed=5):
-    top = np.iinfo(dtype).max
-    return np.random.default_rng(seed).integers(0, top, shape, dtype, endpoint=True)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ LAW: dict[str, set[str]] = {
     "datasets": {"choices", "files", "images", "numpy"},
     "metrics": {"numpy", "optional"},
     "visualize": {"PIL", "files", "images", "numpy", "torch"},
-    "evaluation": {"choices", "datasets", "distributed", "files", "images", "metrics", "model"},
+    "evaluation": {"choices", "datasets", "files", "images", "metrics", "model"},
     "training": {"choices", "datasets", "devices", "files", "images", "model"},
 }
 LAW["evaluation"] |= {"numpy", "torch", "upscaling", "visualize"}

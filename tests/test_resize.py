@@ -5,15 +5,11 @@ import pytest
 import torch
 from PIL import Image as pillow
 
+from tests.image_samples import noise
 from ttsr_fast import images
 
 each = pytest.mark.parametrize
 BICUBIC = pillow.Resampling.BICUBIC
-
-
-def noise(*shape, dtype=np.uint8):
-    top = np.iinfo(dtype).max
-    return np.random.default_rng(7).integers(0, top, shape, dtype, endpoint=True)
 
 
 @each("channels", [1, 3])

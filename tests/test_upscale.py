@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image as pillow
 from skimage.data import stereo_motorcycle
 
+from tests.image_samples import noise
 from ttsr_fast import reference
 from ttsr_fast.images import Image, downscale, to_tensor, upscale_bicubic
 from ttsr_fast.model import TTSR
@@ -29,11 +30,6 @@ def psnr(a, b):
     luma = np.array([65.738, 129.057, 25.064]) / 256
     error = (a.astype(float) - b) @ luma
     return 10 * np.log10(255**2 / np.mean(error**2))
-
-
-def noise(*shape, dtype=np.uint8, seed=3):
-    top = np.iinfo(dtype).max
-    return np.random.default_rng(seed).integers(0, top, shape, dtype, endpoint=True)
 
 
 def smooth(height, width, seed=3):

@@ -5,8 +5,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ttsr_fast.distributed.ranks import place
-
 T = TypeVar("T")
 
 
@@ -23,7 +21,7 @@ class Share:
     def __init__(self, together: bool) -> None:
         self.rank, self.size, self._group = 0, 1, None
         if together and dist.is_available() and dist.is_initialized():
-            self.rank, self.size = place(None)
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size > 1:  # gloo takes objects from the CPU, with every backend of the others
             self._group = dist.new_group(backend="gloo")
 

@@ -79,7 +79,7 @@ def decode(path: Path) -> Decoded:
     except pil.UnidentifiedImageError:
         reason = "it is no PNG, TIFF, JPEG, WebP or BMP, or damaged"
         raise ValueError(f"cannot read {shown(path)}: {reason}") from None
-    except Exception as error:  # decoders raise anything at a damaged file
+    except Exception as error:  # decoders raise errors of any type
         if isinstance(error, OSError) and error.errno is not None:
             raise type(error)(f"cannot read {shown(path)}: {refusal(error)}") from error
         raise ValueError(f"cannot read {shown(path)}: {reason_of(error)}") from error

@@ -38,7 +38,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         content = _load_safetensors(path, safetensors) if safetensors else _load_pickled(path)
     except Damaged as error:
         raise RuntimeError(f"cannot read {path}: it is damaged ({error})") from error
-    except Exception as error:  # damaged files raise almost anything
+    except Exception as error:  # damaged files raise errors of almost any type
         if isinstance(error, OSError) and (reason := refusal(error)) is not None:
             raise RuntimeError(f"cannot read {path}: {reason}") from error
         raise RuntimeError(

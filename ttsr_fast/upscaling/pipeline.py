@@ -111,7 +111,7 @@ def upscale(
     """
     if model is not None and not isinstance(model, TTSR):
         raise TypeError(f"model must be a TTSR, got {type(model).__name__}")
-    method = _resolve_method(method, model, phases, device, tile, amp)
+    _check_method(method, model, phases, device, tile, amp)
     if max_memory is not None and max_memory < 1:
         raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory}")
     if tile is not None and tile < 1:
@@ -146,14 +146,15 @@ def _is_grey(source: Image) -> bool:
     return source.pixels.shape[2] == 1
 
 
-def _resolve_method(
+def _check_method(
     method: str | None,
     model: TTSR | None,
     phases: int | None,
     device: str | torch.device | None,
     tile: int | None,
     amp: str | None,
-) -> str:
+) -> None:
+    """Raise ValueError for options that do not fit the method."""
     if method is None:
         method = "detail" if model is None else "ttsr"
     if method not in METHODS:
@@ -174,7 +175,6 @@ def _resolve_method(
         raise ValueError("device is for method 'detail'; with 'ttsr' move the model")
     if phases is not None and phases not in PHASES:
         raise ValueError(f"phases must be one of {PHASES}, got {phases!r}")
-    return method
 
 
 def _ttsr(
