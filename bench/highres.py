@@ -34,7 +34,7 @@ from skimage.data import stereo_motorcycle
 from ttsr_fast import TTSR
 from ttsr_fast.images import Image, downscale, read_image, resize
 from ttsr_fast.model import save_model
-from ttsr_fast.upscaling.plan import parse_bytes
+from ttsr_fast.upscaling.memory import parse_bytes
 
 SIZE, QUICK_SIZE = (1080, 1920), (160, 240)
 LIMITS = ("6GiB", "3GiB")  # of TTSR

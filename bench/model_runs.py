@@ -20,7 +20,8 @@ from ttsr_fast import TTSR, SearchTransfer, functional, reference
 from ttsr_fast.model import lte, main_net
 from ttsr_fast.operators import backends
 from ttsr_fast.upscaling import ttsr
-from ttsr_fast.upscaling.plan import plan_ttsr
+from ttsr_fast.upscaling.execution import Execution
+from ttsr_fast.upscaling.plan import plan_upscale
 
 STAGES = ("LTE", "search", "transfer", "MainNet", "backward", "Adam")
 SHIFT = (12, 20)  # pixels by which the image lies elsewhere than in its reference
@@ -137,12 +138,12 @@ def make_model(name: str) -> TTSR:
 @contextmanager
 def _planes() -> Iterator[None]:
     """Maps as planes of a channel each, as the original form has them."""
-    ours = lte.side_by_side
-    lte.side_by_side = main_net.side_by_side = lambda x: x
+    ours = lte.channels_last_on_cpu
+    lte.channels_last_on_cpu = main_net.channels_last_on_cpu = lambda x: x
     try:
         yield
     finally:
-        lte.side_by_side = main_net.side_by_side = ours
+        lte.channels_last_on_cpu = main_net.channels_last_on_cpu = ours
 
 
 @contextmanager
@@ -228,12 +229,11 @@ class Subject:
 
     def _mixed(self, variant: Variant) -> tuple[Tensor, ...]:
         """Picture and scores, as `upscale` makes them."""
-        plan = plan_ttsr(self.model, self.size.query, [self.size.key])
+        plan = plan_upscale(self.size.query, [self.size.key], model=self.model)
         lr, lrsr, ref, refsr = (self.images[name] for name in ("lr", "lrsr", "ref", "refsr"))
-        features = ttsr.reference_features(self.model, ref, refsr, plan, variant.amp)
-        sr, match = ttsr.super_resolve(
-            self.model, lr, lrsr, [features], plan, backend=variant.backend, amp=variant.amp
-        )
+        execution = Execution(backend=variant.backend, amp=variant.amp)
+        features = ttsr.reference_features(self.model, ref, refsr, plan, execution)
+        sr, match = ttsr.super_resolve(self.model, lr, lrsr, [features], plan, execution)
         return sr, match.score.unsqueeze(1)
 
     def _train(self) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests import emulated
 from tests.processes import Processes
 from ttsr_fast.operators import backends, build, triton
-from ttsr_fast.upscaling import plan
+from ttsr_fast.upscaling import memory
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
@@ -55,9 +55,7 @@ CPU_MODULES = {
     "test_metrics",
     "test_offline",
     "test_packaging",
-    "test_pairs",
     "test_photographs",
-    "test_pictures",
     "test_resize",
     "test_resume",
     "test_table",
@@ -65,6 +63,7 @@ CPU_MODULES = {
     "test_train_demo",
     "test_training",
     "test_upscale",
+    "test_visualize",
 }
 
 # About what nvcc makes of the kernels, or a compiler of C++: left out where it cannot be used.
@@ -196,7 +195,7 @@ def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The program would keep it for all tests of this process, of which some measure it."""
-    monkeypatch.setattr(plan, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture(autouse=True)

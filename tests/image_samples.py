@@ -1,4 +1,4 @@
-"""Image files built by hand: what encoders do not write, or write in one way only."""
+"""Random pixels, and image files that encoders do not write, or write in one way only."""
 
 import struct
 import zlib
@@ -6,9 +6,9 @@ import zlib
 import numpy as np
 
 
-def noise(*shape, dtype=np.uint8):
+def noise(*shape, dtype=np.uint8, seed=3):
     top = np.iinfo(dtype).max
-    return np.random.default_rng(7).integers(0, top, shape, dtype, endpoint=True)
+    return np.random.default_rng(seed).integers(0, top, shape, dtype, endpoint=True)
 
 
 def png(array, colour_type, *chunks, size=None):

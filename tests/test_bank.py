@@ -14,13 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.test_inference import REFS
 from tests.test_upscale import LOW, REF, smooth
+from tests.test_upscaling_ttsr import REFS
 from ttsr_fast.images import to_grey
 from ttsr_fast.model import TTSR
 from ttsr_fast.upscaling import feature_cache, ttsr, upscale
 from ttsr_fast.upscaling.bank import ReferenceBank
-from ttsr_fast.upscaling.plan import plan_ttsr
+from ttsr_fast.upscaling.execution import Execution
+from ttsr_fast.upscaling.plan import plan_upscale
 
 each = pytest.mark.parametrize
 
@@ -140,8 +141,8 @@ def test_files_are_safetensors_that_others_may_read(model, tmp_path):
         "sha256": [1, 32],
     }
     features = ReferenceBank(REF)
-    plan = plan_ttsr(model, (9, 12), [(40, 52)])
-    ((key, values),) = features.features(model, plan, grey=False)
+    plan = plan_upscale((9, 12), [(40, 52)], model=model)
+    ((key, values),) = features.features(model, plan, Execution(), grey=False)
     for name, x in zip(("key", "lv1", "lv2", "lv3"), (key, *values), strict=True):
         assert torch.equal(tensors[name].permute(0, 3, 1, 2), x)
 

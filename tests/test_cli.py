@@ -12,12 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 import ttsr_fast
+from tests.image_samples import noise
 from ttsr_fast.cli import environment, record
 from ttsr_fast.cli.commands import app
 from ttsr_fast.cli.environment import EXTRAS
 from ttsr_fast.images import Image, read_image
 from ttsr_fast.model import TTSR, save_model
-from ttsr_fast.operators import backends, build
+from ttsr_fast.operators import backends, build, library
 from ttsr_fast.upscaling import upscale
 from ttsr_fast.visualize import draw_match
 
@@ -25,17 +26,12 @@ ROOT = Path(__file__).parent.parent
 each = pytest.mark.parametrize
 
 
-def noise(*shape, dtype=np.uint8, seed=3):
-    top = np.iinfo(dtype).max
-    return np.random.default_rng(seed).integers(0, top, shape, dtype, endpoint=True)
-
-
 LOW, REF = noise(6, 7, 3), noise(32, 36, 3, seed=4)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with a picture, a reference, and things that are neither."""
+    """The current folder, with an image, a reference, and things that are neither."""
     monkeypatch.chdir(tmp_path)
     Image(LOW).save("low.png")
     Image(REF).save("ref.png")
@@ -261,15 +257,15 @@ def test_env_tells_what_runs_and_why_not(monkeypatch):
 
 def test_env_names_the_instruction_set_and_the_version_of_cuda(monkeypatch):
     monkeypatch.setattr(backends, "why_not", lambda name, device: None)
-    monkeypatch.setattr(backends, "instruction_set", lambda: "avx2")
-    monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
-    monkeypatch.setattr(backends, "cuda_library_version", lambda: "13.0")
+    monkeypatch.setattr(library, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(library, "load_cuda_library", lambda: None)
+    monkeypatch.setattr(library, "cuda_library_version", lambda: "13.0")
     monkeypatch.setattr(environment, "devices", lambda: ["cpu", "cuda:0"])
     lines = env_lines()
     assert (lines["cpp on cpu"], lines["cpp on cuda"]) == ("runs, avx2", "runs")
     assert lines["cuda library"] == "loaded, CUDA 13.0"
 
-    monkeypatch.setattr(backends, "load_cuda_library", lambda: "it is not there")
+    monkeypatch.setattr(library, "load_cuda_library", lambda: "it is not there")
     assert env_lines()["cuda library"] == "no: it is not there"
 
 
@@ -282,7 +278,7 @@ def test_env_builds_the_kernels_first(monkeypatch):
 
     libraries = {False: Path("/cache/cpu.so"), True: Path("/cache/cuda.so")}
     monkeypatch.setattr(build, "build_library", lambda *, cuda=False: libraries[cuda])
-    monkeypatch.setattr(backends, "load_cuda_library", lambda: "not asked here")
+    monkeypatch.setattr(library, "load_cuda_library", lambda: "not loaded here")
     assert built() == ["compiled /cache/cpu.so"]
     assert built("13.0") == ["compiled /cache/cpu.so", "compiled /cache/cuda.so"]
     assert built("13.0", "there is no nvcc") == [

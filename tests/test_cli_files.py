@@ -149,7 +149,7 @@ def test_names_are_no_markup_in_the_bar(monkeypatch):
     stream = io.StringIO()
     terminal = Console(file=stream, force_terminal=True, width=200, color_system=None)
     monkeypatch.setattr(common, "Console", lambda stderr: terminal)
-    with common.progress_bar("enlarging", 2, quiet=False) as (_, tell):
+    with common.progress_bar("upscaling", 2, quiet=False) as (_, tell):
         tell(f"{ODD}:smile:[/]")("search", 1, 2)
     assert f"{SHOWN}:smile:[/]: search 1/2" in stream.getvalue()
     assert "\x1b]0" not in stream.getvalue()

@@ -12,7 +12,7 @@ import torch
 from PIL import Image as pillow
 from torch.utils.data import DataLoader
 
-from tests.test_image_files import save_two_directories, save_wide_tiles
+from tests.test_decode import save_two_directories, save_wide_tiles
 from ttsr_fast.datasets import Pair
 from ttsr_fast.images import Image
 from ttsr_fast.training import data

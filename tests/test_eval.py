@@ -59,10 +59,10 @@ def test_eval_prints_and_writes_the_table(folder, model):
     result = run_eval(*CUFED5, "--weights", "tiny.pth", "--protocol", "c2", *files)
     assert (result.exit_code, result.stderr) == (0, "")
     head, *rows, mean, last = cells(result.stdout)
-    assert head == ["picture", "PSNR", "SSIM", "references"]
+    assert head == ["image", "PSNR", "SSIM", "references"]
     assert rows == [[r.name, f"{r.psnr:.3f}", f"{r.ssim:.4f}", *r.references] for r in table.rows]
     assert mean == ["mean", f"{table.psnr:.3f}", f"{table.ssim:.4f}"]
-    assert " ".join(last).startswith("ttsr, protocol c2, references: first: 3 pictures, 0.")
+    assert " ".join(last).startswith("ttsr, protocol c2, references: first: 3 images, 0.")
     assert json.loads(Path("a.json").read_text())["psnr"] == table.psnr
     assert len(Path("a.csv").read_text().splitlines()) == 5
     assert len(list(Path("drawings").iterdir())) == 3
@@ -84,8 +84,8 @@ def test_eval_lists_what_it_skips(folder):
     Path("CUFED5/001_0.png").write_bytes(b"")
     result = run_eval(*CUFED5, "--method", "bicubic", "--skip", "--csv", "a.csv")
     assert result.exit_code == 1
-    assert "the mean leaves out 1 of 3 pictures, which failed" in result.stdout
-    expected = r"error: cannot read CUFED5/001_0\.png: .*\nerror: 1 of 3 pictures failed\n"
+    assert "the mean leaves out 1 of 3 images, which failed" in result.stdout
+    expected = r"error: cannot read CUFED5/001_0\.png: .*\nerror: 1 of 3 images failed\n"
     assert re.fullmatch(expected, result.stderr)
     assert len(Path("a.csv").read_text().splitlines()) == 5
 
@@ -96,7 +96,7 @@ def test_eval_says_that_results_are_equal(folder):
     Image(np.full((48, 48, 3), 9, np.uint8)).save("flat/b.png")
     result = run_eval("flat", "--layout", "urban100", "--method", "bicubic")
     assert cells(result.stdout)[1] == ["a", "inf", "1.0000"]
-    assert "that of PSNR leaves out 2 results equal to the truth" in result.stdout
+    assert "the mean PSNR leaves out 2 results equal to the truth" in result.stdout
 
 
 def test_quiet_says_nothing(folder):
@@ -150,7 +150,7 @@ def test_bad_input_is_refused(folder, arguments, message):
 
 
 def test_torchrun_prints_the_table_of_one_process(folder):
-    """Ten pictures; only the line with the seconds may differ."""
+    """Ten images; only the line with the seconds may differ."""
     save_cufed5(folder / "CUFED5", 10, 1)
     options = (*CUFED5, "--weights", "tiny.pth", "--csv", "a.csv")
     alone = run_eval(*options).stdout.splitlines()

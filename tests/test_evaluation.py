@@ -1,4 +1,4 @@
-"""Evaluations: what is compared, which references help, bad pictures, drawings, processes."""
+"""Evaluations: methods, references, bad images, comparison images, processes."""
 
 import math
 import re
@@ -16,8 +16,8 @@ from ttsr_fast.datasets import Pair, find_pairs
 from ttsr_fast.evaluation import evaluate
 from ttsr_fast.images import Image, downscale, read_image, to_tensor, upscale_bicubic
 from ttsr_fast.model import TTSR
+from ttsr_fast.references import search_references
 from ttsr_fast.upscaling import upscale
-from ttsr_fast.upscaling.ttsr import super_resolve
 
 each = pytest.mark.parametrize
 
@@ -30,20 +30,20 @@ def model():
 
 @pytest.fixture
 def pair(tmp_path):
-    """A picture whose sides are no multiples of 4, and three references of other sizes."""
-    pictures = {
+    """An image whose sides are no multiples of 4, and three references of other sizes."""
+    images = {
         "hr.png": LEFT[:50, :71],
         "a.png": RIGHT[:61, :90],
         "b.png": RIGHT[40:93, 50:99],
         "c.png": LEFT[3:60, :80],
     }
-    for name, pixels in pictures.items():
+    for name, pixels in images.items():
         Image(pixels).save(tmp_path / name)
     return Pair("hr", tmp_path / "hr.png", tuple(tmp_path / f"{x}.png" for x in "abc"))
 
 
 def forward(model, low, *refs):
-    """The model itself on pictures in memory, with the best of several references."""
+    """The model itself on images in memory, with the best of several references."""
     inputs = [[to_tensor(x) for x in (r, upscale_bicubic(downscale(r)))] for r in refs]
     with torch.no_grad():
         query = to_tensor(low), to_tensor(upscale_bicubic(low))
@@ -92,7 +92,7 @@ def test_a_model_without_hard_attention_takes_no_reference(pair):
 
 
 def test_all_references_are_searched(model, pair):
-    """One of them is the picture itself, a little off: only `all` finds it."""
+    """One of them is the image itself, a little off: only `all` finds it."""
     best = {mode: evaluate("detail", [pair], references=mode).psnr for mode in ("first", "all")}
     assert best["all"] > best["first"] + 1
     (row,) = evaluate(model, [pair], references="all").rows
@@ -103,9 +103,9 @@ def test_all_references_are_searched(model, pair):
 
 
 @each(("method", "side"), [("ttsr", 100), ("detail", 500)])
-def test_the_stack_is_one_picture(model, pair, method, side, monkeypatch):
+def test_the_stack_is_one_image(model, pair, method, side, monkeypatch):
     if method == "ttsr":  # which takes long
-        monkeypatch.setattr("ttsr_fast.evaluation.CANVAS", side)
+        monkeypatch.setattr("ttsr_fast.evaluation.runner.CANVAS", side)
     used = model if method == "ttsr" else "detail"
     (row,) = evaluate(used, [pair], references="stack").rows
     stack = np.zeros((3 * side, side, 3), np.uint8)
@@ -120,7 +120,7 @@ def test_the_stack_is_one_picture(model, pair, method, side, monkeypatch):
 
 
 @each("mode", ["first", "all", "stack"])
-def test_without_references_the_small_picture_serves(model, pair, mode):
+def test_without_references_the_small_image_is_one(model, pair, mode):
     (row,) = evaluate(model, [pair._replace(references=())], references=mode).rows
     hr = read_image(pair.hr).pixels[:48, :68]
     low = downscale(hr)
@@ -130,17 +130,17 @@ def test_without_references_the_small_picture_serves(model, pair, mode):
 
 
 def test_options_reach_the_search(model, pair, monkeypatch):
-    asked = []
+    calls = []
 
-    def watched(*arguments, **options):
-        asked.append((options["precision"], options["backend"], arguments[4].tiles))
-        return super_resolve(*arguments, **options)
+    def watched(query, keys, *, precision, backend, **options):
+        calls.append((precision, backend))
+        return search_references(query, keys, precision=precision, backend=backend, **options)
 
-    monkeypatch.setattr("ttsr_fast.evaluation.runner.super_resolve", watched)
+    monkeypatch.setattr("ttsr_fast.upscaling.ttsr.search_references", watched)
     monkeypatch.setattr(model.SearchTransfer, "backend", "torch")
     plain = evaluate(model, [pair]).psnr
     small = evaluate(model, [pair], precision="bf16", backend="reference").psnr
-    assert [(p, b) for p, b, _ in asked] == [(None, "torch"), ("bf16", "reference")]
+    assert calls == [(None, "torch"), ("bf16", "reference")]
     assert small == pytest.approx(plain, abs=0.5)
     with pytest.raises(ValueError, match="hr: max_memory .* is too little for method 'ttsr'"):
         evaluate(model, [pair], max_memory=1)
@@ -162,12 +162,12 @@ def test_a_model_in_float64(model, pair):
     assert double.psnr == pytest.approx(single.psnr, abs=1e-3)
 
 
-def test_progress_is_told(pair, tmp_path):
-    told = []
+def test_progress_names_pairs(pair, tmp_path):
+    steps = []
     pairs = [pair._replace(name=name) for name in "xyz"]
     pairs[1] = pairs[1]._replace(hr=tmp_path / "no.png")
-    evaluate("bicubic", pairs, on_error="skip", progress=lambda *x: told.append(x))
-    assert told == [("x", 1, 3), ("y", 2, 3), ("z", 3, 3)]
+    evaluate("bicubic", pairs, on_error="skip", progress=lambda *x: steps.append(x))
+    assert steps == [("x", 1, 3), ("y", 2, 3), ("z", 3, 3)]
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_bad_options_are_refused(model, pair, options, error, message):
         evaluate(**arguments)
 
 
-def test_bad_pictures_are_named(pair, tmp_path):
+def test_bad_images_are_named(pair, tmp_path):
     broken, small, large = (tmp_path / f"{x}.png" for x in ("broken", "small", "large"))
     broken.write_bytes(pair.hr.read_bytes()[:200])
     Image(LEFT[:8, :20]).save(small)
@@ -208,7 +208,7 @@ def test_bad_pictures_are_named(pair, tmp_path):
     refused(r"cannot read .*broken\.png: ", references=(*pair.references, broken))
     refused(r"x: reference small\.png must be at least 12x12 pixels, got 20x8", references=(small,))
     refused(r"x: reference LR must be at least 12x12 pixels, got 5x2", small, ())
-    refused(r"x: pictures must be at least 11x11 pixels .* got 20x8", small, method="bicubic")
+    refused(r"x: images must be at least 11x11 pixels .* got 20x8", small, method="bicubic")
     refused(r"large\.png must fit into 500x500 .* 600x20", references=(large,), mode="stack")
     missing = pair._replace(hr=tmp_path / "no.png", references=(tmp_path / "nor.png",))
     with pytest.raises(FileNotFoundError, match=r"no\.png: no such file \(the first of 2 that are"):
@@ -216,8 +216,8 @@ def test_bad_pictures_are_named(pair, tmp_path):
 
 
 def test_nothing_is_computed_before_all_is_checked(pair, tmp_path, monkeypatch):
-    """Neither for the last picture, nor without scikit-image, nor in too little memory."""
-    monkeypatch.setattr("ttsr_fast.evaluation.runner.detail", None)
+    """Neither for the last image, nor without scikit-image, nor in too little memory."""
+    monkeypatch.setattr("ttsr_fast.evaluation.runner.upscale", None)
     small, text = tmp_path / "small.png", tmp_path / "text.png"
     Image(LEFT[:8, :20]).save(small)
     text.write_text("no image")
@@ -231,7 +231,7 @@ def test_nothing_is_computed_before_all_is_checked(pair, tmp_path, monkeypatch):
         evaluate("detail", [pair])
 
 
-def test_skipped_pictures_are_listed_and_not_counted(pair, tmp_path):
+def test_skipped_images_are_listed_and_not_counted(pair, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(pair.hr.read_bytes()[:200])
     pairs = [pair, Pair("x", broken, ()), Pair("y", tmp_path / "no.png", ()), pair]
@@ -253,7 +253,7 @@ def test_a_model_that_gives_nan_is_named(pair):
         evaluate(model, [pair])
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 @each("mode", ["first", "all"])

@@ -44,9 +44,9 @@ def assert_same(image, array):
 @each("size", [(5, 7), (1, 1)])
 def test_lossless_files_return_every_sample(tmp_path, suffix, dtype, channels, size):
     array = noise(*size, channels, dtype=dtype)
-    as_image(array).save(tmp_path / f"picture{suffix}")
-    assert_same(read_image(tmp_path / f"picture{suffix}"), array)
-    assert [file.name for file in tmp_path.iterdir()] == [f"picture{suffix}"]
+    as_image(array).save(tmp_path / f"image{suffix}")
+    assert_same(read_image(tmp_path / f"image{suffix}"), array)
+    assert [file.name for file in tmp_path.iterdir()] == [f"image{suffix}"]
 
 
 @each("suffix", [".jpg", ".jpeg"])
@@ -54,23 +54,23 @@ def test_jpeg_returns_every_sample_nearly(tmp_path, suffix):
     ramp = np.linspace(0, 255, 40)
     planes = np.broadcast_arrays(ramp, ramp[:, None], 128)
     array = np.stack(planes, axis=2).astype(np.uint8)
-    as_image(array).save(tmp_path / f"picture{suffix}")
-    difference = read_image(tmp_path / f"picture{suffix}").pixels.astype(int) - array
+    as_image(array).save(tmp_path / f"image{suffix}")
+    difference = read_image(tmp_path / f"image{suffix}").pixels.astype(int) - array
     assert np.abs(difference).max() <= 4
 
 
 @each(("colour_type", "channels"), [(0, 1), (4, 2), (2, 3), (6, 4)])
 def test_16_bit_png_of_others_is_read_whole(tmp_path, colour_type, channels):
     array = noise(5, 7, channels, dtype=np.uint16)
-    (tmp_path / "picture.png").write_bytes(png(array, colour_type))
-    assert_same(read_image(tmp_path / "picture.png"), array)
+    (tmp_path / "image.png").write_bytes(png(array, colour_type))
+    assert_same(read_image(tmp_path / "image.png"), array)
 
 
 @each("channels", [2, 3, 4])
 def test_16_bit_png_of_ours_is_read_by_others(tmp_path, channels):
     array = noise(5, 7, channels, dtype=np.uint16)
-    as_image(array).save(tmp_path / "picture.png")
-    with pillow.open(tmp_path / "picture.png") as opened:
+    as_image(array).save(tmp_path / "image.png")
+    with pillow.open(tmp_path / "image.png") as opened:
         upper = np.asarray(opened)  # which is all that Pillow keeps; grey it repeats
     expected = array[..., [0, 0, 0, 1]] if channels == 2 else array
     np.testing.assert_array_equal(upper, expected >> 8)
@@ -96,8 +96,8 @@ def test_16_bit_tiff_is_read_whole(tmp_path, options, channels):
     if channels == 4:
         options = {**options, "extrasamples": ["unassalpha"]}
     samples = np.moveaxis(array, 2, 0) if "planarconfig" in options else array
-    tifffile.imwrite(tmp_path / "picture.tif", samples, photometric="rgb", **options)
-    assert_same(read_image(tmp_path / "picture.tif"), array)
+    tifffile.imwrite(tmp_path / "image.tif", samples, photometric="rgb", **options)
+    assert_same(read_image(tmp_path / "image.tif"), array)
 
 
 def test_samples_without_a_meaning_are_dropped(tmp_path):
@@ -106,7 +106,7 @@ def test_samples_without_a_meaning_are_dropped(tmp_path):
     assert_same(read_image(tmp_path / "a.tif"), array[..., :3])
 
 
-UPRIGHT = {  # EXIF orientation: how to turn the stored picture
+UPRIGHT = {  # EXIF orientation: how to turn the stored image
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -122,9 +122,9 @@ UPRIGHT = {  # EXIF orientation: how to turn the stored picture
 def test_exif_orientation_is_applied(tmp_path, orientation):
     array, exif = noise(4, 6, 3), pillow.Exif()
     exif[274] = orientation
-    pillow.fromarray(array).save(tmp_path / "picture.png", exif=exif)
-    assert_same(read_image(tmp_path / "picture.png"), UPRIGHT[orientation](array))
-    with pillow.open(tmp_path / "picture.png") as opened:
+    pillow.fromarray(array).save(tmp_path / "image.png", exif=exif)
+    assert_same(read_image(tmp_path / "image.png"), UPRIGHT[orientation](array))
+    with pillow.open(tmp_path / "image.png") as opened:
         assert_same(as_image(opened), UPRIGHT[orientation](array))
 
     deep = noise(4, 6, 3, dtype=np.uint16)
@@ -141,16 +141,16 @@ INDICES = np.array([[0, 1, 2], [2, 2, 1]], np.uint8)
 
 def test_palette_becomes_colour(tmp_path):
     opaque = (b"PLTE", PALETTE.tobytes())
-    (tmp_path / "picture.png").write_bytes(png(INDICES[..., None], 3, opaque))
-    assert_same(read_image(tmp_path / "picture.png"), PALETTE[INDICES])
+    (tmp_path / "image.png").write_bytes(png(INDICES[..., None], 3, opaque))
+    assert_same(read_image(tmp_path / "image.png"), PALETTE[INDICES])
 
 
 def test_transparent_palette_becomes_colour_and_alpha(tmp_path):
     alpha = np.array([0, 77, 255], np.uint8)
     chunks = (b"PLTE", PALETTE.tobytes()), (b"tRNS", alpha.tobytes())
-    (tmp_path / "picture.png").write_bytes(png(INDICES[..., None], 3, *chunks))
+    (tmp_path / "image.png").write_bytes(png(INDICES[..., None], 3, *chunks))
     expected = np.dstack((PALETTE[INDICES], alpha[INDICES]))
-    assert_same(read_image(tmp_path / "picture.png"), expected)
+    assert_same(read_image(tmp_path / "image.png"), expected)
 
 
 @each("dtype", [np.uint8, np.uint16])
@@ -158,16 +158,16 @@ def test_transparent_palette_becomes_colour_and_alpha(tmp_path):
 def test_transparent_colour_becomes_alpha(tmp_path, colour_type, channels, dtype):
     array = noise(4, 5, channels, dtype=dtype)
     key = (b"tRNS", array[2, 3].astype(">u2").tobytes())
-    (tmp_path / "picture.png").write_bytes(png(array, colour_type, key))
+    (tmp_path / "image.png").write_bytes(png(array, colour_type, key))
     alpha = np.where((array == array[2, 3]).all(axis=2), 0, np.iinfo(dtype).max)
     expected = np.dstack((array, alpha.astype(dtype)))
-    assert_same(read_image(tmp_path / "picture.png"), expected)
+    assert_same(read_image(tmp_path / "image.png"), expected)
 
 
 def test_black_and_white_becomes_grey(tmp_path):
     array = noise(4, 9) > 100
-    pillow.fromarray(array).save(tmp_path / "picture.png")
-    assert_same(read_image(tmp_path / "picture.png"), array[..., None].astype(np.uint8) * 255)
+    pillow.fromarray(array).save(tmp_path / "image.png")
+    assert_same(read_image(tmp_path / "image.png"), array[..., None].astype(np.uint8) * 255)
 
 
 @each("name", ["a.png", "deep.png", "a.tif", "a.jpg", "a.webp"])
@@ -180,14 +180,14 @@ def test_colour_profile_is_kept(tmp_path, name):
         assert opened.info["icc_profile"] == profile
 
 
-# --- what is a picture ----------------------------------------------------------------------------
+# --- what is an image ----------------------------------------------------------------------------
 
 
 def test_every_kind_of_source(tmp_path):
     array = noise(6, 5, 4)
-    pillow.fromarray(array).save(tmp_path / "picture.png")
-    image = read_image(tmp_path / "picture.png")
-    for source in (str(tmp_path / "picture.png"), array, pillow.fromarray(array), image):
+    pillow.fromarray(array).save(tmp_path / "image.png")
+    image = read_image(tmp_path / "image.png")
+    for source in (str(tmp_path / "image.png"), array, pillow.fromarray(array), image):
         assert_same(as_image(source), array)
     assert_same(as_image(array[..., 0]), array[..., :1])
     np.testing.assert_array_equal(image.to_array(), array)

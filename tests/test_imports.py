@@ -34,13 +34,13 @@ LAW: dict[str, set[str]] = {
     "certify": {"functional", "operators", "torch"},
     "compat": {"functional", "torch"},
     # The model, and what is made with it.
-    "model": {"choices", "files", "modules", "safetensors", "torch"},
-    "images": {"PIL", "files", "imagecodecs", "numpy", "tifffile", "torch"},
+    "model": {"choices", "files", "modules", "optional", "torch"},
+    "images": {"files", "numpy", "optional", "torch"},
     "upscaling": {"choices", "files", "functional", "images", "model", "references", "torch"},
     "datasets": {"choices", "files", "images", "numpy"},
-    "metrics": {"numpy", "skimage"},
+    "metrics": {"numpy", "optional"},
     "visualize": {"PIL", "files", "images", "numpy", "torch"},
-    "evaluation": {"choices", "datasets", "distributed", "files", "images", "metrics", "model"},
+    "evaluation": {"choices", "datasets", "files", "images", "metrics", "model"},
     "training": {"choices", "datasets", "devices", "files", "images", "model"},
 }
 LAW["evaluation"] |= {"numpy", "torch", "upscaling", "visualize"}

@@ -96,16 +96,16 @@ def random_inputs(n, h, w):
         ((16, 16, 8, 4), 64, 1.0, (3, 4)),
     ],
 )
-def test_picture_and_gradients(blocks, n_feats, res_scale, size):
+def test_image_and_gradients(blocks, n_feats, res_scale, size):
     net = MainNet(blocks, n_feats, res_scale).double()
     inputs = [x.requires_grad_() for x in random_inputs(2, *size)]
     leaves = inputs + list(net.parameters())
-    picture = net(*inputs)
+    image = net(*inputs)
     plain = plain_main_net(dict(net.named_parameters()), blocks, res_scale, *inputs)
-    torch.testing.assert_close(picture, plain, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(image, plain, rtol=1e-10, atol=1e-12)
 
-    into = torch.randn_like(picture)
-    ours = torch.autograd.grad(picture, leaves, into)
+    into = torch.randn_like(image)
+    ours = torch.autograd.grad(image, leaves, into)
     theirs = torch.autograd.grad(plain, leaves, into)
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
@@ -121,11 +121,11 @@ def test_parts_that_are_left_out(switches):
     inputs = random_inputs(2, 4, 5)
     weights = dict(net.named_parameters())
     given = inputs if switches[0] else (inputs[0], None, None, None, None)
-    picture, plain = net(*given), plain_main_net(weights, blocks, 0.5, *inputs, *switches)
-    torch.testing.assert_close(picture, plain, rtol=1e-10, atol=1e-12)
+    image, plain = net(*given), plain_main_net(weights, blocks, 0.5, *inputs, *switches)
+    torch.testing.assert_close(image, plain, rtol=1e-10, atol=1e-12)
 
-    into = torch.randn_like(picture)
-    ours = torch.autograd.grad(picture, list(weights.values()), into)
+    into = torch.randn_like(image)
+    ours = torch.autograd.grad(image, list(weights.values()), into)
     theirs = torch.autograd.grad(plain, list(weights.values()), into)
     for x, y in zip(ours, theirs, strict=True):
         assert x.abs().sum() > 0, "a weight that nothing depends on"
@@ -144,15 +144,15 @@ def test_names_of_parts_that_are_left_out():
     assert missing(csfi=False) == {name for name in whole if name.startswith("ex")}
 
 
-def test_picture_is_clamped():
+def test_image_is_clamped():
     net = MainNet((1, 1, 1, 1), 8).double()
     inputs = random_inputs(1, 4, 5)
     with torch.no_grad():
         net.merge_tail.conv_tail2.bias.copy_(torch.tensor([3.0, -3.0, 0.0]))
-        picture = net(*inputs)
-    assert (picture[:, 0] == 1).all()
-    assert (picture[:, 1] == -1).all()
-    assert (picture[:, 2].abs() < 1).all()
+        image = net(*inputs)
+    assert (image[:, 0] == 1).all()
+    assert (image[:, 1] == -1).all()
+    assert (image[:, 2].abs() < 1).all()
 
 
 def test_published_size():

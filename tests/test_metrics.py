@@ -12,7 +12,7 @@ each = pytest.mark.parametrize
 
 
 @pytest.fixture
-def pictures():
+def images():
     """Two that are alike, with structure, and of unequal sides."""
     rng = np.random.default_rng(0)
     a = rng.integers(0, 256, (6, 7, 3)).repeat(4, 0).repeat(4, 1) + rng.integers(-9, 9, (24, 28, 3))
@@ -68,17 +68,17 @@ def plain_ssim(x, y):
 
 
 @each("protocol", PROTOCOLS)
-def test_psnr_is_its_formula(pictures, protocol):
-    expected = plain_psnr(*(planes(x, protocol) for x in pictures))
-    assert psnr(*pictures, protocol) == pytest.approx(expected, abs=1e-9)
+def test_psnr_is_its_formula(images, protocol):
+    expected = plain_psnr(*(planes(x, protocol) for x in images))
+    assert psnr(*images, protocol) == pytest.approx(expected, abs=1e-9)
 
 
 @each("protocol", PROTOCOLS)
-def test_ssim_is_its_formula(pictures, protocol):
-    a, b = (planes(x, protocol) for x in pictures)
+def test_ssim_is_its_formula(images, protocol):
+    a, b = (planes(x, protocol) for x in images)
     expected = [plain_ssim(x, y) for x, y in zip(a, b, strict=True)]
     assert 0.5 < expected[0] < 0.99
-    assert ssim(*pictures, protocol) == pytest.approx(sum(expected) / len(expected), abs=1e-9)
+    assert ssim(*images, protocol) == pytest.approx(sum(expected) / len(expected), abs=1e-9)
 
 
 def test_a_known_error():
@@ -91,8 +91,8 @@ def test_a_known_error():
 
 
 @each("protocol", PROTOCOLS)
-def test_equal_pictures(pictures, protocol):
-    a, _ = pictures
+def test_equal_images(images, protocol):
+    a, _ = images
     assert psnr(a, a, protocol) == math.inf
     assert ssim(a, a, protocol) == 1.0
 
@@ -117,18 +117,18 @@ def test_the_border_left_out(protocol, border):
         ((20, 18, 3), (20, 18, 3), "c2", ValueError, "at least 19x19 pixels .*'c2', got 18x20"),
     ],
 )
-def test_bad_pictures_are_refused(a, b, protocol, error, message):
+def test_bad_images_are_refused(a, b, protocol, error, message):
     for measure in (psnr, ssim):
         with pytest.raises(error, match=message):
             measure(np.zeros(a, np.uint8), np.zeros(b, np.uint8), protocol)
 
 
-def test_only_8_bits_are_compared(pictures):
+def test_only_8_bits_are_compared(images):
     with pytest.raises(TypeError, match="arrays of uint8, got float64"):
-        psnr(pictures[0], pictures[1].astype(float))
+        psnr(images[0], images[1].astype(float))
 
 
-def test_scikit_image_is_asked_for(pictures, monkeypatch):
+def test_scikit_image_is_asked_for(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     with pytest.raises(ImportError, match="pip install scikit-image"):
-        psnr(*pictures)
+        psnr(*images)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.test_cli import assert_refused, folder, names, noise, run  # noqa: F401
-from ttsr_fast.datasets import check_other_file, namesake, pictures_in, result_path
+from ttsr_fast.datasets import check_other_file, images_in, namesake, result_path
 from ttsr_fast.images import Image
 
 
@@ -23,9 +23,9 @@ def test_what_is_no_image_is_left_out(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "lost.png").symlink_to("nowhere.png")
     (tmp_path / "link.png").symlink_to("a.png")
-    assert [path.name for path in pictures_in(tmp_path)] == ["a.png", "b.PNG", "link.png"]
+    assert [path.name for path in images_in(tmp_path)] == ["a.png", "b.PNG", "link.png"]
     with pytest.raises(ValueError, match="old.png holds no images .png, "):
-        pictures_in(tmp_path / "old.png")
+        images_in(tmp_path / "old.png")
 
 
 def test_the_order_is_natural_for_digits_of_every_script(tmp_path):
@@ -44,7 +44,7 @@ def test_the_order_is_natural_for_digits_of_every_script(tmp_path):
         "b10",
     ]
     touch(tmp_path, *(f"{stem}.png" for stem in stems))
-    found = [path.stem for path in pictures_in(tmp_path)]
+    found = [path.stem for path in images_in(tmp_path)]
     assert sorted(found) == sorted(stems)
     assert set(found[:3]) == {"2", "02", "2\u00b2"}
     assert found[3:7] == ["9", "10", "\u0661\u0661", "12"]

@@ -1,4 +1,4 @@
-"""Plans: sizes in words, what fits, what does not, and that the peak is that of the stages."""
+"""Memory plans: sizes in words, windows that fit, errors where nothing does."""
 
 import platform
 import re
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ttsr_fast.model import TTSR
-from ttsr_fast.upscaling import plan
-from ttsr_fast.upscaling.plan import describe, free_bytes, parse_bytes, plan_ttsr, resident_bytes
+from ttsr_fast.upscaling import memory, plan
+from ttsr_fast.upscaling.memory import free_bytes, parse_bytes, resident_bytes
+from ttsr_fast.upscaling.plan import describe, plan_upscale
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -28,7 +29,7 @@ def model():
 @pytest.fixture(autouse=True)
 def _nothing_is_taken(monkeypatch):
     monkeypatch.setattr(plan, "_growth", lambda device: 0)
-    monkeypatch.setattr(plan, "resident_bytes", lambda: 0)  # the tests' own name is the real one
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)  # the tests' own name is the real one
 
 
 @each(
@@ -53,38 +54,38 @@ def test_other_words_are_no_sizes(text):
         parse_bytes(text)
 
 
-def test_a_small_picture_is_taken_whole(model):
-    made = plan_ttsr(model, (88, 125), [(368, 500)], max_memory=3 * GIB)
+def test_a_small_image_is_taken_whole(model):
+    made = plan_upscale((88, 125), [(368, 500)], model=model, max_memory=3 * GIB)
     assert made.whole and made.band is None and made.store == CPU
     assert made.tiles["LTE"] >= 125
     assert [name for name, _ in made.stages] == ["LTE", "search", "MainNet"]
 
 
 def test_much_memory_is_not_used_for_its_own_sake(model):
-    made = plan_ttsr(model, LR, [REF], max_memory=100 * GIB)
+    made = plan_upscale(LR, [REF], model=model, max_memory=100 * GIB)
     assert not made.whole and made.peak < 6 * GIB
 
 
 @each("gibibytes", [6, 3, 2])
 def test_less_memory_is_kept_to_with_smaller_windows(model, gibibytes):
-    made = plan_ttsr(model, LR, [REF], max_memory=gibibytes * GIB)
+    made = plan_upscale(LR, [REF], model=model, max_memory=gibibytes * GIB)
     assert made.peak <= made.limit == gibibytes * GIB
     assert not made.whole
-    larger = plan_ttsr(model, LR, [REF], max_memory=2 * gibibytes * GIB)
+    larger = plan_upscale(LR, [REF], model=model, max_memory=2 * gibibytes * GIB)
     for name, side in made.tiles.items():
         assert plan.LEAST_TILE <= side <= larger.tiles[name]
 
 
-def test_features_of_all_references_are_kept_unless_they_are_there(model):
-    one, two = (plan_ttsr(model, LR, [REF] * n, max_memory=3 * GIB) for n in (1, 2))
+def test_features_of_all_references_count_unless_they_are_cached(model):
+    one, two = (plan_upscale(LR, [REF] * n, model=model, max_memory=3 * GIB) for n in (1, 2))
     search = [dict(made.stages)["search"] for made in (one, two)]
     assert search[1] - search[0] == 4 * 2048 * 270 * 480
-    there = plan_ttsr(model, LR, [REF] * 2, max_memory=3 * GIB, made=True)
+    there = plan_upscale(LR, [REF] * 2, model=model, max_memory=3 * GIB, cached=True)
     assert search[0] - dict(there.stages)["search"] == 4 * 2048 * 270 * 480
 
 
 def test_a_tile_is_taken_for_every_stage(model):
-    made = plan_ttsr(model, LR, [REF], max_memory=8 * GIB, tile=40)
+    made = plan_upscale(LR, [REF], model=model, max_memory=8 * GIB, tile=40)
     assert set(made.tiles.values()) == {40} and not made.whole
 
 
@@ -95,12 +96,12 @@ def test_too_little_memory_is_refused_with_what_is_needed(model, options):
         r"max_memory 1.00 GiB is too little .*: (\d\.\d)GiB is enough", str(refusal)
     )
     with pytest.raises(ValueError, match=r"max_memory 1.00 GiB is too little"):
-        plan_ttsr(model, LR, [REF], max_memory=GIB, **options)
+        plan_upscale(LR, [REF], model=model, max_memory=GIB, **options)
     enough = float(found[1])
-    made = plan_ttsr(model, LR, [REF], max_memory=parse_bytes(f"{enough}GiB"), **options)
+    made = plan_upscale(LR, [REF], model=model, max_memory=parse_bytes(f"{enough}GiB"), **options)
     assert made.peak <= made.limit
     with pytest.raises(ValueError, match="is too little"):
-        plan_ttsr(model, LR, [REF], max_memory=int((enough - 0.7) * GIB), **options)
+        plan_upscale(LR, [REF], model=model, max_memory=int((enough - 0.7) * GIB), **options)
     assert dict(lines)["limit"].endswith("more than is taken now") and len(lines) > 5
 
 
@@ -126,7 +127,7 @@ def test_a_plan_in_words(model):
     assert refusal is None
     assert lines["limit"] == "3.00 GiB more than is taken now"
     assert lines["features are kept on"] == "cpu"
-    side = plan_ttsr(model, LR, [REF], max_memory=3 * GIB).tiles["merge"]
+    side = plan_upscale(LR, [REF], model=model, max_memory=3 * GIB).tiles["merge"]
     assert lines["merge"].endswith(f" GiB, windows of {side} x {side}")
 
 
@@ -138,7 +139,7 @@ def test_memory_that_is_free_and_taken():
 
 
 def test_a_container_has_less(monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "_CONTAINER", tmp_path)
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
     whole = free_bytes(CPU)
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.max").write_text("max\n")
@@ -149,10 +150,10 @@ def test_a_container_has_less(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_used_again():
-    """Where it is not, the system maps the pages of every block anew."""
+    """Where it is not, the system maps the pages of every block again."""
     code = """
 import resource, sys, torch
-from ttsr_fast.upscaling.plan import keep_freed_memory
+from ttsr_fast.upscaling.memory import keep_freed_memory
 if sys.argv[1:]:
     keep_freed_memory()
 for _ in range(64):
@@ -169,4 +170,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
 def test_a_model_that_takes_no_reference():
     with pytest.raises(ValueError, match="model must have hard attention to be helped"):
-        plan_ttsr(TTSR((1, 1, 1, 1), 4, hard_attention=False), LR, [REF])
+        plan_upscale(LR, [REF], model=TTSR((1, 1, 1, 1), 4, hard_attention=False))

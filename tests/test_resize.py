@@ -1,27 +1,23 @@
-"""Pictures: resizing as Pillow does it, and conversion to tensors and back."""
+"""Images: resizing as Pillow does it, and conversion to tensors and back."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as pillow
 
+from tests.image_samples import noise
 from ttsr_fast import images
 
 each = pytest.mark.parametrize
 BICUBIC = pillow.Resampling.BICUBIC
 
 
-def noise(*shape, dtype=np.uint8):
-    top = np.iinfo(dtype).max
-    return np.random.default_rng(7).integers(0, top, shape, dtype, endpoint=True)
-
-
 @each("channels", [1, 3])
 def test_degradation_is_pillows(channels):
     array = noise(20, 28, channels)
     down = images.downscale(array)
-    picture = pillow.fromarray(array.squeeze())
-    expected = picture.resize((7, 5), BICUBIC)
+    image = pillow.fromarray(array.squeeze())
+    expected = image.resize((7, 5), BICUBIC)
     np.testing.assert_array_equal(down.squeeze(), np.asarray(expected), strict=True)
     expected = expected.resize((28, 20), BICUBIC)
     np.testing.assert_array_equal(images.upscale_bicubic(down).squeeze(), np.asarray(expected))

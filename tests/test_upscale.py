@@ -1,4 +1,4 @@
-"""From two pictures to one: quality, the formula, planted matches, kinds of pictures, errors."""
+"""From two images to one: quality, the formula, planted matches, kinds of images, errors."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image as pillow
 from skimage.data import stereo_motorcycle
 
+from tests.image_samples import noise
 from ttsr_fast import reference
 from ttsr_fast.images import Image, downscale, to_tensor, upscale_bicubic
 from ttsr_fast.model import TTSR
@@ -29,11 +30,6 @@ def psnr(a, b):
     luma = np.array([65.738, 129.057, 25.064]) / 256
     error = (a.astype(float) - b) @ luma
     return 10 * np.log10(255**2 / np.mean(error**2))
-
-
-def noise(*shape, dtype=np.uint8, seed=3):
-    top = np.iinfo(dtype).max
-    return np.random.default_rng(seed).integers(0, top, shape, dtype, endpoint=True)
 
 
 def smooth(height, width, seed=3):
@@ -155,7 +151,7 @@ def test_a_shifted_copy_is_found_to_the_pixel(shift, phases):
 
 
 @each("level", [0, 100, 255])
-def test_a_flat_picture_stays_flat(level):
+def test_a_flat_image_stays_flat(level):
     result = upscale(np.full((6, 7, 3), level, np.uint8), noise(40, 52, 3))
     np.testing.assert_array_equal(result.image.pixels, np.full((24, 28, 3), level))
     assert result.score.abs().max() < 0.05
@@ -169,7 +165,7 @@ def test_backends_agree(stereo, backend):
     torch.testing.assert_close(result.score, expected.score, atol=1e-5, rtol=0)
 
 
-# --- kinds of pictures ----------------------------------------------------------------------------
+# --- kinds of images ----------------------------------------------------------------------------
 
 LOW, REF = smooth(9, 12, seed=4), smooth(40, 52, seed=5)
 
@@ -204,8 +200,8 @@ def test_alpha_is_enlarged_by_itself(dtype):
     result = upscale(np.dstack((low, alpha)), np.dstack((REF, noise(40, 52)))).image
     np.testing.assert_array_equal(result.pixels, upscale(low, REF).image.pixels)
     kind = np.uint8 if dtype == np.uint8 else np.float32
-    enlarged = np.asarray(pillow.fromarray(alpha.astype(kind)).resize((48, 36), pillow.BICUBIC))
-    expected = enlarged.round().clip(0, np.iinfo(dtype).max).astype(dtype)
+    upscaled = np.asarray(pillow.fromarray(alpha.astype(kind)).resize((48, 36), pillow.BICUBIC))
+    expected = upscaled.round().clip(0, np.iinfo(dtype).max).astype(dtype)
     np.testing.assert_array_equal(result.alpha, expected, strict=True)
 
 
@@ -264,17 +260,17 @@ def test_ttsr_is_the_model(model, dtype, ref_size):
 
 
 def test_ttsr_takes_the_models_backend_unless_told(model, monkeypatch):
-    asked = []
+    calls = []
     monkeypatch.setattr(
         ttsr,
         "search_references",
-        lambda *a, band, **options: asked.append(options) or search_references(*a, **options),
+        lambda *a, band, **options: calls.append(options) or search_references(*a, **options),
     )
     monkeypatch.setattr(model.SearchTransfer, "backend", "torch")
     monkeypatch.setattr(model.SearchTransfer, "precision", "fp32")
     upscale(LOW, REF, model=model.float())
     upscale(LOW, REF, model=model, backend="reference", precision="bf16")
-    assert asked == [
+    assert calls == [
         {"backend": "torch", "precision": "fp32"},
         {"backend": "reference", "precision": "bf16"},
     ]
@@ -320,7 +316,7 @@ def test_a_reference_without_a_patch_is_refused(size):
         upscale(LOW, noise(*size, 3))
 
 
-def test_bad_pictures_are_named():
+def test_bad_images_are_named():
     with pytest.raises(TypeError, match="lr must be a path, .* got NoneType"):
         upscale(None, REF)
     with pytest.raises(ValueError, match=r"ref must be a non-empty .* got \[0, 52, 3\]"):

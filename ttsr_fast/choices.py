@@ -1,4 +1,4 @@
-"""What options can be, for the modules that take them and for the command line's help.
+"""Values of options, for the modules that take them and for the help of the command line.
 
 Nothing is imported here.
 """
@@ -10,7 +10,7 @@ PHASES = (1, 2, 4)
 DEFAULT_PHASES = 2
 AMP = ("bf16", "fp16")
 LAYOUTS = ("cufed", "cufed5", "sun80", "urban100", "manga109", "folders")  # of data sets
-EVALUATED = ("detail", "bicubic")  # methods that need no model
-REFERENCES = ("first", "all", "stack")  # how an evaluation uses several
+EVALUATED = ("detail", "bicubic")  # methods without a model
+REFERENCES = ("first", "all", "stack")  # use of several references in an evaluation
 PROTOCOLS = ("ttsr", "mmagic", "c2")  # of PSNR and SSIM
-CHECKPOINTS = ("official", "mmagic")  # whose names the tensors have
+CHECKPOINTS = ("official", "mmagic")  # projects that name the tensors

@@ -23,13 +23,13 @@ _LONGEST_LIST = 2**24  # bytes
 
 
 class Pair(NamedTuple):
-    """A picture and what helps to enlarge it.
+    """A high-resolution image and its references.
 
     Attributes:
-        name: what tables call it, unlike every other of its data set.
-        hr: the picture as it is to become.
-        references: the pictures that help, best first where the data set orders them. Without any
-            the LR picture itself, at LR size, is the reference.
+        name: unique in its data set, for tables.
+        hr: the ground truth.
+        references: best first where the data set orders them. Without any the LR image itself, at
+            LR size, is the reference.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
     references: tuple[Path, ...]
 
 
-# The references of a picture.
+# Returns the references of an image.
 _Finder = Callable[[Path], tuple[Path, ...]]
 
 
@@ -47,18 +47,18 @@ def find_pairs(
     *,
     references: int | Sequence[int] | str | os.PathLike[str] | None = None,
 ) -> list[Pair]:
-    """The pairs of a data set on disk, picture 10 after picture 9; no picture is opened.
+    """Pairs of a data set on disk, image 10 after image 9; no image is opened.
 
-    | layout | pictures | references |
+    | layout | images | references |
     | --- | --- | --- |
     | `cufed` | `train/input` | of the same name in `train/ref` |
     | `cufed5` | `test/CUFED5/NNN_0.png` | `NNN_1.png`, most similar, to `NNN_5.png` |
     | `sun80` | `Sun_Hays_SR_groundtruth` | `Sun_Hays_SR_scenematches/NAME.jpg/`, about 20 each |
     | `urban100` | `image_SRF_4/*_HR.png`, `HR`, or the folder itself | none, or a list |
-    | `manga109` | likewise | likewise |
-    | `folders` | the folder itself | a picture, or a folder of several, of the same name |
+    | `manga109` | as `urban100` | as `urban100` |
+    | `folders` | the folder itself | an image, or a folder of several, of the same name |
 
-    Names match with their suffix or without. Of `train/input` and `test/CUFED5` the first folder,
+    Names match with their suffix or without. The first folder of `train/input` and `test/CUFED5`,
     or both, may be left out: `root` is then the folder inside.
 
     Args:
@@ -66,39 +66,39 @@ def find_pairs(
         layout: one of the above.
         references: for `cufed5` and `sun80` the number of the reference, or several, from 1 on in
             natural order (defaults: 1, and all of them). For `urban100` and `manga109` a text file
-            in UTF-8 whose lines are the name of an image and of its references in the same folder,
-            separated by blanks or tabs; the default is none, as the paper has it. For `folders` the
-            folder of references, which must be given. `cufed` takes none.
+            in UTF-8; each line holds the name of an image and the names of its references in the
+            same folder, separated by blanks or tabs. The default is none, as in the paper. For
+            `folders` the folder of references, which is required. `cufed` takes none.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root`, or a folder of references.
         TypeError, ValueError: an unknown layout, `references` it does not take, a folder without
-            pictures; pictures whose references are missing, of which the first is named and the
-            rest counted.
+            images; images without their references: the message names the first and counts the
+            others.
     """
     finders = {"cufed": _cufed, "cufed5": _cufed5, "sun80": _sun80, "folders": _folders}
     finders |= dict.fromkeys(("urban100", "manga109"), _alone)
     if layout not in finders:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    pictures, find = finders[layout](_existing(Path(root)), references)
-    stems = Counter(hr.stem for hr in pictures)
+    sources, find = finders[layout](_existing(Path(root)), references)
+    stems = Counter(hr.stem for hr in sources)
     pairs, faults = [], []
-    for hr in pictures:
+    for hr in sources:
         name = hr.stem if stems[hr.stem] == 1 else hr.name
         try:
             pairs.append(Pair(name.removesuffix("_0" * (layout == "cufed5")), hr, find(hr)))
         except ValueError as error:
             faults.append(str(error))
     if faults:
-        others = f" (the first of {len(faults)} such pictures)" if len(faults) > 1 else ""
+        others = f" (the first of {len(faults)} such images)" if len(faults) > 1 else ""
         raise ValueError(f"{faults[0]}{others}")
     return pairs
 
 
 def read_rgb(path: Path) -> np.ndarray:  # [H, W, 3] uint8
-    """A picture as TTSR was trained on: grey repeated, 16 bits rounded to 8, alpha dropped.
+    """Pixels of a file in the form of TTSR's training: grey repeated, 8 bits, without alpha.
 
-    Raises: what `images.read_image` raises.
+    Raises: all errors of `images.read_image`.
     """
     pixels = images.read_image(path).pixels
     if pixels.dtype == np.uint16:
@@ -109,7 +109,7 @@ def read_rgb(path: Path) -> np.ndarray:  # [H, W, 3] uint8
 def degrade(
     pixels: np.ndarray,  # [H, W, 3] uint8
 ) -> tuple[np.ndarray, np.ndarray]:  # [H // 4, W // 4, 3], [H, W, 3] uint8
-    """The picture reduced four times, and that enlarged to the size before: `lr` and `lrsr`."""
+    """`lr`, the image reduced four times, and `lrsr`, upscaled to the original size."""
     height, width = pixels.shape[:2]
     low = images.resize(pixels, (height // SCALE, width // SCALE))
     return low, images.resize(low, (height, width))
@@ -119,14 +119,14 @@ def _cufed(root: Path, references: object) -> tuple[list[Path], _Finder]:
     if references is not None:
         raise TypeError(f"references is not for layout 'cufed', got {references!r}")
     folder = _inside(root, "train/input", "input")
-    return pictures_in(folder), partial(_of_that_name, _existing(folder.parent / "ref"))
+    return images_in(folder), partial(_of_that_name, _existing(folder.parent / "ref"))
 
 
 def _cufed5(root: Path, references: object) -> tuple[list[Path], _Finder]:
     numbers = _numbers(1 if references is None else references)
     folder = _inside(root, "test/CUFED5", "CUFED5", ".")
-    pictures = [path for path in pictures_in(folder) if path.stem.endswith("_0")]
-    if not pictures:
+    sources = [path for path in images_in(folder) if path.stem.endswith("_0")]
+    if not sources:
         raise ValueError(f"{shown(folder)} holds no images named NNN_0")
     if max(numbers) > 5:
         raise ValueError(f"references must be among 1 to 5, got {max(numbers)}")
@@ -143,7 +143,7 @@ def _cufed5(root: Path, references: object) -> tuple[list[Path], _Finder]:
     def find(hr: Path) -> tuple[Path, ...]:
         return tuple(numbered(hr, number) for number in numbers)
 
-    return pictures, find
+    return sources, find
 
 
 def _sun80(root: Path, references: object) -> tuple[list[Path], _Finder]:
@@ -158,15 +158,15 @@ def _sun80(root: Path, references: object) -> tuple[list[Path], _Finder]:
             )
         return found if numbers is None else tuple(found[n - 1] for n in numbers)
 
-    return pictures_in(_existing(root / "Sun_Hays_SR_groundtruth")), find
+    return images_in(_existing(root / "Sun_Hays_SR_groundtruth")), find
 
 
 def _alone(root: Path, references: object) -> tuple[list[Path], _Finder]:
     folder = _inside(root, "image_SRF_4", "HR", ".")
-    pictures = pictures_in(folder)
-    pictures = [path for path in pictures if path.stem.endswith("_HR")] or pictures
+    sources = images_in(folder)
+    sources = [path for path in sources if path.stem.endswith("_HR")] or sources
     if references is None:
-        return pictures, lambda hr: ()
+        return sources, lambda hr: ()
     if not isinstance(references, str | os.PathLike):
         raise TypeError(f"references must be a text file or None, got {references!r}")
     listed = _listed(Path(references))
@@ -180,16 +180,16 @@ def _alone(root: Path, references: object) -> tuple[list[Path], _Finder]:
                 raise ValueError(f"{shown(hr)} has a reference that is not there: {shown(path)}")
         return found
 
-    return pictures, find
+    return sources, find
 
 
 def _listed(path: Path) -> dict[str, list[str]]:
-    """The lines of a list: first words and the others of their lines.
+    """Lines of a list: the first word of each, and the others.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is too large, no UTF-8, has a name that leads out of the folder, or two
-            lines for one image.
+        ValueError: it is too large or not in UTF-8, a name leads out of the folder, or an image has
+            two lines.
     """
     if not path.is_file():
         missing = FileNotFoundError if not path.exists() else OSError
@@ -221,14 +221,14 @@ def _listed(path: Path) -> dict[str, list[str]]:
 def _folders(root: Path, references: object) -> tuple[list[Path], _Finder]:
     if not isinstance(references, str | os.PathLike):
         raise TypeError(f"references must be the folder of references, got {references!r}")
-    return pictures_in(root), partial(_of_that_name, _existing(Path(references)))
+    return images_in(root), partial(_of_that_name, _existing(Path(references)))
 
 
 def _of_that_name(folder: Path, hr: Path) -> tuple[Path, ...]:
-    """The picture of that name in `folder`, or all of the folder of that name."""
+    """The image of that name in `folder`, or all images of the folder of that name."""
     for name in (hr.name, hr.stem):
         if (folder / name).is_dir():
-            return tuple(pictures_in(folder / name))
+            return tuple(images_in(folder / name))
     return (namesake(hr, folder),)
 
 
@@ -241,7 +241,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _inside(root: Path, *names: str) -> Path:
-    """The first of these folders that there is."""
+    """The first of these folders that exists."""
     for name in names:
         if (root / name).is_dir():
             return root / name
@@ -261,13 +261,13 @@ def _numbers(references: object) -> tuple[int, ...]:
 ENDINGS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 
 
-def pictures_in(path: Path) -> list[Path]:
+def images_in(path: Path) -> list[Path]:
     """An image by itself, or the images of a folder, frame 10 after frame 9.
 
-    Of a folder, names that begin with a dot are left out, and what is no regular file.
+    In a folder, names that begin with a dot are skipped, and everything but regular files.
 
     Raises:
-        FileNotFoundError: there is nothing.
+        FileNotFoundError: nothing has this name.
         ValueError: a folder without images.
     """
     if not path.exists():
@@ -281,12 +281,12 @@ def pictures_in(path: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    """By its name alone. What begins with a dot is hidden, or what macOS leaves beside a file."""
+    """True for a file with the name of an image, and no dot in front, as macOS has beside files."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """A key that compares runs of decimal digits, of any script, as numbers; unique for a name."""
+    """A sort key with runs of decimal digits, of any script, as numbers; unique for a name."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part) if n % 2 else 0, part) for n, part in enumerate(parts)]
 
@@ -312,7 +312,7 @@ def namesake(source: Path, folder: Path) -> Path:
 
 
 def result_path(source: Path, low: Image, output: Path | None, suffix: str, ext: str) -> Path:
-    """Where the result for `source` goes: `output`, or a file in it or beside `source`."""
+    """Path of the result for `source`: `output`, or a file in it or beside `source`."""
     if output is not None and not output.is_dir():
         return output
     ending = f".{ext}"

@@ -1,10 +1,10 @@
-"""The GPU of this machine, whoever made it and whichever torch this is."""
+"""The GPU of this machine, of any vendor and with any torch."""
 
 import torch
 
 
 def gpu() -> str | None:
-    """Its kind, for `torch.get_device_module`; None where torch can use none."""
+    """Device type for `torch.get_device_module`; None without a usable GPU."""
     if hasattr(torch, "accelerator"):  # from torch 2.6 on
         found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
         return found.type if found else None

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and errors that name them."""
+"""Files that appear whole or not at all, and errors with the names of files."""
 
 import errno
 import os
@@ -24,19 +24,19 @@ NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` when all of it is on the disk.
+    """A file to write to, which replaces `path` when all of it is on the disk.
 
-    It is written under an unpredictable name of the same folder, which no other thread, process or
-    machine uses, and follows no link. The name is free again after an error; after a kill the next
-    process that writes in the folder removes what is left.
+    It is written under an unpredictable name in the same folder, which no other thread, process or
+    machine uses, and follows no link. After an error the file is removed; after a kill the next
+    process that writes in the folder removes it.
 
     Args:
-        path: a file in a folder that exists. A link there is replaced, not followed. A file there
-            hands on its mode, and is not replaced if it is write-protected.
+        path: a file in a folder that exists. A link there is replaced, not followed. The mode of an
+            existing file is kept; a write-protected file is not replaced.
 
     Raises:
         OSError: the file cannot be written, such as on a full disk. The message names `path` and
-            the reason, and says if the file before it is still there.
+            the reason, and says if the previous file is still there.
     """
     path = Path(path)
     unfinished: Path | None = None
@@ -74,10 +74,10 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def keep_as(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Let a file stay under a second name of its folder, which appears whole.
+    """Give a file a second name in its folder; the second file appears whole or not at all.
 
-    Both names can be replaced by `replacing` without changing the other's content; on file systems
-    with hard links they share the disk until then.
+    `replacing` one of the names does not change the content of the other. On file systems with hard
+    links they share the disk until then.
 
     Raises:
         OSError: the file cannot be read, or the second not be written.
@@ -97,7 +97,7 @@ def keep_as(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise OSError if no file can be written at `path`, of whatever kind."""
+    """Raise OSError if no file can be written at `path`."""
     path = Path(path)
     folder = shown(path.parent)
     try:
@@ -118,7 +118,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _check_kind(path: Path) -> None:
-    """Raise OSError for what must not be replaced: folders, pipes, devices, protected files."""
+    """Raise OSError for paths that must not be replaced: folders, devices, protected files."""
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {shown(path)}: it is a folder")
     if path.exists() and not path.is_file():
@@ -128,7 +128,7 @@ def _check_kind(path: Path) -> None:
 
 
 def check_readable(path: Path) -> None:
-    """Raise OSError for what is no file to read to its end; a pipe would be waited for."""
+    """Raise OSError for all but regular files; a pipe would block."""
     if path.is_dir():
         raise IsADirectoryError(f"cannot read {shown(path)}: it is a folder")
     if not path.exists():
@@ -138,10 +138,10 @@ def check_readable(path: Path) -> None:
 
 
 def shown(name: str | os.PathLike[str]) -> str:
-    r"""A name as messages show it, in one line: `\x1b` for a character that is not printable.
+    r"""A name for messages, in one line, with `\x1b` for a character that is not printable.
 
-    These are control characters, which a terminal obeys, marks that turn the direction of text,
-    and bytes that are no UTF-8.
+    These are control characters, which a terminal executes, marks that change the direction of
+    text, and bytes that are no UTF-8.
     """
     text = os.fspath(name)
     if text.isprintable():
@@ -158,7 +158,7 @@ def _escaped(character: str) -> str:
 
 @contextmanager
 def named_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of the operating system say "cannot `action` `path`" and the reason."""
+    """Give errors of the operating system the message "cannot `action` `path`" and the reason."""
     try:
         yield
     except OSError as error:
@@ -166,7 +166,7 @@ def named_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def refusal(error: BaseException | None) -> str | None:
-    """Why the operating system refused, also where a library reports it in words of its own.
+    """Reason of the operating system, also behind an error of a library.
 
     None for an error that does not come from the operating system.
     """
@@ -179,7 +179,7 @@ def refusal(error: BaseException | None) -> str | None:
 
 
 def _kind_of(error: BaseException) -> type[OSError]:
-    """PermissionError for a PermissionError, and likewise; OSError for what is none."""
+    """Type of an OSError, such as PermissionError; OSError for other errors."""
     return type(error) if isinstance(error, OSError) else OSError
 
 
@@ -197,10 +197,10 @@ def _create(path: Path) -> tuple[Path, BinaryIO]:
 def _remove_leftovers(folder: Path) -> None:
     """Remove unfinished files of killed processes, which no longer hold their lock.
 
-    Once for every folder: a list of all its files for every one of them would take quadratic time.
+    Once per folder: to list it for every file would take quadratic time.
     """
     folder = folder.resolve()
-    if folder in _cleaned or sys.platform == "win32":  # where nothing tells them from others
+    if folder in _cleaned or sys.platform == "win32":  # no locks to tell them from others
         return
     _cleaned.add(folder)
     with suppress(OSError):
@@ -218,6 +218,6 @@ def _lock(descriptor: int) -> None:
 
 
 def _prefix(path: Path) -> str:
-    """Of the names of its unfinished files, cut so that they are not too long."""
+    """Prefix of the names of its unfinished files, cut to a legal length."""
     encoded = os.fsencode(path.name)[:200]
     return f".{os.fsdecode(encoded)}."

@@ -1,23 +1,25 @@
-"""PSNR and SSIM as the papers on reference-based super-resolution count them: three protocols.
+"""PSNR and SSIM by the three protocols of papers on reference-based super-resolution.
 
-Results compare only where both were counted alike. The formulas are scikit-image's; a protocol says
-of what: which channels, and how much of the border is left out. It is imported when needed.
+Only results of one protocol compare. The formulas are scikit-image's, which is imported when
+needed. A protocol defines channels and border.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ttsr_fast.optional import optional
+
 _RANGE = 255
 _SIGMA, _WINDOW = 1.5, 11  # of the Gaussian window (Wang et al., 2004)
 
 
 class Protocol(NamedTuple):
-    """What is compared.
+    """Values that are compared.
 
     Attributes:
-        luma: factors of R, G and B whose sum is compared, in [0, 255]; None for each of the three.
-        offset: what is added to that. PSNR does not depend on it, SSIM does.
+        luma: weights of R, G and B for a weighted sum in [0, 255]; None for the three channels.
+        offset: added to that sum. PSNR does not depend on it, SSIM does.
         border: pixels that are left out on every side.
     """
 
@@ -44,7 +46,7 @@ def psnr(
     """Peak signal-to-noise ratio in dB, of one mean over all that is compared; inf if it is equal.
 
     Raises:
-        TypeError, ValueError: pictures or a name that do not fit.
+        TypeError, ValueError: images or a name that does not fit.
         ImportError: scikit-image is not installed.
     """
     metrics, (x, y) = _metrics(), _compared(a, b, protocol)
@@ -62,7 +64,7 @@ def ssim(
     Windows are 11x11, Gaussian with sigma 1.5; the constants are (0.01 * 255)^2 and (0.03 * 255)^2.
 
     Raises:
-        TypeError, ValueError: pictures or a name that do not fit, or no room for a window.
+        TypeError, ValueError: images or a name that does not fit, or no room for a window.
         ImportError: scikit-image is not installed.
     """
     metrics, (x, y) = _metrics(), _compared(a, b, protocol)
@@ -90,11 +92,11 @@ def check_installed() -> None:
 
 
 def check_size(height: int, width: int, protocol: str) -> None:
-    """Raise ValueError for pictures without room for a window."""
+    """Raise ValueError for images without room for a window."""
     least = _WINDOW + 2 * check_protocol(protocol).border
     if min(height, width) < least:
         raise ValueError(
-            f"pictures must be at least {least}x{least} pixels for protocol {protocol!r}, "
+            f"images must be at least {least}x{least} pixels for protocol {protocol!r}, "
             f"got {width}x{height}"
         )
 
@@ -106,15 +108,15 @@ def check_protocol(name: str) -> Protocol:
 
 
 def _compared(a: np.ndarray, b: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """What the protocol compares of both, `[H, W, 1 or 3]` float64."""
+    """Values of both for the protocol, `[H, W, 1 or 3]` float64."""
     protocol = check_protocol(name)
     for x in (a, b):
         if not isinstance(x, np.ndarray) or x.dtype != np.uint8:
             kind = getattr(x, "dtype", type(x).__name__)
-            raise TypeError(f"pictures must be arrays of uint8, got {kind}")
+            raise TypeError(f"images must be arrays of uint8, got {kind}")
     if a.shape != b.shape or a.ndim != 3 or a.shape[2] != 3:
         raise ValueError(
-            f"pictures must be two [H, W, 3] of one size, got {list(a.shape)} and {list(b.shape)}"
+            f"images must be two [H, W, 3] of one size, got {list(a.shape)} and {list(b.shape)}"
         )
     check_size(a.shape[0], a.shape[1], name)
     return _prepared(a, protocol), _prepared(b, protocol)
@@ -127,8 +129,5 @@ def _prepared(pixels: np.ndarray, protocol: Protocol) -> np.ndarray:
 
 
 def _metrics() -> Any:
-    try:
-        import skimage.metrics
-    except ImportError as error:
-        raise ImportError("PSNR and SSIM need scikit-image: pip install scikit-image") from error
-    return skimage.metrics
+    message = "PSNR and SSIM need scikit-image: pip install scikit-image"
+    return optional("skimage.metrics", message)

@@ -1,4 +1,4 @@
-"""Drawings: where every patch of a picture came from, and a result beside the truth."""
+"""Rendered sheets: the origin of every patch of an image, and a result beside the truth."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from ttsr_fast.files import shown
 from ttsr_fast.images import SCALE, Image, from_tensor
 
-_PANEL = 480  # width of a panel; its height follows the low-resolution picture
+_PANEL = 480  # width of a panel; its height follows the low-resolution image
 _GAP, _CAPTION, _FRAME = 28, 40, 5
 _INK, _FAINT, _PAPER, _MARK = (28, 30, 36), (120, 124, 134), (255, 255, 255), (230, 30, 60)
 
@@ -22,21 +22,21 @@ def draw_match(
     index: Tensor,
     reference: Tensor | None = None,
 ) -> Image:
-    """One labelled sheet with the pictures, the result, the origin of every patch and its score.
+    """One labelled sheet with the images, the result, the origin of every patch and its score.
 
-    The origin is drawn as optical flow is: the offset from where a patch lies in `lr`, relative to
-    its size, to where it was found in `ref`. Hue is the direction and saturation the distance: a
-    smooth picture means a coherent match. Colours are laid out in OKLab, hence even to the eye.
-    Several references are shown side by side, each in a frame of its colour, with the share of the
-    patches that it served, and one more drawing shows in these colours which served where.
+    The origin is shown as an optical flow: the offset from the position of a patch in `lr`,
+    relative to the size of `lr`, to its match in `ref`. Hue is the direction and saturation the
+    distance; smooth colours mean a coherent match. Colours are perceptually uniform (OKLab).
+    Several references share one panel, each in a frame of its colour, with its share of the
+    patches; one more panel shows the reference of each patch in these colours.
 
     Args:
-        lr: the low-resolution picture, as given to `upscale`.
-        ref: the reference or the references, likewise.
-        image: the result, as returned by `upscale`.
-        score: `[h, w]`, likewise.
-        index: `[h, w]`, likewise.
-        reference: `[h, w]`, likewise; None for one reference.
+        lr: the low-resolution image, as given to `upscale`.
+        ref: the reference or the references, as given to `upscale`.
+        image: the result of `upscale`.
+        score: `[h, w]`, of the result.
+        index: `[h, w]`, of the result.
+        reference: `[h, w]`, of the result; None for one reference.
 
     Returns:
         RGB, uint8, about 1600 pixels wide, 2100 for several references.
@@ -45,22 +45,22 @@ def draw_match(
     from PIL import ImageDraw
 
     refs = [ref] if isinstance(ref, Image) else list(ref)
-    served = np.zeros(index.shape, int) if reference is None else reference.numpy()
+    origin = np.zeros(index.shape, int) if reference is None else reference.numpy()
     height = round(min(max(_PANEL * lr.size[0] / lr.size[1], 240), 1.5 * _PANEL))
-    offset = _offsets(index.numpy(), served, [picture.size for picture in refs])
+    offset = _offsets(index.numpy(), origin, [one.size for one in refs])
     distance = np.hypot(*offset)
     reach = max(min(2 * float(np.median(distance)), float(distance.max())), SCALE)
     lowest = min(float(np.quantile(score.numpy(), 0.02)), 0.95)
     heat = (score.numpy() - lowest) / (1 - lowest)
     panels = [
         (f"low resolution, {lr.size[1]} x {lr.size[0]}", _pixels(lr)),
-        _reference_panel(refs, served, height),
+        _reference_panel(refs, origin, height),
         (f"result, {image.size[1]} x {image.size[0]}", _pixels(image)),
         ("where each patch came from", _flow_colours(offset / reach)),
         ("how similar it is", _heat_colours(heat)),
     ]
     if len(refs) > 1:
-        colours = _colours(len(refs))[served]
+        colours = _colours(len(refs))[origin]
         panels.insert(3, ("which reference it came from", colours))
     columns = len(panels) // 2 + 1
     cell = _PANEL + _GAP, height + _CAPTION + _GAP
@@ -78,20 +78,20 @@ def draw_match(
 def draw_comparison(
     panels: Sequence[tuple[str, Image]],
     refs: Sequence[Image],
-    served: np.ndarray | None = None,  # [*] int
+    origin: np.ndarray | None = None,  # [*] int
 ) -> Image:
-    """Pictures of one size side by side, the references beside them, one region of each below.
+    """Images of one size in a row, then the references, and one region of each image below.
 
-    The region is magnified, with its pixels as they are, and framed above: that with the largest
-    squared error of the first panel against the last.
+    The region has the largest squared error of the first panel against the last. It is framed in
+    the row, and magnified without interpolation below.
 
     Args:
-        panels: caption and picture of each, from the one that is to be improved to the truth.
+        panels: caption and image of each, from the baseline to the truth.
         refs: the references, if there are any.
-        served: for every patch the number of its reference, whose shares are then shown.
+        origin: for every patch the number of its reference, to show the shares of the references.
 
     Returns:
-        RGB, uint8, about 500 pixels wide for each picture.
+        RGB, uint8, about 500 pixels wide for each image.
     """
     from PIL import Image as pillow
     from PIL import ImageDraw
@@ -99,17 +99,17 @@ def draw_comparison(
     size = panels[0][1].size
     scale = min(_PANEL / size[1], 1.5 * _PANEL / size[0])
     height, width = (max(1, round(n * scale)) for n in size)
-    drawn = [(caption, _pixels(image)) for caption, image in panels]
-    region = _worst_region(drawn[0][1], drawn[-1][1])
+    cells = [(caption, _pixels(image)) for caption, image in panels]
+    region = _worst_region(cells[0][1], cells[-1][1])
     frame = [round(scale * at) for at in (region[1].start, region[0].start)]
     frame += [round(scale * at) - 1 for at in (region[1].stop, region[0].stop)]
     if refs:
-        drawn.append(_reference_panel(refs, served, height))
+        cells.append(_reference_panel(refs, origin, height))
     step = _PANEL + _GAP
-    corner = len(drawn) * step + _GAP, 2 * (height + _GAP) + _CAPTION + _GAP
+    corner = len(cells) * step + _GAP, 2 * (height + _GAP) + _CAPTION + _GAP
     sheet = pillow.new("RGB", corner, _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for number, (caption, pixels) in enumerate(drawn):
+    for number, (caption, pixels) in enumerate(cells):
         x, y = _GAP + number * step, _GAP + _CAPTION
         draw.text((x, _GAP), _short(caption), _INK, _font(20))
         sheet.paste(_fit(pixels, height), (x, y))
@@ -124,7 +124,7 @@ def draw_comparison(
 
 
 def _worst_region(a: np.ndarray, b: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns of a quarter of each side, where the squared error is largest."""
+    """Rows and columns of the largest squared error, a quarter of each side."""
     error = ((a.astype(np.float64) - b) ** 2).sum(2)
     sides = [-(-n // 4) for n in error.shape]
     total = np.pad(error, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
@@ -135,27 +135,27 @@ def _worst_region(a: np.ndarray, b: np.ndarray) -> tuple[slice, slice]:
 
 
 def _reference_panel(
-    refs: Sequence[Image], served: np.ndarray | None, height: int
+    refs: Sequence[Image], origin: np.ndarray | None, height: int
 ) -> tuple[str, np.ndarray]:
-    """Caption and pixels of the reference, or of all with the share of patches each served."""
-    if len(refs) == 1 or served is None:
+    """Caption and pixels of the reference, or of all with their shares of the patches."""
+    if len(refs) == 1 or origin is None:
         return f"reference, {refs[0].size[1]} x {refs[0].size[0]}", _pixels(refs[0])
-    counts = np.bincount(served.ravel(), minlength=len(refs))
+    counts = np.bincount(origin.ravel(), minlength=len(refs))
     return f"{len(refs)} references, and their shares", _contact_sheet(refs, counts, height)
 
 
 def _offsets(
-    index: np.ndarray, served: np.ndarray, sizes: list[tuple[int, int]]
+    index: np.ndarray, origin: np.ndarray, sizes: list[tuple[int, int]]
 ) -> np.ndarray:  # [2, h, w]
     """Down and to the right, in pixels of the reference of each patch."""
-    height, width = np.array(sizes).T[:, served]
+    height, width = np.array(sizes).T[:, origin]
     found = np.stack(np.divmod(index, width)) + SCALE / 2
     own = np.indices(index.shape) + 0.5
     return found - own * np.stack((height / index.shape[0], width / index.shape[1]))
 
 
 def _colours(count: int) -> np.ndarray:  # [count, 3]
-    """As unlike as hue and two steps of lightness allow."""
+    """Colours with evenly spaced hues and two steps of lightness."""
     number = np.arange(count)
     lightness = np.where(number % 2 == 0, 0.62, 0.8)
     return _oklch_to_srgb(lightness, np.full(count, 0.13), 2 * np.pi * number / count + 0.5)
@@ -174,11 +174,11 @@ def _contact_sheet(refs: Sequence[Image], counts: np.ndarray, height: int) -> np
     for number, (ref, colour) in enumerate(zip(refs, _colours(len(refs)), strict=True)):
         x, y = number % columns * cell[0], number // columns * cell[1]
         room = max(1, cell[0] - 2 * _FRAME), max(1, cell[1] - 2 * _FRAME)
-        picture = pillow.fromarray(_pixels(ref))
-        picture.thumbnail((room[0] - 2, room[1] - 2))
-        corner = x + picture.width + 2 * _FRAME - 1, y + picture.height + 2 * _FRAME - 1
+        thumbnail = pillow.fromarray(_pixels(ref))
+        thumbnail.thumbnail((room[0] - 2, room[1] - 2))
+        corner = x + thumbnail.width + 2 * _FRAME - 1, y + thumbnail.height + 2 * _FRAME - 1
         draw.rectangle((x, y, *corner), tuple(map(int, colour)))
-        sheet.paste(picture, (x + _FRAME, y + _FRAME))
+        sheet.paste(thumbnail, (x + _FRAME, y + _FRAME))
         share = f"{number + 1}: {counts[number] / counts.sum():.0%}"
         if cell[0] >= 60 and cell[1] >= 40:
             at = x + _FRAME + 4, y + _FRAME + 2
@@ -187,20 +187,20 @@ def _contact_sheet(refs: Sequence[Image], counts: np.ndarray, height: int) -> np
 
 
 def _waste(columns: int, count: int, height: int) -> float:
-    """How far cells are from 4:3, and how many stay empty."""
+    """Distance of the cells from 4:3, and the share of empty ones."""
     rows = -(-count // columns)
     shape = (_PANEL / columns) / (height / rows)
     return abs(np.log(shape * 0.75)) + (rows * columns - count) / count
 
 
 def _flow_colours(offset: np.ndarray) -> np.ndarray:  # [2, h, w] -> [h, w, 3]
-    """Hue from the direction, saturation from the length, at its full at 1."""
+    """Hue from the direction, saturation from the length, full at 1."""
     length = np.minimum(np.hypot(*offset), 1)
     return _oklch_to_srgb(0.96 - 0.21 * length, 0.127 * length, np.arctan2(*offset))
 
 
 def _heat_colours(x: np.ndarray) -> np.ndarray:  # [h, w] -> [h, w, 3]
-    """0 to 1 as dark violet over green to light yellow, in even steps of lightness."""
+    """Dark violet over green to light yellow for 0 to 1, in even steps of lightness."""
     x = x.clip(0, 1)
     return _oklch_to_srgb(0.22 + 0.72 * x, 0.094 + 0.07 * x**3, np.radians(305 - 195 * x))
 
@@ -232,7 +232,7 @@ def _pixels(image: Image) -> np.ndarray:  # [H, W, 3] uint8
 
 
 def _fit(pixels: np.ndarray, height: int) -> Any:
-    """As large as a panel allows; single pixels stay visible where it enlarges."""
+    """Image in the size of a panel; magnified pixels stay visible."""
     from PIL import Image as pillow
 
     scale = min(_PANEL / pixels.shape[1], height / pixels.shape[0])
@@ -244,7 +244,7 @@ def _fit(pixels: np.ndarray, height: int) -> Any:
 def _draw_legend(
     sheet: Any, corner: tuple[int, int], height: int, reach: float, lowest: float
 ) -> None:
-    """The colour wheel of the offsets, and below it the scale of the scores."""
+    """Colour wheel of the offsets, and below it the scale of the scores."""
     from PIL import Image as pillow
     from PIL import ImageDraw
 
@@ -270,7 +270,7 @@ def _draw_legend(
 
 
 def _short(caption: str) -> str:
-    """One line, as much of it as a panel is wide."""
+    """One line, cut to the width of a panel."""
     line = shortened = shown(caption)
     while _font(20).getlength(shortened) > _PANEL:
         line = line[:-1]

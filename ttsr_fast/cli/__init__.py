@@ -1,6 +1,6 @@
-"""The command line: reads arguments, shows progress, reports every error in one line.
+"""Command line: arguments, progress, and one line for every error.
 
-What takes time to load is imported inside the commands, so that `--help` is quick.
+Slow imports are inside the commands, so that `--help` is quick.
 """
 
 import logging
@@ -11,7 +11,7 @@ from ttsr_fast.cli.signals import at_start, exit_at_signals
 
 
 def main() -> None:
-    """The program `ttsr-fast`."""
+    """Program `ttsr-fast`."""
     line = "error: interrupted: nothing has been done"
     at_start.enter_context(exit_at_signals(lambda name: line, signal.SIGINT, signal.SIGTERM))
     from ttsr_fast.cli.commands import app

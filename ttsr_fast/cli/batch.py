@@ -1,4 +1,4 @@
-"""The images of `ttsr-fast upscale`, their results, and the record of these."""
+"""Images of `ttsr-fast upscale`, their results, and the record of the results."""
 
 import hashlib
 import os
@@ -25,11 +25,11 @@ from ttsr_fast.cli.common import (
 )
 from ttsr_fast.cli.inputs import ReferenceOptions
 from ttsr_fast.cli.record import Record, digest_of
-from ttsr_fast.datasets import ENDINGS, identities, identity, pictures_in, result_path
+from ttsr_fast.datasets import ENDINGS, identities, identity, images_in, result_path
 from ttsr_fast.files import shown
 from ttsr_fast.images import SCALE, SUFFIXES
 from ttsr_fast.upscaling import plan, upscale
-from ttsr_fast.upscaling.ttsr import Progress
+from ttsr_fast.upscaling.execution import Progress
 
 
 class Batch:
@@ -37,12 +37,12 @@ class Batch:
 
     Args:
         given: images and folders of them.
-        output: file or folder for the results; None puts them beside the images, and those of a
-            folder into a new one.
+        output: file or folder for the results; None for results beside their images, and a new
+            folder for the results of a folder.
         references: of all images.
         suffix: added to the names of results.
-        ext: ending of results; "auto" for that of their image.
-        resume: whether results are kept that are right.
+        ext: ending of results; "auto" for the ending of the image.
+        resume: whether up-to-date results are kept.
         quiet: whether results are not reported.
 
     Attributes:
@@ -50,7 +50,7 @@ class Batch:
         several: whether the command was given a folder or several images.
 
     Raises:
-        OSError, ValueError: as `pictures_in`; `ext` is no format; `output` is a file, or named as
+        OSError, ValueError: as `images_in`; `ext` is no format; `output` is a file, or named as
             one, and there are several images.
     """
 
@@ -71,8 +71,8 @@ class Batch:
         self._resume, self._quiet = resume, quiet
         self._records: dict[Path, Record] = {}  # by the resolved folder of the results
         self._taken: set[tuple[int, int]] = set()  # inputs, and results of this run
-        self._inputs: set[Path] = set()  # which other programs may replace meanwhile
-        self._made_from: dict[str, str] = {}  # what all results have in common
+        self._inputs: set[Path] = set()  # other programs may replace them meanwhile
+        self._made_from: dict[str, str] = {}  # common facts of all results
         self._digests: dict[tuple[Path, ...], str] = {}  # of references
         if ext != "auto" and f".{ext}" not in SUFFIXES:
             raise ValueError(f"--ext must be auto or one of {ENDINGS}, got {ext}")
@@ -84,22 +84,22 @@ class Batch:
             if path.is_dir() and output is None:
                 named = path.resolve() if path.name in ("", "..") else path
                 folder = named.with_name(named.name + suffix)
-            for source in pictures_in(path):
+            for source in images_in(path):
                 source = known.setdefault(source.parent.resolve() / source.name, source)
-                if source not in self._output or path in self._named:  # it goes beside itself
+                if source not in self._output or path in self._named:  # its result goes beside it
                     self._output[source] = folder
         self.sources = list(self._output)
 
     def prepare(self, weights: Path | None, made_from: dict[str, str]) -> None:
-        """Make folders, open records, leave out earlier results, read the references.
+        """Make folders, open records, skip earlier results, read the references.
 
         Args:
             weights: file of the model, an input.
-            made_from: what all results have in common.
+            made_from: common facts of all results.
 
         Raises:
-            OSError, ValueError: a folder cannot be made, a record or reference not be read; nothing
-                is left to do.
+            OSError, ValueError: a folder cannot be made, a record or reference cannot be read; no
+                image is left.
         """
         self._open_records()
         if self.several:
@@ -121,7 +121,7 @@ class Batch:
         self._references.check(self.sources[0])  # an error in a reference is one of the command
 
     def run(self, options: dict[str, Any]) -> None:
-        """All images, in spite of failures, which are printed at the end.
+        """Upscale all images. Failures of single images are printed at the end.
 
         Args:
             options: of `upscale`.
@@ -134,10 +134,13 @@ class Batch:
         how = "; the same command with --resume goes on" if self.several else ""
         with errors_in_one_line(lambda: f" after {done} of {len(self.sources)} images{how}"):
             try:
-                with progress_bar("upscaling", len(self.sources), self._quiet) as (step, tell):
+                with progress_bar("upscaling", len(self.sources), self._quiet) as (
+                    step,
+                    progress_of,
+                ):
                     for source in self.sources:
                         try:
-                            kept += self._upscale(source, tell(source.name), options)
+                            kept += self._upscale(source, progress_of(source.name), options)
                             done += 1
                         except ERRORS as error:
                             failures.append(self._with_name(source, one_line(error)))
@@ -153,7 +156,7 @@ class Batch:
             raise typer.Exit(BAD_INPUT)
 
     def _upscale(self, source: Path, on_progress: Progress, options: dict[str, Any]) -> bool:
-        """Make a result; True if it is there already."""
+        """Make a result; True if an existing one is kept."""
         start = time.perf_counter()
         record = self._records.get(self._folder(source).resolve())
         made_from = {} if record is None else self._made_from | self._digests_of(source)
@@ -182,20 +185,20 @@ class Batch:
         return error if named else f"{shown(source)}: {error}"
 
     def _folder(self, source: Path) -> Path:
-        """The folder of an image's result, which may not exist yet."""
+        """Folder of an image's result, which may not exist yet."""
         output = self._output[source]
         inside = output is not None and (self.several or output.is_dir())
         return output if inside and output is not None else (output or source).parent
 
     def _open_records(self) -> None:
-        """The records of all folders that results go to and that exist."""
+        """Open the records of all existing folders of results."""
         for source in self.sources if self.several or self._resume else ():
             folder = self._folder(source)
             if folder.resolve() not in self._records and folder.is_dir():
                 self._records[folder.resolve()] = Record(folder)
 
     def _is_left_out(self, source: Path) -> bool:
-        """Whether an image is a result of an earlier run, and a line about one that was named."""
+        """True for a result of an earlier run; one that was named gets a line."""
         found = self._is_result(source)
         if found and source in self._named and not self._quiet:
             say(f"{shown(source)} is left out: it is a result of an earlier run")
@@ -206,7 +209,7 @@ class Batch:
         return record is not None and record.holds(path)
 
     def _digests_of(self, source: Path) -> dict[str, str]:
-        """Those of an image and its references, before they are read: a file may change."""
+        """Digests of an image and its references, before they are read: a file may change."""
         references = tuple(self._references.files(source))
         if references not in self._digests:
             digests = " ".join(digest_of(path) for path in references)
@@ -223,14 +226,14 @@ class Batch:
 
 
 def _is_file(output: Path) -> bool:
-    """Whether a path is a file, or would be taken for the name of one."""
+    """True for a path of a file, or one with the ending of an image."""
     return not output.is_dir() and (output.exists() or output.suffix.lower() in SUFFIXES)
 
 
 def made_from(
     weights: Path | None, phases: int | None, amp: str | None, precision: str | None
 ) -> dict[str, str]:
-    """What all results of a run are made from: what is computed, and not where or in what steps."""
+    """Facts that determine all results of a run: the computation, without device or windows."""
     if weights is None:
         facts = {"method": "detail", "phases": phases or DEFAULT_PHASES}
     else:
@@ -242,17 +245,16 @@ def made_from(
 def show_plans(
     sources: Sequence[Path], references: ReferenceOptions, options: dict[str, Any]
 ) -> None:
-    """A plan for every size among the images.
+    """Print a plan for every size among the images.
 
     Raises:
-        NotEnoughMemory: that of the image which needs most; all plans are shown.
+        NotEnoughMemory: error of the largest plan, after all plans are shown.
     """
     seen = set()
     refusals: list[plan.NotEnoughMemory] = []
     for source in sources:
         size = images.read_image(source).size
-        pictures = references.bank(source).pictures(grey=False)
-        sizes = [picture.size for picture in pictures]
+        sizes = [image.size for image in references.bank(source).images(grey=False)]
         if (size, *sizes) in seen:
             continue
         seen.add((size, *sizes))

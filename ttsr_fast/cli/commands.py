@@ -1,4 +1,4 @@
-"""The commands of `ttsr-fast`. Each is a file of its name; `common` is what they share."""
+"""Commands of `ttsr-fast`, each in a file of its name; `common` holds shared parts."""
 
 import warnings
 from typing import Annotated
@@ -31,8 +31,8 @@ app.command("env")(env_command)
 def _program(
     version: Annotated[bool, flag("--version", help="Show the version and exit.")] = False,
 ) -> None:
-    """x4 super-resolution with a reference picture."""
-    for module in ("PIL", "tifffile"):  # an error says what matters
+    """x4 super-resolution with a reference image."""
+    for module in ("PIL", "tifffile"):  # errors say the same
         warnings.filterwarnings("ignore", module=rf"{module}\.")
     if version:
         typer.echo(f"ttsr-fast {ttsr_fast.__version__}")

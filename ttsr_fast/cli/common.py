@@ -1,6 +1,6 @@
-"""What the commands share: options, the bar of progress, output in harmless lines.
+"""Shared parts of the commands: options, progress bar, output in harmless lines.
 
-Nothing here loads PyTorch or NumPy, as it is needed for `--help`.
+Nothing here loads PyTorch or NumPy, since `--help` needs this module.
 """
 
 import logging
@@ -66,14 +66,14 @@ Weights = Annotated[
 References = Annotated[
     list[Path] | None,
     typer.Option(
-        metavar="PATH", help="Reference picture, or a folder of them; may be given several times."
+        metavar="PATH", help="Reference image, or a folder of them; may be given several times."
     ),
 ]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="4GiB, 512M, ...: what the process may take.",
+        help="4GiB, 512M, ...: memory that the process may take.",
         show_default="what is free",
     ),
 ]
@@ -114,7 +114,7 @@ Quiet = Annotated[
 
 
 def report(path: Path, image: "Image", start: float, quiet: bool) -> None:
-    """Print a result. An output that cannot be written does not end the work."""
+    """Print a result. An error of standard output does not end the work."""
     height, width = image.size
     if quiet:
         return
@@ -129,10 +129,10 @@ _bars: list[Progress] = []  # on the terminal now
 
 @contextmanager
 def terminal_bar(*columns: ProgressColumn, quiet: bool) -> Iterator[Progress | None]:
-    """A bar on the terminal of stderr, gone when done; None where that is no terminal.
+    """Progress bar on the terminal of stderr, removed at the end; None where that is no terminal.
 
-    `say` prints above it meanwhile. Without colours a bar looks full from the start; then the other
-    columns have to do.
+    `say` prints above it meanwhile. Without colours a bar looks full from the start, so it is left
+    out.
     """
     console = Console(stderr=True)
     if quiet or not console.is_terminal or console.is_dumb_terminal:
@@ -152,7 +152,7 @@ def terminal_bar(*columns: ProgressColumn, quiet: bool) -> Iterator[Progress | N
 def progress_bar(
     what: str, total: int, quiet: bool
 ) -> Iterator[tuple[Callable[[], None], Callable[[str], Callable[[str, int, int], None]]]]:
-    """A bar of the images that are done; for one image alone, of the steps of its stage.
+    """Progress bar of the images; for one image alone, of the steps of its stage.
 
     Yields a function to call after each image, and a factory of `progress` callbacks for `upscale`
     by the name of the image.
@@ -181,7 +181,7 @@ def progress_bar(
 
 @contextmanager
 def errors_in_one_line(where: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """End the command with a line for an error, or for Ctrl-C, which came `where` it says."""
+    """End the command with one line for an error, or for Ctrl-C with the place `where`."""
     at_start.close()
     try:
         yield
@@ -206,7 +206,7 @@ def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
 
 
 def say(line: str, *, err: bool = False) -> None:
-    """Print one line, control characters escaped. A closed stream or pipe is ignored."""
+    """Print one line with control characters escaped. A closed stream or pipe is ignored."""
     stream = sys.stderr if err else sys.stdout
     if stream is None:
         return
@@ -220,19 +220,19 @@ def say(line: str, *, err: bool = False) -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send all further output of a stream nowhere."""
+    """Discard all further output of a stream."""
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), stream.fileno())
 
 
 def fitting(text: str, stream: TextIO) -> str:
-    """A text in one line, of characters that a terminal prints and the stream encodes."""
+    """One line of characters that a terminal prints and the stream encodes."""
     encoding = stream.encoding or "utf-8"
     return shown(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 class OneLineHandler(logging.Handler):
-    """Log messages as the commands print errors."""
+    """Log messages in the form of the commands' errors."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(f"{record.levelname.lower()}: {record.getMessage()}", err=True)

@@ -27,7 +27,7 @@ def convert_command(
 ) -> None:
     """Convert a checkpoint to other names or another format.
 
-    The authors' names to mmagic's, .pt to .safetensors, and back. Of a file of a whole training
+    The authors' names to mmagic's, .pt to .safetensors, and back. From a file of a whole training
     only the generator and its texture extractor are kept.
     """
     with errors_in_one_line():

@@ -1,4 +1,4 @@
-"""`ttsr-fast env`: what runs here, and what not and why."""
+"""`ttsr-fast env`: versions, devices, and backends with reasons where they do not run."""
 
 from typing import Annotated
 
@@ -10,9 +10,9 @@ def env_command(
         bool, flag("--build", help="First compile the kernels, in CUDA if torch has it.")
     ] = False,
 ) -> None:
-    """Show versions, devices, and what runs here.
+    """Show versions, devices, and backends.
 
-    A backend that does not run comes with its reason.
+    A backend that does not run here comes with the reason.
     """
     with errors_in_one_line():
         if build:

@@ -1,4 +1,4 @@
-"""Versions, devices, and which backends run here and why others do not: what `env` shows."""
+"""Lines of `env`: versions, devices, backends, and reasons where a backend does not run."""
 
 import importlib.metadata
 import platform
@@ -11,7 +11,7 @@ from ttsr_fast.choices import BACKENDS
 from ttsr_fast.devices import gpu
 from ttsr_fast.operators import backends, library
 
-# What the extras of pyproject.toml bring.
+# Packages of the extras of pyproject.toml.
 EXTRAS = {
     "cli": ("imagecodecs", "pillow", "rich", "safetensors", "tifffile", "typer"),
     "train": ("accelerate", "omegaconf", "pillow", "safetensors", "scikit-image", "tensorboard"),
@@ -21,7 +21,7 @@ EXTRAS = {
 
 
 def describe() -> Iterator[tuple[str, str]]:
-    """Names and values, a line each."""
+    """Names and values of the lines."""
     yield "ttsr-fast", ttsr_fast.__version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
@@ -50,7 +50,7 @@ def describe() -> Iterator[tuple[str, str]]:
 
 
 def devices() -> list[str]:
-    """Where tensors can be: the CPU, and every GPU that torch has support for."""
+    """Devices of tensors: the CPU, and every GPU that torch supports."""
     kind = gpu()
     if kind is None:
         return ["cpu"]

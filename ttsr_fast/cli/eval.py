@@ -54,7 +54,7 @@ def eval_command(
         one_of(
             REFERENCES,
             "Of several references only the first, each patch from the best of all, or all stacked "
-            "into one picture of 500 pixels width.",
+            "into one image of 500 pixels width.",
             "all if --references names several, otherwise first",
         ),
     ] = None,
@@ -67,11 +67,9 @@ def eval_command(
     ] = None,
     pictures: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="For drawings: bicubic, result, truth, references."),
+        typer.Option(metavar="FOLDER", help="For comparisons: bicubic, result, truth, references."),
     ] = None,
-    skip: Annotated[
-        bool, flag("--skip", help="Go on without pairs that cannot be evaluated.")
-    ] = False,
+    skip: Annotated[bool, flag("--skip", help="Skip pairs that cannot be evaluated.")] = False,
     device: Device = None,
     max_memory: MaxMemory = None,
     backend: Backend = None,
@@ -84,7 +82,7 @@ def eval_command(
 
     In several processes, on as many GPUs: torchrun --nproc-per-node 2 -m ttsr_fast eval ...
 
-    Exit codes: 0 all done, 1 some pictures were skipped, 2 bad input.
+    Exit codes: 0 all done, 1 some images were skipped, 2 bad input.
     """
     with errors_in_one_line(), _processes() as rank:
         with loading():
@@ -137,11 +135,11 @@ def eval_command(
         say(f"error: {failure.message}", err=True)
     if table.failures:
         total = len(table.rows) + len(table.failures)
-        fail(f"{len(table.failures)} of {total} pictures failed", SOME_FAILED)
+        fail(f"{len(table.failures)} of {total} images failed", SOME_FAILED)
 
 
 def _references(layout: str | None, text: str | None) -> Any:
-    """As `find_pairs` takes them."""
+    """Argument `references` of `find_pairs`."""
     if text is None or layout not in ("cufed5", "sun80"):
         return text
     try:
@@ -152,7 +150,7 @@ def _references(layout: str | None, text: str | None) -> Any:
 
 @contextmanager
 def _processes() -> Iterator[int]:
-    """The rank of this process; those that torchrun has started become a group meanwhile."""
+    """Rank of this process; the processes of torchrun form a group meanwhile."""
     with loading():
         import torch.distributed as dist
 
@@ -168,7 +166,7 @@ def _processes() -> Iterator[int]:
 
 
 def _own_gpu() -> str | None:
-    """For a process of torchrun, one of the GPUs of its machine in turn."""
+    """GPU of a process of torchrun, by its rank on the machine."""
     import torch
 
     number = os.environ.get("LOCAL_RANK")
@@ -179,7 +177,7 @@ def _own_gpu() -> str | None:
 
 def _show(table: "Table") -> None:
     sheet = Sheet(box=box.SIMPLE_HEAD, show_footer=True)
-    sheet.add_column("picture", "mean", overflow="fold")
+    sheet.add_column("image", "mean", overflow="fold")
     sheet.add_column("PSNR", f"{table.psnr:.3f}", justify="right")
     sheet.add_column("SSIM", f"{table.ssim:.4f}", justify="right")
     sheet.add_column("references", overflow="fold")
@@ -189,16 +187,16 @@ def _show(table: "Table") -> None:
     Console().print(sheet)
     counted, failed = len(table.rows), len(table.failures)
     if failed:
-        typer.echo(f"the mean leaves out {failed} of {counted + failed} pictures, which failed")
+        typer.echo(f"the mean leaves out {failed} of {counted + failed} images, which failed")
     if table.equal:
-        typer.echo(f"that of PSNR leaves out {table.equal} results equal to the truth")
+        typer.echo(f"the mean PSNR leaves out {table.equal} results equal to the truth")
     used = "" if table.method == "bicubic" else f", references: {table.references}"
     typer.echo(
-        f"{table.method}, protocol {table.protocol}{used}: {counted} pictures, "
+        f"{table.method}, protocol {table.protocol}{used}: {counted} images, "
         f"{table.seconds:.2f} s each"
     )
 
 
 def _literal(text: str) -> Text:
-    """A cell; a string would be taken for markup."""
+    """A cell; a string would be parsed as markup."""
     return Text(fitting(text, sys.stdout))

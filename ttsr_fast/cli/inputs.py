@@ -1,4 +1,4 @@
-"""What the commands make of their options: references, model, device, limits."""
+"""Objects made from the options of commands: references, model, device, limits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from ttsr_fast.cli import environment
-from ttsr_fast.datasets import namesake, pictures_in
+from ttsr_fast.datasets import images_in, namesake
 from ttsr_fast.files import shown
 from ttsr_fast.model import load_model
 from ttsr_fast.operators import backends
-from ttsr_fast.upscaling import plan
+from ttsr_fast.upscaling import memory
 from ttsr_fast.upscaling.bank import ReferenceBank
 
 
 class ReferenceOptions:
-    """The references of every picture: all for each, or one of the same name."""
+    """References of every image: all for each, or one of the same name."""
 
     def __init__(self, ref: list[Path] | None, pairs: Path | None, cache: Path | None) -> None:
         if bool(ref) == (pairs is not None):
@@ -24,7 +24,7 @@ class ReferenceOptions:
         if pairs is not None and not pairs.is_dir():
             raise ValueError(f"--pairs must be a folder, got {shown(pairs)}")
         self._pairs, self._cache = pairs, cache
-        self._all = [file for path in ref or () for file in pictures_in(path)]
+        self._all = [file for path in ref or () for file in images_in(path)]
         self._named = set(ref or ())
         self._bank: ReferenceBank | None = None
 
@@ -32,16 +32,16 @@ class ReferenceOptions:
         return self._all if self._pairs is None else [namesake(source, self._pairs)]
 
     def inputs(self) -> list[Path]:
-        """The references of any image."""
-        return self._all if self._pairs is None else pictures_in(self._pairs)
+        """All references of all images."""
+        return self._all if self._pairs is None else images_in(self._pairs)
 
     def check(self, source: Path) -> None:
-        """Read shared references now: a bad one fails the command. With --pairs, images do."""
+        """Read shared references now: a bad one is an error of the command, not of an image."""
         if self._pairs is None:
             self.bank(source)
 
     def leave_out(self, is_result: Callable[[Path], bool]) -> None:
-        """Leave results of earlier runs out of folders of references."""
+        """Skip results of earlier runs in folders of references."""
         left = [file for file in self._all if file in self._named or not is_result(file)]
         if self._all and not left:
             raise ValueError("--ref must name images, got only results")
@@ -62,7 +62,7 @@ def upscale_options(
     backend: str | None,
     precision: str | None,
 ) -> dict[str, Any]:
-    """What `upscale` takes beside the pictures; the model is loaded and moved."""
+    """Options of `upscale`, with the model on its device."""
     if method == "ttsr" and weights is None:
         raise ValueError("--method ttsr needs --weights")
     if weights is not None and (method == "detail" or phases is not None):
@@ -89,6 +89,6 @@ def device_named(name: str | None) -> str:
 
 def memory_limit(text: str | None) -> int | None:
     try:
-        return None if text is None else plan.parse_bytes(text)
+        return None if text is None else memory.parse_bytes(text)
     except ValueError as error:
         raise ValueError(f"--max-memory: {error}") from None

@@ -1,4 +1,4 @@
-"""`ttsr-fast match`: where every patch came from."""
+"""`ttsr-fast match`: the origin of every patch."""
 
 import time
 from pathlib import Path
@@ -27,7 +27,7 @@ def match_command(
     lr: Annotated[Path, typer.Argument(metavar="LR", help="Image to upscale.")],
     ref: References,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="File for the drawing.")
+        Path, typer.Option("--output", "-o", metavar="FILE", help="File for the sheet.")
     ],
     weights: Weights = None,
     method: Method = None,
@@ -38,9 +38,9 @@ def match_command(
     precision: Precision = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw where each patch of an image came from.
+    """Show the origin of each patch of an image.
 
-    The drawing shows the image, its references, the place of every match and how similar it is.
+    The sheet shows the image, its references, the position of every match and its similarity.
     """
     start = time.perf_counter()
     with errors_in_one_line():
@@ -58,10 +58,14 @@ def match_command(
         images.check_output(output, images.Image(np.empty((1, 1, 3), np.uint8)))
         options = upscale_options(weights, method, phases, device, backend, precision)
         low, bank = images.read_image(lr), references.bank(lr)
-        with progress_bar("matching", 1, quiet) as (_, tell):
+        with progress_bar("matching", 1, quiet) as (_, progress_of):
             result = upscale(
-                low, bank, max_memory=memory_limit(max_memory), progress=tell(lr.name), **options
+                low,
+                bank,
+                max_memory=memory_limit(max_memory),
+                progress=progress_of(lr.name),
+                **options,
             )
-            sheet = draw_match(low, bank.pictures(grey=False), *result)
+            sheet = draw_match(low, bank.images(grey=False), *result)
         sheet.save(output)
     report(output, sheet, start, quiet)

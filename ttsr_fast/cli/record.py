@@ -1,4 +1,4 @@
-"""A record of what results were made from, so that `--resume` keeps only results that are right."""
+"""Record of the sources of results, by which `--resume` keeps only results that are up to date."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from ttsr_fast.files import NO_LINK, check_readable, named_errors, shown, write_
 NAME = ".ttsr-fast.jsonl"
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
 _CHECKSUM = 16  # hexadecimal digits in front of a line
-_STALE = 1000  # lines that no longer count, above which the file is written again
+_STALE = 1000  # superseded lines, above which the file is written again
 _CHANGED = {
     "image": "the image has changed",
     "references": "the references have changed",
@@ -22,20 +22,20 @@ _CHANGED = {
 
 
 class _Result(NamedTuple):
-    """Digest of a file, and digests and options of what it was made from."""
+    """Digest of a file, and digests and options of its sources."""
 
     digest: str
     made_from: dict[str, str]
 
 
 class Record:
-    """The results in a folder: a hidden file with a line for each.
+    """Results in a folder: a hidden file with a line for each.
 
-    A line is appended in one piece when its result is whole, and begins with its checksum. What a
-    kill has torn does not count, and its result is made again. Several processes may append.
+    A line is appended in one piece when its result is whole, and begins with its checksum. A line
+    that a kill has torn is ignored, and its result is made again. Several processes may append.
 
     Args:
-        folder: where the results are. It exists.
+        folder: folder of the results, which exists.
 
     Raises:
         OSError: the file cannot be read or written.
@@ -54,14 +54,14 @@ class Record:
             self._torn = False
 
     def holds(self, path: Path) -> bool:
-        """Whether a file is a result of this folder, as it was recorded."""
+        """True for a file that equals a recorded result of this folder."""
         result = self._results.get(path.name)
         if path.parent.resolve() != self.path.parent.resolve():
             return False
         return result is not None and digest_of(path) == result.digest
 
     def why_again(self, path: Path, made_from: Mapping[str, str]) -> str | None:
-        """Why the file at `path` is not the result of `made_from`; None if it is."""
+        """Reason why the file at `path` is not the result of `made_from`; None if it is."""
         result = self._results.get(path.name)
         if result is None:
             return "there is no record of how it was made"
@@ -71,7 +71,7 @@ class Record:
         return None if self.holds(path) else "the file has changed"
 
     def add(self, path: Path, made_from: Mapping[str, str]) -> None:
-        """Record a result that is on the disk.
+        """Add the line of a result that is on the disk.
 
         Raises:
             OSError: the record cannot be written.

@@ -63,9 +63,7 @@ def upscale_command(
             show_default="what fits",
         ),
     ] = None,
-    show_plan: Annotated[
-        bool, flag("--plan", help="Show what memory it will take, and stop.")
-    ] = False,
+    show_plan: Annotated[bool, flag("--plan", help="Show the memory plan, and stop.")] = False,
     cache: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="For ttsr: keeps features of references."),
@@ -90,12 +88,12 @@ def upscale_command(
 ) -> None:
     """Upscale images, or all images of folders, four times.
 
-    Every patch of an image takes the best of all references. Existing files are replaced, each when
-    its successor is complete; inputs never are.
+    Every patch of an image takes the best of all references. Existing files are replaced when their
+    successors are complete; inputs are never replaced.
 
-    If some of several images fail, the others are made all the same, and the failures listed at the
-    end. A hidden file .ttsr-fast.jsonl beside the results records what each was made from. Later
-    runs into that folder leave these results out of their inputs.
+    A failure of one of several images does not stop the others; all failures are listed at the end.
+    A hidden file .ttsr-fast.jsonl beside the results records the sources of each. Later runs into
+    that folder do not take these results as inputs.
 
     --resume keeps a whole result of the same LR, references, weights, options and version. Compared
     options: --method, --phases, --amp and --precision. Every other result is made again, with a
@@ -107,7 +105,7 @@ def upscale_command(
         with loading(_before_all):
             from ttsr_fast.cli.batch import Batch, made_from, show_plans
             from ttsr_fast.cli.inputs import ReferenceOptions, memory_limit, upscale_options
-            from ttsr_fast.upscaling import plan
+            from ttsr_fast.upscaling import memory
 
         references = ReferenceOptions(ref, pairs, cache)
         batch = Batch(lr, output, references, suffix, ext, resume, quiet)
@@ -121,7 +119,7 @@ def upscale_command(
             options["model"].MainNet.compile()  # at the first image; windows go without
         options |= {"amp": amp, "max_memory": memory_limit(max_memory), "tile": tile}
         if max_memory is None:
-            plan.keep_freed_memory()
+            memory.keep_freed_memory()
         if show_plan:
             return show_plans(batch.sources, references, options)
         batch.prepare(weights, common)

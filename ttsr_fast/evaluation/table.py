@@ -1,4 +1,4 @@
-"""What an evaluation found: a row for every pair, the means, files of both."""
+"""Table of an evaluation: a row for every pair, the means, CSV and JSON files."""
 
 import csv
 import io
@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 
 from ttsr_fast.files import shown, write_bytes
 
-_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # the last four are wide forms
+_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # the last four are full-width forms
 
 
 class Row(NamedTuple):
-    """What one pair gave.
+    """Result of one pair.
 
     Attributes:
-        name: that of the pair.
-        psnr: in dB, inf for a result that is equal to the truth.
+        name: of the pair.
+        psnr: in dB, inf for a result that equals the truth.
         ssim: at most 1.
-        seconds: to enlarge the picture, without reading and comparing.
-        references: names of the files that helped; "LR" for the low-resolution picture itself.
+        seconds: time of the upscaling, without reading and comparing.
+        references: names of the reference files; "LR" for the low-resolution image itself.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A pair that was skipped, and why."""
+    """A pair that was skipped, and the reason."""
 
     name: str
     message: str
@@ -40,14 +40,14 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """What all pairs gave, in their order, and the mean of it.
+    """Results of all pairs, in their order, and their means.
 
     Attributes:
         method: "ttsr", "detail" or "bicubic".
         protocol: one of `metrics.PROTOCOLS`.
         references: one of `choices.REFERENCES`.
-        rows: of the pairs that could be evaluated, at least one.
-        failures: the others, which count for no mean.
+        rows: of the evaluated pairs, at least one.
+        failures: the other pairs, which no mean includes.
     """
 
     method: str
@@ -58,12 +58,12 @@ class Table:
 
     @property
     def equal(self) -> int:
-        """Results that are equal to the truth, whose PSNR is infinite."""
+        """Number of results that equal the truth, with infinite PSNR."""
         return sum(row.psnr == math.inf for row in self.rows)
 
     @property
     def psnr(self) -> float:
-        """The mean of all that is finite; inf if nothing is."""
+        """Mean of all finite values; inf without any."""
         finite = [row.psnr for row in self.rows if row.psnr != math.inf]
         return math.fsum(finite) / len(finite) if finite else math.inf
 
@@ -73,15 +73,15 @@ class Table:
 
     @property
     def seconds(self) -> float:
-        """The mean for one picture."""
+        """Mean for one image."""
         return math.fsum(row.seconds for row in self.rows) / len(self.rows)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        r"""Write a line for every pair and the mean as the last; the file appears whole or not.
+        r"""Write a line for every pair, then the mean; the file appears whole or not at all.
 
         Names and messages are made harmless for spreadsheets: characters that are not printable are
-        escaped (`\n`), and an apostrophe comes before a leading `=`, `+`, `-` or `@`, which would
-        begin a formula. `to_json` keeps them as they are.
+        escaped (`\n`), and an apostrophe precedes a leading `=`, `+`, `-` or `@`, which would begin
+        a formula. `to_json` does not change them.
 
         Raises:
             OSError: it cannot be written.
@@ -97,7 +97,7 @@ class Table:
         write_bytes(path, text.getvalue().encode())
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the same as one object, an infinite PSNR as the string "inf".
+        """Write the table as one object, with an infinite PSNR as the string "inf".
 
         Raises:
             OSError: it cannot be written.
@@ -122,6 +122,6 @@ def _number(x: float) -> Any:
 
 
 def _cell(text: str) -> str:
-    """A text that a spreadsheet shows: in one line, and with ' before what would be a formula."""
+    """Text of a cell: one line, with ' in front of a formula."""
     text = shown(text)
     return f"'{text}" if text.startswith(_FORMULA) else text

@@ -1,4 +1,4 @@
-"""Decoding of image files, whatever is in them: an array, or one error that names the file."""
+"""Decoding of image files of any content: an array, or one error that names the file."""
 
 import io
 import os
@@ -33,7 +33,7 @@ class Decoded(NamedTuple):
     Attributes:
         array: `[H, W, 1 to 4]`, uint8 or uint16: grey, grey + alpha, RGB, RGBA.
         icc_profile: the colour profile, None without.
-        colour_chunks: kind and content of a PNG's other chunks that say how colours are meant.
+        colour_chunks: kind and content of the other chunks of a PNG that define its colours.
     """
 
     array: np.ndarray
@@ -42,7 +42,7 @@ class Decoded(NamedTuple):
 
 
 class _File(io.BufferedReader):
-    """A file with a limited number of reads: parsers skip what is damaged byte by byte."""
+    """A file with a limited number of reads: parsers skip damage byte by byte."""
 
     def __init__(self, raw: io.FileIO) -> None:
         super().__init__(raw)
@@ -79,16 +79,16 @@ def decode(path: Path) -> Decoded:
     except pil.UnidentifiedImageError:
         reason = "it is no PNG, TIFF, JPEG, WebP or BMP, or damaged"
         raise ValueError(f"cannot read {shown(path)}: {reason}") from None
-    except Exception as error:  # decoders raise anything at a damaged file
+    except Exception as error:  # decoders raise errors of any type
         if isinstance(error, OSError) and error.errno is not None:
             raise type(error)(f"cannot read {shown(path)}: {refusal(error)}") from error
         raise ValueError(f"cannot read {shown(path)}: {reason_of(error)}") from error
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Height and width by the header, upright by its EXIF orientation.
+    """Height and width from the header, upright by its EXIF orientation.
 
-    Raises: as `decode`, for a header that Pillow does not understand.
+    Raises: as `decode`, for a header that Pillow cannot read.
     """
     check_readable(path)
     try:
@@ -156,7 +156,7 @@ def _decode(file: _File) -> Decoded:
             return Decoded(to_array(opened), profile, _colour_chunks(file))
         imagecodecs, _ = codecs()
         orientation = opened.getexif().get(_ORIENTATION)
-        opened.load()  # finds what is damaged or cut short
+        opened.load()  # detects damage
     file.seek(0)
     array = _upright(imagecodecs.png_decode(file.read()), orientation)
     return Decoded(array, profile, _colour_chunks(file))
@@ -182,7 +182,7 @@ def _decode_tiff(file: _File) -> Decoded:
 
 
 def _misread(opened: Any) -> bool:
-    """Planes that Pillow takes for samples side by side, in a TIFF that is neither RGB nor RGBA."""
+    """True for planes that Pillow takes for contiguous samples: a TIFF neither RGB nor RGBA."""
     tags = opened.tag_v2
     planes = tags.get(_PLANES) == 2 and tags.get(_PER_PIXEL, 1) > 1
     return planes and opened.mode not in ("RGB", "RGBA")
@@ -203,7 +203,7 @@ def _check_parts(tags: Any) -> None:
 
 
 def _decode_deep_tiff(file: BinaryIO) -> Decoded:
-    """Grey or RGB with 8 to 16 bits, whose every bit is kept."""
+    """Grey or RGB with 8 to 16 bits, all of which are kept."""
     _, tifffile = codecs()
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
@@ -226,7 +226,7 @@ def _decode_deep_tiff(file: BinaryIO) -> Decoded:
 def _check_page(page: Any, size: int) -> tuple[int, ...]:
     """Raise unless tifffile reads every sample of this page; return the kinds of extra samples.
 
-    It fills what is missing with zeros, and allocates what the tags say.
+    It fills missing samples with zeros, and allocates memory by the tags alone.
     """
     limit = pillow().Image.MAX_IMAGE_PIXELS
     pixels = max(page.imagewidth * page.imagelength, page.tilewidth * page.tilelength)
@@ -245,7 +245,7 @@ def _check_page(page: Any, size: int) -> tuple[int, ...]:
     colours = 3 if page.photometric == 2 else 1
     extra = tuple(map(int, page.tags.valueof(_EXTRA, ())))
     if not extra and page.samplesperpixel == 4 and colours == 3:
-        extra = (2,)  # as other programs take it
+        extra = (2,)  # as in other programs
     if page.samplesperpixel != colours + len(extra) or len(extra) > 4:
         raise ValueError(f"{page.samplesperpixel} samples for a pixel are not supported")
     if 1 in extra:
@@ -280,7 +280,7 @@ def _upright(array: np.ndarray, orientation: int | None) -> np.ndarray:
 
 
 def _check_rows(opened: Any, file: BinaryIO, head: bytes) -> None:
-    """Raise ValueError if a PNG that has been loaded lacks rows, which Pillow leaves black."""
+    """Raise ValueError if a loaded PNG lacks rows, which Pillow leaves black."""
     width, height, bits, kind, _, _, interlaced = struct.unpack(">2I5B", head[16:29])
     last = opened.crop((0, height - 1, width, height))
     if not interlaced and last.getbbox(alpha_only=False) is not None:
@@ -300,7 +300,7 @@ def _check_rows(opened: Any, file: BinaryIO, head: bytes) -> None:
 
 
 def _colour_chunks(file: BinaryIO) -> Chunks:
-    """Of a PNG that has been decoded; the first of each kind before its pixels."""
+    """Colour chunks of a decoded PNG; the first of each kind before its pixels."""
     found: dict[bytes, bytes] = {}
     for kind, length in _chunks_of(file):
         if kind == b"IDAT":
@@ -313,7 +313,7 @@ def _colour_chunks(file: BinaryIO) -> Chunks:
 
 
 def _chunks_of(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Kind and length of every chunk of a PNG, at the begin of its content."""
+    """Kind and length of every chunk of a PNG; the file is at the start of its content."""
     at = 8
     while True:
         file.seek(at)

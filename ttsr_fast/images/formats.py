@@ -1,7 +1,7 @@
-"""Formats of image files: what each of them holds, encoding, the packages that do the work.
+"""Formats of image files: their limits, encoding, and the packages that do the work.
 
-Pillow decodes and encodes all but two kinds: of 16-bit colour it keeps 8 bits, and some TIFF it
-does not know. imagecodecs and tifffile take those. All three packages are imported when needed.
+Pillow decodes and encodes all kinds but two: it keeps 8 bits of 16-bit colour, and lacks some kinds
+of TIFF. imagecodecs and tifffile take those. All three packages are imported when needed.
 """
 
 import ctypes
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ttsr_fast.files import shown
+from ttsr_fast.optional import optional
 
-# Chunks of PNG that say how colours are meant, beside iCCP, and their values for sRGB.
+# Chunks of PNG that define colours, beside iCCP, and their values for sRGB.
 SRGB = {
     b"gAMA": struct.pack(">I", 45455),
     b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
@@ -57,10 +58,11 @@ _FORMATS = {
     ".bmp": _BMP,
 }
 SUFFIXES = tuple(_FORMATS)
+_PLUGINS = ("Bmp", "Jpeg", "Png", "Tiff", "WebP")  # of Pillow
 
 
 def why_not(suffix: str, channels: int, dtype: np.dtype, size: tuple[int, int]) -> str | None:
-    """Why files of this suffix cannot hold such an image, None if they can.
+    """Reason why files of this suffix cannot hold such an image; None if they can.
 
     Args:
         suffix: with its dot, in any case.
@@ -102,7 +104,7 @@ def lost_colours(suffix: str, icc_profile: bytes | None, chunks: Chunks) -> str 
 
 
 def _as_in_srgb(kind: bytes, content: bytes) -> bool:
-    """Whether a chunk says what sRGB implies, up to a hundredth: programs round these numbers."""
+    """True if a chunk agrees with sRGB, up to a hundredth: programs round these numbers."""
     expected = SRGB[kind]
     if expected is None or kind == b"cICP":
         return expected in (None, content)
@@ -112,7 +114,7 @@ def _as_in_srgb(kind: bytes, content: bytes) -> bool:
 
 
 def encode(array: np.ndarray, suffix: str, icc_profile: bytes | None, chunks: Chunks) -> bytes:
-    """A file with `[H, W]` or `[H, W, 2 to 4]` of uint8 or uint16; ValueError if that fails."""
+    """Bytes of a file with `[H, W]` or `[H, W, 2 to 4]` of uint8 or uint16; or ValueError."""
     form, buffer = _FORMATS[suffix.lower()], io.BytesIO()
     try:
         if array.dtype == np.uint16 and array.ndim == 3:
@@ -125,7 +127,7 @@ def encode(array: np.ndarray, suffix: str, icc_profile: bytes | None, chunks: Ch
             content = buffer.getvalue()
     except ImportError:
         raise
-    except Exception as error:  # encoders raise anything, too
+    except Exception as error:  # encoders raise errors of any type
         raise ValueError(reason_of(error)) from error
     if form is not _PNG:
         return content
@@ -146,16 +148,10 @@ def reason_of(error: Exception) -> str:
 
 def pillow() -> Any:
     """The package PIL, with the formats that are read."""
-    try:
-        import PIL.BmpImagePlugin
-        import PIL.Image
-        import PIL.ImageOps
-        import PIL.JpegImagePlugin
-        import PIL.PngImagePlugin
-        import PIL.TiffImagePlugin
-        import PIL.WebPImagePlugin
-    except ImportError as error:
-        raise ImportError("images need Pillow: pip install 'ttsr-fast[cli]'") from error
+    message = "images need Pillow: pip install 'ttsr-fast[cli]'"
+    PIL = optional("PIL", message)
+    for name in ("Image", "ImageOps", *(f"{kind}ImagePlugin" for kind in _PLUGINS)):
+        optional(f"PIL.{name}", message)
     _keep_quiet("PIL")
     _keep_libtiff_quiet(PIL.Image.core.__file__)
     return PIL
@@ -163,20 +159,16 @@ def pillow() -> Any:
 
 def codecs() -> tuple[Any, Any]:
     """The packages imagecodecs and tifffile."""
-    try:
-        import imagecodecs
-        import tifffile
-    except ImportError as error:
-        raise ImportError(
-            "16-bit colour needs imagecodecs and tifffile: pip install 'ttsr-fast[cli]'"
-        ) from error
-    _keep_quiet("imagecodecs")
-    _keep_quiet("tifffile")
+    message = "16-bit colour needs imagecodecs and tifffile: pip install 'ttsr-fast[cli]'"
+    names = ("imagecodecs", "tifffile")
+    imagecodecs, tifffile = (optional(name, message) for name in names)
+    for name in names:
+        _keep_quiet(name)
     return imagecodecs, tifffile
 
 
 def _keep_quiet(name: str) -> None:
-    """Leave a package's messages to handlers that somebody installs: an error says it once."""
+    """Leave a package's messages to installed handlers: an error says the same once."""
     logger = logging.getLogger(name)
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())
@@ -184,7 +176,7 @@ def _keep_quiet(name: str) -> None:
 
 @cache
 def _keep_libtiff_quiet(extension: str) -> None:
-    """Remove its printing of what it finds wrong; Pillow raises an error all the same."""
+    """Stop its prints of errors; Pillow raises exceptions for them."""
     with suppress(OSError, AttributeError):  # where libtiff is linked statically
         library = ctypes.CDLL(extension)
         for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):

@@ -1,8 +1,7 @@
 """Images as arrays: reading, writing, bicubic resizing, conversion to tensors.
 
-An image keeps what it was read with: grey stays grey, 16 bits stay 16 bits, transparency and colour
-information are carried along. Resizing is Pillow's antialiased bicubic, with which TTSR was trained
-and is measured; no other bicubic gives the same numbers.
+Grey stays grey, 16 bits stay 16 bits, transparency and colour information are kept. Resizing is
+Pillow's antialiased bicubic, with which TTSR is trained and measured; other bicubics differ.
 """
 
 import logging
@@ -37,7 +36,7 @@ class Image:
         alpha: `[H, W]`, dtype of `pixels`, or None for an opaque image.
         icc_profile: the colour profile of the file.
         colour_chunks: kind and content of the chunks gAMA, cHRM, sRGB, cICP, mDCV and cLLI of a
-            PNG, which say how colours are meant.
+            PNG, which define its colours.
     """
 
     pixels: np.ndarray
@@ -60,11 +59,10 @@ class Image:
         return to_tensor(self.pixels)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file in the format of its suffix; it appears whole or not at all.
+        """Write a file in the format of its suffix, whole or not at all.
 
-        JPEG is written with quality 95, WebP lossless; 16-bit colour goes into PNG only. BMP holds
-        no colour profile, and PNG alone has `colour_chunks`: where colours lose their meaning, a
-        warning is logged.
+        JPEG is written with quality 95, WebP lossless; only PNG takes 16-bit colour. BMP holds no
+        colour profile, and only PNG has `colour_chunks`: a warning is logged if colours change.
 
         Raises:
             ValueError: an unknown suffix, or a format that cannot hold this image.
@@ -87,16 +85,16 @@ class Image:
 def read_image(path: str | os.PathLike[str]) -> Image:
     """Read an image, upright by its EXIF orientation.
 
-    The content decides on the format: PNG, TIFF, JPEG, WebP or BMP. Palettes become RGB and
+    The content determines the format: PNG, TIFF, JPEG, WebP or BMP. Palettes become RGB and
     black-and-white becomes grey. All bits of grey and colour are kept; 9 to 15 bits are stretched
     to 16.
 
     Raises:
         OSError: no such file (FileNotFoundError), a folder or no regular file, or one that cannot
             be opened.
-        ValueError: it is no image, is damaged or cut short, too large, has several frames, or has
-            another colour mode than grey, palette and RGB, or signed or floating-point samples. The
-            message names the file.
+        ValueError: it is no image, damaged, cut short or too large, or has several frames, a colour
+            mode other than grey, palette and RGB, or signed or floating-point samples. The message
+            names the file.
         ImportError: it has 16-bit colour, and imagecodecs or tifffile is not installed.
     """
     array, icc_profile, colour_chunks = decode.decode(Path(path))
@@ -104,18 +102,19 @@ def read_image(path: str | os.PathLike[str]) -> Image:
 
 
 def as_image(source: Any, name: str = "image") -> Image:
-    """An image from whatever holds one.
+    """An image from any supported source.
 
     Args:
-        source: an `Image`; a path; a Pillow image, of whose colour information the profile is kept;
-            an array `[H, W]` or `[H, W, 1 to 4]` of uint8 or uint16 (grey, grey + alpha, RGB,
-            RGBA); or a floating-point tensor `[3 or 1, H, W]`, with or without a batch axis of 1,
-            in [-1, 1], which is rounded to 16 bits.
-        name: what errors call it.
+        source: an `Image`; a path; a Pillow image, with its colour profile but no other colour
+            information; an array `[H, W]` or `[H, W, 1 to 4]` of uint8 or uint16 (grey, grey +
+            alpha, RGB, RGBA); or a floating-point tensor `[3 or 1, H, W]`, with or without a batch
+            axis of 1, in [-1, 1], which is rounded to 16 bits.
+        name: name in errors.
 
     Raises:
         TypeError: another type or dtype.
-        ValueError: a shape without pixels or of other channels, NaN, infinity; and as `read_image`.
+        ValueError: a shape without pixels or with other channels, NaN, infinity; and as
+            `read_image`.
     """
     if isinstance(source, Image):
         return source
@@ -134,9 +133,9 @@ def as_image(source: Any, name: str = "image") -> Image:
     if isinstance(source, Tensor):
         return _from_tensor(source, name)
     if isinstance(source, formats.pillow().Image.Image):
-        try:  # which may read its file only now
+        try:  # Pillow may read its file only now
             return _split(decode.to_array(source), source.info.get("icc_profile"))
-        except Exception as error:  # decoders raise anything at a damaged file
+        except Exception as error:  # decoders raise errors of any type
             raise ValueError(f"{name}: {formats.reason_of(error)}") from error
     raise TypeError(
         f"{name} must be a path, a Pillow image, an array or a tensor, got {type(source).__name__}"
@@ -144,12 +143,12 @@ def as_image(source: Any, name: str = "image") -> Image:
 
 
 def check_output(path: str | os.PathLike[str], image: Image, scale: int = 1) -> None:
-    """Raise what `save` to this path would raise, before the work is done.
+    """Raise the errors of `save` to this path, before any work.
 
     Args:
         path: the file to write.
-        image: the image, or one with its channels and its depth.
-        scale: how many times as high and wide as `image` the written one is.
+        image: the image, or another one with its channels and its depth.
+        scale: factor of the written image along each axis.
 
     Raises:
         ValueError: an unknown suffix, or a format that cannot hold such an image.
@@ -166,7 +165,7 @@ def check_output(path: str | os.PathLike[str], image: Image, scale: int = 1) -> 
 
 
 def why_not_in(suffix: str, image: Image, scale: int = SCALE) -> str | None:
-    """Why files of this suffix cannot hold `image`, made `scale` times larger; None if they can."""
+    """Reason why files of this suffix cannot hold `image`, `scale` times larger; or None."""
     channels = image.pixels.shape[2] + (image.alpha is not None)
     height, width = image.size
     size = height * scale, width * scale

@@ -20,7 +20,7 @@ from ttsr_fast.model.ttsr import TTSR
 
 _logger = logging.getLogger(__name__)
 
-# How names start, official and mmagic's; what follows is the same in both.
+# Prefixes of names, official and mmagic's; the rest of each name is the same in both.
 _MMAGIC_NAMES = {
     "MainNet.SFE.conv_head.": "generator.sfe.conv_first.",
     "MainNet.SFE.RBs.": "generator.sfe.body.",
@@ -65,7 +65,7 @@ _MMAGIC_NAMES = {
 }
 _OFFICIAL_NAMES = {theirs: ours for ours, theirs in _MMAGIC_NAMES.items()}
 
-# What files may hold beside the generator: copies of LTE, and the rest of a training.
+# Other tensors in files: copies of LTE, and the rest of a training.
 _IGNORED = (
     "LTE_copy.",
     "extractor_copy.",
@@ -76,7 +76,7 @@ _IGNORED = (
     "n_averaged",
 )
 
-# Where files keep the tensors, first choice first. In BasicSR's, and in those with `g_ema`, the
+# Keys of the tensors, first choice first. In files of BasicSR, and in files with `g_ema`, the
 # average is the result by convention; elsewhere it is not.
 _CONTAINERS = (
     *("state_dict", "params_ema", "params", "model_state_dict", "model", "generator", "net_g"),
@@ -100,22 +100,21 @@ def load_model(
 ) -> TTSR:
     """A trained model in evaluation mode, on the CPU, in the default dtype.
 
-    Takes the official file, mmagic's, and what `save_model` writes. Names may have the prefixes of
-    wrappers (`module.`, `_orig_mod.`), and the tensors may lie in a container, see `read_tensors`.
-    Channels, numbers of residual blocks, and whether there are hard attention and CSFI, are read
-    off the tensors.
+    Supported are the official file, mmagic's, and files of `save_model`. Names may have prefixes of
+    wrappers (`module.`, `_orig_mod.`), and the tensors may be in a container, see `read_tensors`.
+    The tensors determine channels, numbers of residual blocks, hard attention and CSFI.
 
     Args:
         path: `.safetensors`, or any other suffix for a file written by `torch.save`.
-        res_scale: as trained; a checkpoint does not tell. Published weights have 1.
-        soft_attention: as trained; a checkpoint does not tell. Published weights have it.
+        res_scale: as trained; a checkpoint does not contain it. Published weights have 1.
+        soft_attention: as trained; a checkpoint does not contain it. Published weights have it.
         precision: as for `ttsr_fast.search`.
         backend: as for `ttsr_fast.search`.
 
     Raises:
         RuntimeError: the file cannot be read or is damaged, or safetensors is not installed.
-        ValueError: the file holds something else than the tensors of a TTSR; the message says which
-            are missing, superfluous or of the wrong shape, or hold NaN or infinity.
+        ValueError: the file does not hold the tensors of a TTSR; the message names tensors that are
+            missing, superfluous or of the wrong shape, or hold NaN or infinity.
     """
     state = _official(read_tensors(path))
     options = {"soft_attention": soft_attention, "precision": precision, "backend": backend}
@@ -133,7 +132,7 @@ def save_model(model: TTSR, path: str | os.PathLike[str]) -> None:
     Args:
         model: the model itself, not wrapped.
         path: `.safetensors`, or `.pt` or `.pth` for `torch.save`; the folder must exist. The file
-            appears under this name when it is complete.
+            appears whole or not at all.
 
     Raises:
         TypeError: `model` is no TTSR.
@@ -159,15 +158,15 @@ def convert_checkpoint(
 
     Args:
         source: a file that `load_model` takes.
-        target: `.safetensors`, or `.pt` or `.pth` for `torch.save`, the only ones for mmagic. It is
-            replaced when its successor is complete.
+        target: `.safetensors`, or `.pt` or `.pth` for `torch.save`, the only ones for mmagic. The
+            new file replaces it when complete.
         to: "official": the authors' names, in the order of their file; "mmagic": its names, under
             `"state_dict"`.
         half: whether to round to float16; otherwise each tensor keeps its type.
 
     Returns:
         Names in `source` of tensors that are left out: copies of LTE, and the rest of a training.
-        What a file holds beside `"state_dict"` is left out, too, and not listed.
+        Data beside `"state_dict"` is left out too, and not listed.
 
     Raises:
         RuntimeError: the file cannot be read, or safetensors is not installed.
@@ -198,11 +197,11 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Args:
         path: `.safetensors`, or any other suffix for a file written by `torch.save`: a dict of
             tensors, or a dict with one under `"state_dict"`, `"params_ema"`, `"params"`, `"model"`
-            or another usual name. Of several a warning says which was taken.
+            or another usual name. With several of them, a warning names the one used.
 
     Raises:
         RuntimeError: the file cannot be read or is damaged, or safetensors is not installed.
-        ValueError: the file holds something else.
+        ValueError: the file holds other data.
     """
     content, place = _contained(tensor_files.load(path), path)
     if not _is_state(content):
@@ -269,13 +268,13 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def _official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official names, whatever the file was written by."""
+    """Official names, for a file of any project."""
     state = _unwrapped(state)
     return from_mmagic({n: x for n, x in state.items() if not n.startswith(_IGNORED)})
 
 
 def _empty_model(state: Mapping[str, Tensor], path: str | os.PathLike[str], **options: Any) -> TTSR:
-    """A model on "meta" that fits these tensors, or an error that says why none does."""
+    """A model on "meta" that fits these tensors, or an error with the reason."""
     _check_sizes(state, path)
     num_res_blocks, n_feats = _sizes(state)
     with torch.device("meta"):
@@ -293,7 +292,7 @@ def _empty_model(state: Mapping[str, Tensor], path: str | os.PathLike[str], **op
 
 
 def _check_sizes(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Refuse tensors with more values than the file has for them, before memory is taken."""
+    """Refuse tensors with more values than the file holds, before memory is allocated."""
     storages = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.values()
     }
@@ -315,7 +314,7 @@ def _unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if len(parts) != 1 or not parts <= _WRAPPERS:
             break
         names = [name.removeprefix(f"{min(parts)}.") for name in names]
-    if len(set(names)) < len(names):  # two of one name, of which none is to be lost
+    if len(set(names)) < len(names):  # two tensors of one name; keep both
         return state
     return dict(zip(names, state.values(), strict=True))
 
@@ -337,7 +336,7 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def _sizes(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], int]:
-    """`num_res_blocks` and `n_feats`; the published ones where the tensors do not tell."""
+    """`num_res_blocks` and `n_feats`; the published ones where tensors are missing."""
     head = state.get("MainNet.SFE.conv_head.weight")
     n_feats = 64 if head is None or head.dim() != 4 else head.shape[0]
     if n_feats < 2 or n_feats % 2:
@@ -354,7 +353,7 @@ def _has(state: Mapping[str, Tensor], names: str) -> bool:
 
 
 def _faults(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """What is wrong with `state`, in one line; empty if nothing is."""
+    """Faults of `state` in one line; empty without any."""
     shared = [name for name in expected if name in state]
     kinds = {
         "missing": [name for name in expected if name not in state],

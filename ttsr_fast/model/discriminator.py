@@ -7,11 +7,11 @@ _SLOPE = 0.2
 
 
 class Discriminator(nn.Module):
-    """How real an image looks: one number, without bounds (arXiv 2006.04139).
+    """Critic of an image: one unbounded score, higher for real images (arXiv 2006.04139).
 
     Ten 3x3 convolutions, every second one with stride 2, and two linear layers; 17,821,473
-    parameters for images of 160x160. There is no normalisation, which would tie together the images
-    of a batch: the gradient penalty of WGAN-GP is one of single images.
+    parameters for images of 160x160. There is no normalisation, which would couple the images of a
+    batch: the gradient penalty of WGAN-GP is defined per image.
 
     Args:
         size: sides of the images, a multiple of 32.
@@ -42,7 +42,7 @@ class Discriminator(nn.Module):
         self,
         image: Tensor,  # [N, 3, size, size]
     ) -> Tensor:  # [N, 1]
-        """The scores of images in [-1, 1]; for the GAN of Goodfellow et al. they are logits."""
+        """Scores of images in [-1, 1]; logits for the GAN of Goodfellow et al."""
         if list(image.shape[1:]) != [3, self.size, self.size]:
             raise ValueError(
                 f"image must be [N, 3, {self.size}, {self.size}], got {list(image.shape)}"

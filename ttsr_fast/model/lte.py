@@ -17,12 +17,12 @@ _logger = logging.getLogger(__name__)
 class LTE(nn.Module):
     """Features of an image at full, half and quarter size (arXiv 2006.04139, section 3.1).
 
-    Layers keep VGG19's numbers: `slice2.5` here is `features.5` in torchvision. In front of them
-    `sub_mean`, frozen, normalises pixels with ImageNet's mean and standard deviation. 555,340
+    Layers keep VGG19's numbers: `slice2.5` here is `features.5` in torchvision. Before them the
+    frozen `sub_mean` normalises pixels with ImageNet's mean and standard deviation. 555,340
     parameters, 12 of them in `sub_mean`.
 
-    Without `vgg19` the weights are drawn after He et al. (arXiv 1502.01852: normal, variance
-    2 / fan-in, zero bias), which a log message says once per process.
+    Without `vgg19` the weights are random, after He et al. (arXiv 1502.01852: normal, variance
+    2 / fan-in, zero bias), and a log message says so once per process.
 
     Args:
         vgg19: weights trained on ImageNet in torchvision's naming, as `load_vgg19` takes them.
@@ -46,21 +46,21 @@ class LTE(nn.Module):
         self,
         image: Tensor,  # [N, 3, H, W]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three levels of `image`, whose pixels are in [0, 1]; H and W are at least 4.
+        """Three levels of `image`, with pixels in [0, 1]; H and W are at least 4.
 
         Returns:
             lv1 `[N, 64, H, W]`, lv2 `[N, 128, H // 2, W // 2]` and lv3 `[N, 256, H // 4, W // 4]`,
             each after its ReLU.
         """
-        lv1 = self.slice1(side_by_side(self._normalised(image)))
+        lv1 = self.slice1(channels_last_on_cpu(self._normalised(image)))
         lv2 = self.slice2(lv1)
         return lv1, lv2, self.slice3(lv2)
 
     def _normalised(self, image: Tensor) -> Tensor:
         """`sub_mean(image)`, summed channel by channel.
 
-        A convolution of three channels rounds otherwise for another size of the image, and those
-        of more do not: windows of a picture would not be bit-equal to the whole.
+        A convolution of three channels rounds differently for other sizes of the image, unlike one
+        of more channels: windows of an image would not be bit-equal to the whole.
         """
         weight, bias = self.sub_mean.weight, self.sub_mean.bias
         assert bias is not None
@@ -70,14 +70,14 @@ class LTE(nn.Module):
         return total
 
     def load_vgg19(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over VGG19's first five convolutions.
+        """Copy VGG19's first five convolutions.
 
         Args:
             weights: torchvision's `vgg19` state dict (`features.0.weight`, ...), as
                 `ttsr_fast.model.checkpoint.read_tensors` reads it; other layers are ignored.
 
         Raises:
-            ValueError: a tensor is missing or has another shape; nothing has been changed then.
+            ValueError: a tensor is missing or has another shape; then nothing is changed.
         """
         own = {
             "features." + name.partition(".")[2]: parameter
@@ -88,7 +88,7 @@ class LTE(nn.Module):
 
 
 def copy_vgg19(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of VGG19 that `own` names; ValueError, and no change, if they do not fit."""
+    """Copy the tensors of VGG19 that `own` names; ValueError, without changes, for a misfit."""
     bad = [n for n, p in own.items() if n not in weights or weights[n].shape != p.shape]
     if bad:
         raise ValueError(
@@ -108,8 +108,8 @@ def _say_random() -> None:
     )
 
 
-def side_by_side(x: Tensor) -> Tensor:
-    """On the CPU, `x` with the channels of a pixel side by side, and so all that comes after it.
+def channels_last_on_cpu(x: Tensor) -> Tensor:
+    """`x` in the channels-last layout on the CPU; all maps made from it follow.
 
     Convolutions take two thirds of the time then, and the transfer half; results do not change.
     """
@@ -117,7 +117,7 @@ def side_by_side(x: Tensor) -> Tensor:
 
 
 def _slice(first: int, *layers: nn.Module) -> nn.Sequential:
-    """Layers that are named by their number in VGG19."""
+    """Layers with their numbers in VGG19 as names."""
     return nn.Sequential(OrderedDict((str(i), layer) for i, layer in enumerate(layers, first)))
 
 

@@ -3,8 +3,8 @@
 Modules carry the names of the official checkpoint. `x1`, `x2` and `x4` are feature maps at one, two
 and four times the size of the low-resolution image.
 
-A 1x1 convolution and an enlargement can change places, as the weights of the latter sum to 1: here
-it comes first, on a quarter or a sixteenth of the pixels.
+A 1x1 convolution and a bicubic upscaling commute, as the weights of the latter sum to 1: here the
+convolution comes first, on a quarter or a sixteenth of the pixels.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttsr_fast.model.lte import side_by_side
+from ttsr_fast.model.lte import channels_last_on_cpu
 
 
 class MainNet(nn.Module):
-    """From the low-resolution image and the transferred textures to the picture (section 3.2).
+    """Super-resolution of an image from it and the transferred textures (section 3.2).
 
     6,174,275 parameters as published. Architecture: arXiv 2006.04139, figures 2 and 3.
 
@@ -26,11 +26,11 @@ class MainNet(nn.Module):
         num_res_blocks: residual blocks of the feature encoder and of every branch at 1x, 2x and 4x.
         n_feats: channels of the trunk, even.
         res_scale: factor of every residual block's update.
-        hard_attention: whether textures are transferred at all. Without, the network sees `x` alone
-            and lacks `conv11_head`, `conv22_head` and `conv33_head`.
+        hard_attention: whether textures are transferred at all. Without, the only input is `x`, and
+            `conv11_head`, `conv22_head` and `conv33_head` do not exist.
         soft_attention: whether the confidence S weights them. Without, S counts as 1.
-        csfi: whether scales exchange features before the last maps are merged. Without, each has
-            its own, and the network lacks `ex12` and `ex123`.
+        csfi: whether scales exchange features before the last maps are merged. Without, `ex12` and
+            `ex123` do not exist.
 
     Raises:
         ValueError: `num_res_blocks` is not four counts, or `n_feats` is odd or not positive.
@@ -93,9 +93,9 @@ class MainNet(nn.Module):
         T_lv2: Tensor | None,  # [N, 128, 2*H, 2*W]
         T_lv1: Tensor | None,  # [N, 64, 4*H, 4*W]
     ) -> Tensor:  # [N, 3, 4*H, 4*W]
-        """The picture, in [-1, 1], for `x` in [-1, 1] and what `SearchTransfer` returns.
+        """Image in [-1, 1], for `x` in [-1, 1] and the outputs of `SearchTransfer`.
 
-        Without hard attention S and the textures are not looked at and may be None.
+        Without hard attention S and the textures are not used and may be None.
         """
         x1 = self.attend1(self.SFE(x), S, T_lv3)
         x1, x2 = self.attend2(x1, S, T_lv2)
@@ -122,14 +122,14 @@ class MainNet(nn.Module):
         return self.conv33_head(x4, S, T_lv1)
 
     def refine(self, x1: Tensor, x2: Tensor, out1: Tensor, out2: Tensor) -> tuple[Tensor, Tensor]:
-        """The last residual blocks of 1x and 2x, on what `ex123` made of them."""
+        """Last residual blocks of 1x and 2x, on the outputs of `ex123`."""
         return (
             x1 + self.conv31_tail(self.RB31(out1)),
             x2 + self.conv32_tail(self.RB32(out2)),
         )
 
     def merge(self, x1: Tensor, x2: Tensor, x4: Tensor, out4: Tensor) -> Tensor:
-        """The last residual blocks of 4x, and the picture."""
+        """Last residual blocks of 4x, and the image."""
         return self.merge_tail(x1, x2, x4 + self.conv33_tail(self.RB33(out4)))
 
 
@@ -143,7 +143,7 @@ class SFE(nn.Module):
         self.conv_tail = _conv3(n_feats, n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_head(side_by_side(x)).relu_()
+        x = self.conv_head(channels_last_on_cpu(x)).relu_()
         return x + self.conv_tail(self.RBs(x))
 
 
@@ -165,7 +165,7 @@ class Attention(nn.Conv2d):
 
 
 class NoAttention(nn.Module):
-    """In the place of `Attention`: `x` as it is."""
+    """Replacement of `Attention`: the identity."""
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         return x
@@ -186,7 +186,7 @@ class ResBlock(nn.Module):
 
 
 class CSFI2(nn.Module):
-    """Cross-scale feature integration of 1x and 2x: every scale sees both."""
+    """Cross-scale feature integration of 1x and 2x: each output depends on both."""
 
     def __init__(self, n_feats: int) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class CSFI3(nn.Module):
         return *self.integrate_lower(x1, x2, x4), self.integrate4(x1, x2, x4)
 
     def integrate_lower(self, x1: Tensor, x2: Tensor, x4: Tensor) -> tuple[Tensor, Tensor]:
-        """What 1x and 2x see."""
+        """Outputs at 1x and 2x."""
         x21 = self.conv21(x2).relu_()
         x41 = self.conv31_2(self.conv31_1(x4).relu_()).relu_()
         x12 = _up(self.conv12(x1), 2).relu_()
@@ -235,14 +235,14 @@ class CSFI3(nn.Module):
         )
 
     def integrate4(self, x1: Tensor, x2: Tensor, x4: Tensor) -> Tensor:
-        """What 4x sees."""
+        """Output at 4x."""
         x14 = _up(self.conv13(x1), 4).relu_()
         x24 = _up(self.conv23(x2), 2).relu_()
         return self.conv_merge3(torch.cat((x4, x14, x24), 1)).relu_()
 
 
 class NoCSFI(nn.Module):
-    """In the place of `CSFI2` and `CSFI3`: every scale sees itself alone."""
+    """Replacement of `CSFI2` and `CSFI3`: the identity."""
 
     def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
         return maps
@@ -255,7 +255,7 @@ class NoCSFI(nn.Module):
 
 
 class MergeTail(nn.Module):
-    """All scales to one picture, `[N, 3, 4*H, 4*W]` in [-1, 1]."""
+    """Merge of all scales to one image, `[N, 3, 4*H, 4*W]` in [-1, 1]."""
 
     def __init__(self, n_feats: int) -> None:
         super().__init__()
@@ -293,15 +293,15 @@ def _up(x: Tensor, factor: int) -> Tensor:
 
 
 def _bicubic(x: Tensor, factor: int) -> Tensor:
-    # By a factor, an exported program would not be for open sizes: they would become floats.
+    # Sizes, not a factor, which would turn the open sizes of an exported program into floats.
     return F.interpolate(x, size=[factor * n for n in x.shape[2:]], mode="bicubic")
 
 
 class _CompiledUp(torch.autograd.Function):
     """`_bicubic` with PyTorch's own kernel for the gradient.
 
-    Inductor makes 16 scatters and their sum of the gradient. Up to torch 2.13 its scheduler can
-    lose the order of the two: here it computed sums before their scatters, which gave zeros.
+    Inductor turns the gradient into 16 scatters and their sum. Up to torch 2.13 its scheduler can
+    order the sum before the scatters, which gives zeros.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Files of tensors: `.safetensors`, or what `torch.save` writes. Damage is noticed, no code is run.
+"""Files of tensors, `.safetensors` or of `torch.save`: damage is detected, no code is run.
 
-`torch.load` does not verify the checksums of a file, and safetensors has none. Here both are
-verified where there are any, and what is written has them.
+`torch.load` does not verify the checksums of a file, and safetensors has none. Here checksums are
+written to both, and verified where a file has them.
 """
 
 import hashlib
@@ -9,13 +9,13 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttsr_fast.files import refusal, replacing, shown
+from ttsr_fast.optional import optional
 
 _DIGEST = "ttsr_fast.sha256"  # in the metadata of a .safetensors file
 
@@ -38,7 +38,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         content = _load_safetensors(path, safetensors) if safetensors else _load_pickled(path)
     except Damaged as error:
         raise RuntimeError(f"cannot read {path}: it is damaged ({error})") from error
-    except Exception as error:  # damaged files raise almost anything
+    except Exception as error:  # damaged files raise errors of almost any type
         if isinstance(error, OSError) and (reason := refusal(error)) is not None:
             raise RuntimeError(f"cannot read {path}: {reason}") from error
         raise RuntimeError(
@@ -49,7 +49,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def save(content: Mapping[str, Any], path: Path) -> None:
-    """Write a file, which appears whole or not at all.
+    """Write a file, whole or not at all.
 
     Args:
         content: for `.safetensors` contiguous tensors by name; otherwise containers of tensors,
@@ -60,7 +60,7 @@ def save(content: Mapping[str, Any], path: Path) -> None:
         OSError: the file cannot be written.
         RuntimeError: safetensors is not installed.
     """
-    if path.suffix == ".safetensors":  # whose save_file hides the file from others
+    if path.suffix == ".safetensors":  # safetensors' save_file hides the file from others
         # One entry of metadata alone: safetensors writes several in a random order.
         data = _safetensors().save(content, {_DIGEST: _digest(content)})
         with replacing(path) as file:
@@ -71,10 +71,10 @@ def save(content: Mapping[str, Any], path: Path) -> None:
 
 
 class Damaged(Exception):
-    """A checksum is wrong, or a size."""
+    """Wrong checksum or size."""
 
 
-def _load_safetensors(path: Path, safetensors: ModuleType) -> dict[str, Tensor]:
+def _load_safetensors(path: Path, safetensors: Any) -> dict[str, Tensor]:
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
@@ -105,7 +105,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and values, in whatever order."""
+    """Digest of names, types, shapes and values, independent of their order."""
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode("utf-8", "surrogatepass"))
@@ -113,11 +113,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise RuntimeError(
-            "a .safetensors file needs the package safetensors: pip install safetensors"
-        ) from error
-    return safetensors.torch
+def _safetensors() -> Any:
+    message = "a .safetensors file needs the package safetensors: pip install safetensors"
+    return optional("safetensors.torch", message, RuntimeError)

@@ -15,21 +15,21 @@ class TTSR(nn.Module):
     """Texture transformer network for x4 super-resolution with a reference (arXiv 2006.04139).
 
     Its state dict is the official checkpoint: 316 tensors, `MainNet.*` and `LTE.*`. As published it
-    has 6,729,615 parameters. Training hands `MainNet` and `LTE` different learning rates.
+    has 6,729,615 parameters. Training gives `MainNet` and `LTE` different learning rates.
 
-    Parts can be left out to see what they are worth (section 4.4), each on its own. A model without
-    hard attention is a plain network: it has no `LTE` and needs no reference.
+    Each part can be left out for ablations (section 4.4). A model without hard attention is a plain
+    network: it has no `LTE` and needs no reference.
 
     Args:
         num_res_blocks: residual blocks of the feature encoder and of every branch at 1x, 2x and 4x.
         n_feats: channels of the main network, even.
         res_scale: factor of every residual block's update.
-        vgg19: VGG19's ImageNet weights to start LTE from, see `LTE.load_vgg19`; nothing is ever
-            downloaded, and without them LTE starts from random weights.
+        vgg19: VGG19's ImageNet weights for the start of LTE, see `LTE.load_vgg19`. Nothing is ever
+            downloaded; without them LTE starts from random weights.
         precision: as for `ttsr_fast.search`.
         backend: as for `ttsr_fast.search`.
-        hard_attention: whether textures are searched and transferred. Without, `soft_attention`,
-            `vgg19`, `precision` and `backend` count for nothing.
+        hard_attention: whether textures are searched and transferred. Without,
+            `soft_attention`, `vgg19`, `precision` and `backend` have no effect.
         soft_attention: as for `MainNet`.
         csfi: as for `MainNet`.
 
@@ -91,13 +91,13 @@ class TTSR(nn.Module):
         Args:
             lr: the low-resolution image.
             lrsr: `lr`, x4 up (bicubic).
-            ref: the reference, at least 4x4 pixels, of any size; batch 1 serves the whole batch.
+            ref: the reference, at least 4x4 pixels, of any size; batch 1 is for the whole batch.
             refsr: `ref`, x4 down and x4 up again, so that it looks like `lrsr`.
             sr: any image of at least 4x4 pixels, instead of all others.
-            key_mask: False for every 4x4 pixels of `ref` that are never to be matched, such as
-                those of a padding.
+            key_mask: False for every 4x4 pixels of `ref` that must not be matched, such as a
+                padding.
 
-        Without hard attention only `lr` is looked at.
+        Without hard attention only `lr` is used.
 
         Returns:
             `sr` `[N, 3, 4*H, 4*W]` in [-1, 1], `S` `[N, 1, H, W]`, `T_lv3` `[N, 256, H, W]`,
@@ -107,7 +107,7 @@ class TTSR(nn.Module):
 
         Raises:
             TypeError: an image is missing or no tensor.
-            ValueError: images or a mask whose shapes do not fit, a mask without a True, `sr`
+            ValueError: images or a mask of shapes that do not fit, a mask without a True, `sr`
                 together with others or without hard attention.
         """
         if sr is not None:
@@ -125,7 +125,7 @@ class TTSR(nn.Module):
         return self.MainNet(lr, *textures), *textures
 
     def LTE_copy(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`LTE(image)` with the weights of this moment taken as constants.
+        """`LTE(image)` with the current weights as constants.
 
         Gradients flow to the image only; `image` is in [0, 1]. Under DistributedDataParallel call
         this, or `forward(sr=...)`, on the wrapped module: there is nothing to synchronise.
@@ -136,7 +136,7 @@ class TTSR(nn.Module):
     def _search_and_transfer(
         self, lrsr: Tensor, ref: Tensor, refsr: Tensor, key_mask: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """S, T_lv3, T_lv2, T_lv1; LTE's maps of the images are freed on return."""
+        """S, T_lv3, T_lv2, T_lv1. LTE's maps are freed on return."""
         query, key = (self.LTE((image.detach() + 1) / 2)[2] for image in (lrsr, refsr))
         values = self.LTE((ref.detach() + 1) / 2)
         return self.SearchTransfer(query, key, *values, key_mask=key_mask)

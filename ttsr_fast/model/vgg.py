@@ -1,4 +1,4 @@
-"""VGG19 up to relu5_1, for the perceptual loss, and where its weights are found."""
+"""VGG19 up to relu5_1, for the perceptual loss, and the search for its weights."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttsr_fast.model.checkpoint import read_tensors
-from ttsr_fast.model.lte import IMAGENET_MEAN, IMAGENET_STD, copy_vgg19, side_by_side
+from ttsr_fast.model.lte import IMAGENET_MEAN, IMAGENET_STD, channels_last_on_cpu, copy_vgg19
 
 # Channels of the convolutions, block by block; between blocks are pools.
 _BLOCKS = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,))
@@ -49,25 +49,25 @@ class VGG19(nn.Module):
         self,
         image: Tensor,  # [N, 3, H, W]
     ) -> Tensor:  # [N, 512, H // 16, W // 16]
-        """relu5_1 of `image`, whose pixels are in [0, 1]; H and W are at least 16."""
+        """relu5_1 of `image`, with pixels in [0, 1]; H and W are at least 16."""
         if image.dim() != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 16:
             raise ValueError(
                 f"image must be [N, 3, H, W], at least 16x16 pixels, got {list(image.shape)}"
             )
-        return self.features(side_by_side((image - self.mean) / self.std))
+        return self.features(channels_last_on_cpu((image - self.mean) / self.std))
 
 
 def find_vgg19(path: str | os.PathLike[str] | None = None) -> dict[str, Tensor]:
     """VGG19's convolutions, trained on ImageNet, in torchvision's naming; never downloaded.
 
     Args:
-        path: a file of them, `.safetensors` or written by `torch.save`; None for the one that
-            torchvision has left in torch.hub's cache (`$TORCH_HOME/hub/checkpoints/vgg19-*.pth`).
+        path: a file of weights, `.safetensors` or written by `torch.save`; None for torchvision's
+            file in torch.hub's cache (`$TORCH_HOME/hub/checkpoints/vgg19-*.pth`).
 
     Raises:
-        FileNotFoundError: there is none in the cache.
+        FileNotFoundError: the cache has no such file.
         RuntimeError: the file cannot be read.
-        ValueError: it holds something else than tensors.
+        ValueError: it holds other things than tensors.
     """
     if path is None:
         cache = Path(torch.hub.get_dir()) / "checkpoints"

@@ -1,9 +1,9 @@
 """Convolutional networks window by window: the same result as at once, in the memory of a window.
 
-Windows lie on the grid of the smallest map that takes part, and larger maps have `scale` pixels per
-position along each axis. A window is computed with as many positions around it as a network reads,
-which are computed again for its neighbours, so that every result is that of the whole map. At the
-sides of a map a window ends where the map does, and is padded as the map is.
+Windows are parts of the grid of the smallest map; larger maps have `scale` pixels per position
+along each axis. A window is computed with a halo, the positions around it that the network reads.
+Neighbours compute these again, so every result equals the result of the whole map. At the sides of
+a map a window ends with the map, and is padded like the map.
 """
 
 import itertools
@@ -33,7 +33,7 @@ class Window(NamedTuple):
         return self.bottom - self.top, self.right - self.left
 
     def grown(self, halo: int, grid: tuple[int, int]) -> "Window":
-        """With `halo` positions around it, as far as the grid goes."""
+        """This window with `halo` positions around it, within the grid."""
         return Window(
             max(0, self.top - halo),
             min(grid[0], self.bottom + halo),
@@ -42,7 +42,7 @@ class Window(NamedTuple):
         )
 
     def within(self, other: "Window") -> "Window":
-        """This window as `other`, which holds it, counts."""
+        """This window in the coordinates of `other`, which contains it."""
         return Window(
             self.top - other.top,
             self.bottom - other.top,
@@ -51,7 +51,7 @@ class Window(NamedTuple):
         )
 
     def of(self, x: Tensor, scale: int) -> Tensor:
-        """The part of a map with `scale` pixels per position."""
+        """This part of a map with `scale` pixels per position."""
         rows = slice(scale * self.top, scale * self.bottom)
         return x[..., rows, scale * self.left : scale * self.right]
 
@@ -77,31 +77,41 @@ def part_of(x: Tensor, scale: int) -> Source:
     return lambda window: window.of(x, scale)
 
 
+class Tiling(NamedTuple):
+    """Windows of a network.
+
+    Attributes:
+        grid: positions of the map.
+        tile: positions along each axis of a window, without its halo.
+        halo: positions around each one that the network reads, at most.
+    """
+
+    grid: tuple[int, int]
+    tile: int
+    halo: int
+
+
 def run_in_tiles(
     network: Callable[..., Sequence[Tensor]],
     sources: Sequence[Source],
     outs: Sequence[tuple[Tensor, int]],
-    grid: tuple[int, int],
+    tiling: Tiling,
     *,
-    tile: int,
-    halo: int,
     device: torch.device,
     step: Callable[[], None] | None = None,
 ) -> None:
-    """Fill maps with what a network makes of others.
+    """Fill maps with the results of a network.
 
     Args:
         network: takes a window of every source and returns as many maps as `outs` has, or more.
-        sources: give the inputs of a window.
-        outs: maps to fill, anywhere, with their scales.
-        grid: positions.
-        tile: positions along each axis of a window, without its halo.
-        halo: positions that the network reads around one, at most.
-        device: where the network is.
+        sources: return the inputs of a window.
+        outs: maps to fill, on any device, with their scales.
+        tiling: windows of the maps.
+        device: device of the network.
         step: called after every window.
     """
-    for window in windows(grid, tile):
-        outer = window.grown(halo, grid)
+    for window in windows(tiling.grid, tiling.tile):
+        outer = window.grown(tiling.halo, tiling.grid)
         results = network(*(source(outer).to(device) for source in sources))
         for (out, scale), result in zip(outs, results, strict=False):
             window.of(out, scale).copy_(window.within(outer).of(result, scale))
@@ -117,8 +127,8 @@ class Stage(NamedTuple):
 
     Attributes:
         name: for plans and tables.
-        halo: positions around a window that reach its results, at most.
-        floats: numbers that a position of a window takes, with its halo's own on top.
+        halo: positions around a window that change its results, at most.
+        floats: numbers in memory per position of a window, halo included.
     """
 
     name: str
@@ -139,7 +149,7 @@ def lte_in_tiles(
     dtype: torch.dtype | None = None,
     step: Callable[[], None] | None = None,
 ) -> list[Tensor]:
-    """Levels 1, 2 or 3 of `lte(image)`, computed where it is and kept on `store`, as `dtype`."""
+    """Levels 1, 2 or 3 of `lte(image)`, computed where `lte` is, kept on `store` as `dtype`."""
     weight = next(lte.parameters())
     grid = (image.shape[2] // SCALE, image.shape[3] // SCALE)
     shapes = [(len(image), 64 << (lv - 1), *(n << (3 - lv) for n in grid)) for lv in levels]
@@ -153,9 +163,7 @@ def lte_in_tiles(
         network,
         [part_of(image, SCALE)],
         [(out, 1 << (3 - level)) for out, level in zip(outs, levels, strict=True)],
-        grid,
-        tile=tile,
-        halo=LTE_STAGE.halo,
+        Tiling(grid, tile, LTE_STAGE.halo),
         device=weight.device,
         step=step,
     )
@@ -163,10 +171,10 @@ def lte_in_tiles(
 
 
 def main_net_stages(net: MainNet) -> list[Stage]:
-    """The stages of `main_net_in_tiles`, in their order.
+    """Stages of `main_net_in_tiles`, in their order.
 
-    How far each reads: a 3x3 convolution one pixel, of which there are `scale` in a position, a
-    bicubic enlargement two of its input.
+    Halos: a 3x3 convolution reads one pixel, with `scale` pixels in a position; a bicubic upscaling
+    reads two pixels of its input.
     """
     n0, n1, n2, n3 = (len(blocks) for blocks in (net.SFE.RBs, net.RB11, net.RB21, net.RB31))
     n = net.SFE.conv_head.out_channels
@@ -190,13 +198,13 @@ def main_net_in_tiles(
     store: torch.device,
     step: Callable[[], None] | None = None,
 ) -> Tensor:  # [N, 3, 4*H, 4*W]
-    """`net(lr, S, T_lv3, T_lv2, T_lv1)`, computed where the network is and kept on `store`.
+    """`net(lr, S, T_lv3, T_lv2, T_lv1)`, computed where `net` is, kept on `store`.
 
-    Maps at 1x and 2x are kept whole. Those at 4x exist in windows only, and what leads to them is
-    computed twice: once for what the other scales see of it, and once for the picture.
+    Maps at 1x and 2x are kept whole. Maps at 4x exist in windows only, and their inputs are
+    computed twice: once for the other scales, and once for the image.
 
     Args:
-        textures: gives a window of T_lv3 (level 3), T_lv2 or T_lv1.
+        textures: returns a window of T_lv3 (level 3), T_lv2 or T_lv1.
         tiles: for every stage of `main_net_stages` positions along each axis of a window.
     """
     weight = net.SFE.conv_head.weight
@@ -210,16 +218,8 @@ def main_net_in_tiles(
     def run(name: str, network: Callable[..., Any], sources: Sequence[Source], *scales: int):
         channels = 3 if name == "merge" else n
         outs = [(empty(channels, scale), scale) for scale in scales]
-        run_in_tiles(
-            network,
-            sources,
-            outs,
-            grid,
-            tile=tiles[name],
-            halo=stages[name].halo,
-            device=weight.device,
-            step=step,
-        )
+        tiling = Tiling(grid, tiles[name], stages[name].halo)
+        run_in_tiles(network, sources, outs, tiling, device=weight.device, step=step)
         return [out for out, _ in outs]
 
     def integrate(x1: Tensor, x2: Tensor, score: Tensor, t_lv1: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,6 +243,6 @@ def main_net_in_tiles(
 
 
 def empty_map(shape: tuple[int, ...], dtype: torch.dtype, store: torch.device) -> Tensor:
-    """A map to be filled, laid out as those of LTE."""
+    """An empty map with the memory layout of LTE's maps."""
     layout = torch.channels_last if store.type == "cpu" else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=store, memory_format=layout)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ttsr_fast.datasets import pictures_in
+from ttsr_fast.datasets import images_in
 from ttsr_fast.training.data import CACHE, ImageCache, PairDatasetBase
 
 _STRENGTHS = (1.0, 0.5, 0.25, 0.0)  # of a warp, until the view is inside the photograph
@@ -181,7 +181,7 @@ def photographs_in(source: Source) -> list[Path]:
         FileNotFoundError, ValueError: no such folder, or no photographs in it.
     """
     paths = [source] if isinstance(source, str | os.PathLike) else source
-    found = [file for path in paths for file in pictures_in(Path(path))]
+    found = [file for path in paths for file in images_in(Path(path))]
     if not found:
         raise ValueError("source must be at least one photograph, got none")
     return found

@@ -1,4 +1,4 @@
-"""`upscale`, and what it consists of: methods, memory plan, reference cache."""
+"""`upscale` and its parts: methods, memory plan, reference cache."""
 
 from ttsr_fast.upscaling.pipeline import Result, upscale
 

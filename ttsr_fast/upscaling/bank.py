@@ -1,4 +1,4 @@
-"""References for many images: read once, and their features made once, or never again."""
+"""Reference bank: references for many images, their features made once or read from a cache."""
 
 import hashlib
 import os
@@ -8,36 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttsr_fast import images
 from ttsr_fast.files import shown
-from ttsr_fast.images import SCALE, Image
+from ttsr_fast.images import SCALE, Image, as_image, to_grey
 from ttsr_fast.model import TTSR
 from ttsr_fast.model.windowed import empty_map
 from ttsr_fast.upscaling.detail import reference_pair
+from ttsr_fast.upscaling.execution import Execution
 from ttsr_fast.upscaling.feature_cache import FeatureCache, Map
 from ttsr_fast.upscaling.plan import LEAST_TILE, Plan
-from ttsr_fast.upscaling.ttsr import Progress, ReferenceFeatures, reference_features
+from ttsr_fast.upscaling.ttsr import ReferenceFeatures, reference_features
 
 _FORMAT = "ttsr-fast reference features, version 2"
-_LEAST = 3 * SCALE  # pixels: one patch of the search
+LEAST_REFERENCE = 3 * SCALE  # pixels along each side: one patch of the search
 
 
 class ReferenceBank:
-    """References to give to `upscale` again and again, for the frames of a video or a folder.
+    """References for repeated use by `upscale`, for the frames of a video or a folder.
 
-    Features for method "ttsr" are made at the first use and kept: 8 KB (in float32) for every 4x4
-    pixels. With a `cache` they are written there and read the next time, also by other processes:
-    a safetensors file for each reference. Results are the same to the bit with a cache and without.
+    Features for method "ttsr" are made at the first use and stay in memory: 8 KB (in float32) for
+    every 4x4 pixels. With a `cache` they are also written to a safetensors file per reference, and
+    read the next time, also by other processes. The cache does not change a bit of any result.
 
     A file is used only for the same reference image, weights of the texture extractor, type of its
     convolutions, version of PyTorch, kind of processor and number of threads: each of these can
-    change the last bit of a feature. It is read into memory and its digest verified. A file that
-    is damaged is made again and replaced, with a log message; so a cache can be deleted any time.
+    change the last bit of a feature. The file is read into memory and its digest verified. A
+    damaged file is made again and replaced, with a log message; so a cache can be deleted any time.
     If the folder cannot be written to, one log message says so.
 
     Args:
-        refs: a reference, or several in a list or tuple: whatever `upscale` takes as one.
-        cache: a folder for features, made if it is not there; None keeps them in memory alone.
+        refs: a reference, or several in a list or tuple, each of any type that `upscale` accepts.
+        cache: a folder for features, made if it does not exist; None keeps them in memory alone.
 
     Raises:
         TypeError, ValueError: no reference, one that is too small; and as `images.as_image`.
@@ -54,55 +54,50 @@ class ReferenceBank:
             for n, ref in enumerate(given)
         ]
         self._colour = [
-            _checked(images.as_image(ref, name), name)
-            for ref, name in zip(given, names, strict=True)
+            _checked(as_image(ref, name), name) for ref, name in zip(given, names, strict=True)
         ]
         self._grey: list[Image] | None = None
         self._features: dict[tuple[Any, ...], list[ReferenceFeatures]] = {}
         self._cache = None if cache is None else FeatureCache(cache)
 
-    def pictures(self, *, grey: bool) -> list[Image]:
-        """The references, made grey if that is asked for."""
+    def images(self, *, grey: bool) -> list[Image]:
+        """The references, in grey or as given."""
         if not grey:
             return self._colour
         if self._grey is None:
-            self._grey = [Image(images.to_grey(image.pixels)) for image in self._colour]
+            self._grey = [Image(to_grey(image.pixels)) for image in self._colour]
         return self._grey
 
+    pictures = images  # the former name
+
     @property
-    def made(self) -> bool:
-        """Whether features have been made, and are in memory."""
+    def has_features(self) -> bool:
+        """True if features are in memory."""
         return bool(self._features)
 
     def features(
-        self,
-        model: TTSR,
-        plan: Plan,
-        *,
-        grey: bool,
-        amp: torch.dtype | None = None,
-        progress: Progress | None = None,
+        self, model: TTSR, plan: Plan, execution: Execution, *, grey: bool
     ) -> list[ReferenceFeatures]:
-        """What `model` searches and transfers, on `plan.store`; see `reference_features`."""
-        common = {
+        """Features for `model` on `plan.store`; see `reference_features`."""
+        made_from = {
             "format": _FORMAT,
             "weights": _digest(model.LTE.state_dict().items()),
-            "convolutions": str(amp),
-            "computed": _numerics(model, plan, self.pictures(grey=grey)),
+            "convolutions": str(execution.amp),
+            "computed": _numerics(model, plan, self.images(grey=grey)),
         }
-        made_from = (grey, *common.values())
-        if made_from not in self._features:
-            self._features[made_from] = [
-                self._features_of(image, model, plan, amp, progress, common)
-                for image in self.pictures(grey=grey)
+        key = (grey, *made_from.values())
+        if key not in self._features:
+            self._features[key] = [
+                self._features_of(image, model, plan, execution, made_from)
+                for image in self.images(grey=grey)
             ]
-        found = self._features[made_from]
+        found = self._features[key]
         if found[0].key.device != plan.store:
-            moved = [
+            found = [
                 ReferenceFeatures(_on(plan.store, key), tuple(_on(plan.store, v) for v in values))
                 for key, values in found
             ]
-            self._features[made_from] = found = moved
+            self._features[key] = found
         return found
 
     def _features_of(
@@ -110,31 +105,31 @@ class ReferenceBank:
         image: Image,
         model: TTSR,
         plan: Plan,
-        amp: torch.dtype | None,
-        progress: Progress | None,
-        common: dict[str, str],
+        execution: Execution,
+        made_from: dict[str, str],
     ) -> ReferenceFeatures:
+        """Features of one reference, from the cache if it has them."""
         dtype = model.dtype
         ref, refsr = (x.to(dtype) for x in reference_pair(image, (0, 0), torch.device("cpu")))
         if self._cache is None:
-            return reference_features(model, ref, refsr, plan, amp, progress)
-        made_from = {**common, "image": _digest([("ref", ref), ("refsr", refsr)])}
-        expected = _maps(image, dtype, amp)
+            return reference_features(model, ref, refsr, plan, execution)
+        made_from = {**made_from, "image": _digest([("ref", ref), ("refsr", refsr)])}
+        expected = _maps(image, dtype, execution.amp)
         maps = self._cache.read(made_from, expected)
         if maps is not None:
             key, *values = (_on(plan.store, x) for x in maps)
             return ReferenceFeatures(key, tuple(values))
-        features = reference_features(model, ref, refsr, plan, amp, progress)
+        features = reference_features(model, ref, refsr, plan, execution)
         made = (features.key, *features.values)
         self._cache.write(made_from, dict(zip(expected, made, strict=True)))
         return features
 
 
 def _checked(image: Image, name: str) -> Image:
-    if min(image.size) < _LEAST:
+    if min(image.size) < LEAST_REFERENCE:
         raise ValueError(
-            f"{shown(name)} must have at least one patch of {_LEAST}x{_LEAST} pixels, "
-            f"got {image.size[1]}x{image.size[0]}"
+            f"{shown(name)} must have at least one patch of {LEAST_REFERENCE}x{LEAST_REFERENCE} "
+            f"pixels, got {image.size[1]}x{image.size[0]}"
         )
     return image
 
@@ -152,7 +147,7 @@ def _maps(image: Image, dtype: torch.dtype, amp: torch.dtype | None) -> dict[str
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of names, types, shapes and values."""
+    """Digest of names, types, shapes and values."""
     hasher = hashlib.sha256()
     for name, x in tensors:
         hasher.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
@@ -161,7 +156,7 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _numerics(model: TTSR, plan: Plan, references: list[Image]) -> str:
-    """What else the last bit of a feature depends on.
+    """Other facts that can change the last bit of a feature.
 
     Windows count only where they are small on the CPU, as `plan.LEAST_TILE` explains. A GPU may
     round otherwise in other windows, with a cache and without.
@@ -182,12 +177,12 @@ def _numerics(model: TTSR, plan: Plan, references: list[Image]) -> str:
 
 
 def _precision(library: Any) -> str:
-    """What a library may round float32 to in its convolutions."""
+    """Precision of float32 convolutions in a library."""
     if hasattr(library, "conv"):  # from torch 2.9 on
         return library.conv.fp32_precision
     return f"{torch.get_float32_matmul_precision()} {torch.backends.cudnn.allow_tf32}"
 
 
 def _on(store: torch.device, x: Tensor) -> Tensor:
-    """A map on `store`, laid out as if it had been made there: kernels round by layout."""
+    """A map on `store`, with the layout of one made there: rounding depends on the layout."""
     return x if x.device == store else empty_map(tuple(x.shape), x.dtype, store).copy_(x)

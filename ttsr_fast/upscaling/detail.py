@@ -1,6 +1,6 @@
-"""Method "detail": the high frequencies of the most similar patches, without any weights."""
+"""Method "detail": high frequencies of the most similar patches, without any weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,10 @@ from ttsr_fast import images
 from ttsr_fast.functional import gather_fold, search
 from ttsr_fast.images import SCALE, Image
 from ttsr_fast.references import ReferenceMatch
+from ttsr_fast.upscaling.execution import Execution
 from ttsr_fast.upscaling.finite import check_finite
 
-_FLAT = 1e-3  # norm of a patch below which its features are rounding errors, and its score falls
+_FLAT = 1e-3  # norm of a patch below which features are rounding errors; its score falls
 _BACK_PROJECTIONS = 2  # the gain of a third is 0.01 dB
 
 
@@ -22,20 +23,18 @@ def detail(
     references: Sequence[Image],
     phases: int,
     device: torch.device,
-    *,
-    precision: str | None = None,
-    backend: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    execution: Execution,
 ) -> tuple[Tensor, ReferenceMatch]:  # [1, 3, 4*h, 4*w]
     """The formula of `upscale`, with references that are reduced at several offsets.
 
-    What a place of a reference looks like when reduced depends on how it lies on the grid of 4x4
-    pixels. So `refsr` is made and searched for every offset of that grid, and every patch takes the
-    best match of all. The index of the match is that of a pixel of its reference.
+    A reduced patch depends on its position relative to the grid of 4x4 pixels. So `refsr` is made
+    and searched for every offset of that grid, and every patch takes the best match of all. Indices
+    of the match are pixels of the reference.
 
     Raises:
         ValueError: the image or its scores hold NaN or infinity.
     """
+    precision, backend, _, progress = execution
     lr = source.to_tensor()
     lrsr = images.to_tensor(images.upscale_bicubic(source.pixels)).to(device)
     query = _features(lrsr)
@@ -82,7 +81,7 @@ def detail(
 def reference_pair(
     reference: Image, offset: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:  # [1, 3, HR, WR] both
-    """The reference from `offset` on, cut to a multiple of 4, and its degradation."""
+    """The reference from `offset` on, cut to a multiple of 4, and its blurred copy."""
     height, width = _grid(reference, offset)
     ref = reference.pixels[offset[0] :, offset[1] :][: height * SCALE, : width * SCALE]
     refsr = images.upscale_bicubic(images.downscale(ref))
@@ -90,7 +89,7 @@ def reference_pair(
 
 
 def pixel_index(position: Tensor, reference: Image, offset: tuple[int, int]) -> Tensor:
-    """From positions on the key grid at `offset` to pixels of the whole reference."""
+    """Pixels of the whole reference, from positions on the key grid at `offset`."""
     columns = _grid(reference, offset)[1]
     row = position // columns * SCALE + offset[0]
     return row * reference.size[1] + position % columns * SCALE + offset[1]
@@ -113,11 +112,11 @@ def _shifted(references: Sequence[Image], phases: int) -> Iterator[_Shifted]:
 def _features(
     x: Tensor,  # [1, 3, 4*h, 4*w]
 ) -> Tensor:  # [1, 24, h, w]
-    """What "detail" compares: texture, and a little of the colours, which decide in flat areas.
+    """Texture, and a little of the colours, which decide in flat areas.
 
-    Both are differences, from the local mean and from the picture's: otherwise the cosine of two
-    bright patches were near 1 whatever they show, and it is trusted with the details. Blurred
-    pictures need no more than two samples per axis and pixel of `lr`.
+    Both are differences, from the local mean and from the mean of the image. Otherwise the cosine
+    of any two bright patches would be near 1, and that cosine weights the details. Blurred images
+    need no more than two samples per axis and pixel of `lr`.
     """
     texture = x - F.avg_pool2d(x, 7, stride=1, padding=3, count_include_pad=False)
     colour = 0.15 * (x - x.mean((2, 3), keepdim=True))
@@ -131,7 +130,7 @@ def _grid(reference: Image, offset: tuple[int, int]) -> tuple[int, int]:
 
 
 def _grid_index(index: Tensor, place: _Shifted) -> tuple[Tensor, Tensor]:
-    """Which pixels lie on the key grid of a shifted reference, and their positions there."""
+    """Mask of the pixels on the key grid of a shifted reference, and their positions there."""
     columns, width = _grid(place.image, place.offset)[1], place.image.size[1]
     row, column = index // width - place.offset[0], index % width - place.offset[1]
     here = (row % SCALE == 0) & (column % SCALE == 0)

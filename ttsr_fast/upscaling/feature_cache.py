@@ -1,7 +1,7 @@
 """Features of references on disk, verified when they are read.
 
-A file is a safetensors file, written and read here so that no byte is used unchecked and none is
-mapped: an image must not depend on what others do to the file meanwhile.
+Files are safetensors files. They are written and read here, so that no byte is used unchecked and
+none is mapped: changes to a file meanwhile must not change an image.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _DTYPES = {
 _DIGEST = hashlib.sha256().digest_size
 
 _logger = logging.getLogger(__name__)
-_unwritable: set[Path] = set()  # folders of which a message has said so
+_unwritable: set[Path] = set()  # folders that a message has named
 
 
 class Map(NamedTuple):
@@ -45,12 +45,12 @@ class Map(NamedTuple):
 class FeatureCache:
     """A folder of files, one for each reference.
 
-    The name of a file is a digest of what its features were made from. The file holds that too,
-    then maps `[1, rows, columns, channels]`, and at its end the SHA-256 digest of all before.
+    The name of a file is a digest of everything that determines its features. The file holds these
+    facts too, then maps `[1, rows, columns, channels]`, and the SHA-256 digest of all before.
     Several processes may use a folder at a time.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it does not exist.
 
     Raises:
         OSError: the folder cannot be made.
@@ -64,10 +64,10 @@ class FeatureCache:
     def read(self, made_from: Mapping[str, str], maps: Mapping[str, Map]) -> list[Tensor] | None:
         """The maps, channels last on the CPU; None without a file that holds them.
 
-        A file that cannot be used is named in a log message.
+        A log message names a file that cannot be used.
 
         Args:
-            made_from: what determines the features.
+            made_from: facts that determine the features.
             maps: name, type and size of each.
         """
         path = self._path(made_from)
@@ -105,7 +105,7 @@ class FeatureCache:
 
 
 def _read(file: BinaryIO, made_from: Mapping[str, str], maps: Mapping[str, Map]) -> list[Tensor]:
-    """The maps of a file; ValueError if it differs in anything from what is expected."""
+    """The maps of a file; ValueError for any difference from the expected contents."""
     header = _header(made_from, maps)
     size = len(header) + sum(form.nbytes for form in maps.values()) + _DIGEST
     if os.fstat(file.fileno()).st_size != size:
@@ -123,7 +123,7 @@ def _read(file: BinaryIO, made_from: Mapping[str, str], maps: Mapping[str, Map])
 
 
 def _header(made_from: Mapping[str, str], maps: Mapping[str, Map]) -> bytes:
-    """What stands in front of the values in a safetensors file."""
+    """Bytes in front of the values of a safetensors file."""
     header: dict[str, Any] = {"__metadata__": dict(made_from)}
     end = 0
 

@@ -12,14 +12,15 @@ def check_finite(
     One pass over results and weights. On a GPU it synchronises.
 
     Args:
-        what: name of the results in the error, with a verb: "the result holds".
+        what: subject and verb of the error, such as "the result holds".
         results: floating-point tensors of any shape, on any device.
-        model: the network that made them. An infinite weight can hide behind a clamp, so its
-            weights are checked too.
-        amp: the type of its convolutions, if it is not the model's own.
+        model: the network that made them. Its weights are checked too, as a clamp can hide an
+            infinite one.
+        amp: type of its convolutions, if it is not the model's own.
 
     Raises:
-        ValueError: with the first tensor of `model` that is not finite, or the type that overflows.
+        ValueError: names the first tensor of `model` that is not finite, or the type that
+            overflows.
     """
     weights = {} if model is None else model.state_dict()
     bad = next((x for x in results if not _is_finite(x)), None)
@@ -42,7 +43,7 @@ def _reason(weights: dict[str, Tensor], amp: torch.dtype | None) -> str:
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether minimum and maximum are finite: NaN spreads to both."""
+    """True if minimum and maximum are finite: NaN spreads to both."""
     if x.dim() == 4 and not x.is_contiguous():
         x = x.movedim(1, -1)  # channels last are reduced forty times as fast in this order
     return bool(torch.stack(x.aminmax()).isfinite().all())

@@ -1,6 +1,6 @@
-"""TTSR on pictures of any size: references prepared once, searched at once, networks in windows."""
+"""Method "ttsr" on images of any size: features of references, one search, networks in windows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,18 +10,16 @@ from torch import Tensor
 from ttsr_fast.model import TTSR
 from ttsr_fast.model.windowed import Window, lte_in_tiles, main_net_in_tiles, windows
 from ttsr_fast.references import ReferenceMatch, gather_fold_references, search_references
+from ttsr_fast.upscaling.execution import Execution, Progress
 from ttsr_fast.upscaling.finite import check_finite
 from ttsr_fast.upscaling.plan import Plan
 
-# Called with a stage, the windows of it that are done, and all of them.
-Progress = Callable[[str, int, int], None]
-
 
 class ReferenceFeatures(NamedTuple):
-    """What the model needs of a reference, whatever it is to help with.
+    """Features of a reference, independent of the images that it helps.
 
     Attributes:
-        key: `[1, C, HK, WK]`, what is searched: level 3 of the blurred reference.
+        key: `[1, C, HK, WK]`, level 3 of the blurred reference, which is searched.
         values: levels 1, 2 and 3 of the reference: `[1, C, 4*HK, 4*WK]`, `[1, C, 2*HK, 2*WK]` and
             `[1, C, HK, WK]`.
     """
@@ -36,21 +34,20 @@ def reference_features(
     ref: Tensor,  # [1, 3, HR, WR]
     refsr: Tensor,  # [1, 3, HR, WR]
     plan: Plan,
-    amp: torch.dtype | None = None,
-    progress: Progress | None = None,
+    execution: Execution,
 ) -> ReferenceFeatures:
-    """Features of a reference in [-1, 1], whose sides are multiples of 4, kept on `plan.store`.
+    """Features of a reference in [-1, 1] with sides that are multiples of 4, on `plan.store`.
 
-    Textures are made and kept in the type `amp`, where it is given, and what is searched is not.
+    Textures are computed and stored in the type `execution.amp`, where it is given; the key is not.
 
     Raises:
         ValueError: the features hold NaN or infinity, as `check_finite` explains.
     """
-    stage = "references"
-    (key,) = _features(model, refsr, [3], plan, plan.store, stage, progress)
-    with _mixed(model, amp):
-        values = _features(model, ref, [1, 2, 3], plan, plan.store, stage, progress, amp)
-    check_finite("the features of the reference hold", key, *values, model=model, amp=amp)
+    stage, exact = "references", execution._replace(amp=None)
+    (key,) = _features(model, refsr, [3], plan, plan.store, stage, exact)
+    values = _features(model, ref, [1, 2, 3], plan, plan.store, stage, execution)
+    what = "the features of the reference hold"
+    check_finite(what, key, *values, model=model, amp=execution.amp)
     return ReferenceFeatures(key, tuple(values))
 
 
@@ -61,27 +58,25 @@ def super_resolve(
     lrsr: Tensor,  # [1, 3, 4*H, 4*W]
     references: Sequence[ReferenceFeatures],
     plan: Plan,
-    *,
-    precision: str | None = None,
-    backend: str | None = None,
-    amp: torch.dtype | None = None,
-    progress: Progress | None = None,
+    execution: Execution,
 ) -> tuple[Tensor, ReferenceMatch]:  # [1, 3, 4*H, 4*W]
-    """The picture in [-1, 1], kept on `plan.store`, and where each of its details comes from.
+    """The image in [-1, 1] on `plan.store`, and the origin of each of its patches.
 
-    What `TTSR.forward` computes, with the best of several references.
+    The result equals `TTSR.forward`, with the best of several references.
 
     Raises:
         ValueError: the image or its scores hold NaN or infinity, as `check_finite` explains.
     """
-    device = model.device
-    (query,) = _features(model, lrsr, [3], plan, device, "features", progress)
+    device, amp, progress = model.device, execution.amp, execution.progress
+    backend = execution.backend or model.SearchTransfer.backend
+    exact = execution._replace(amp=None)
+    (query,) = _features(model, lrsr, [3], plan, device, "features", exact)
     columns = max(features.key.shape[3] for features in references)
     match = search_references(
         query,
         [features.key for features in references],
         band=None if plan.band is None else max(1, plan.band // columns),
-        precision=precision,
+        precision=execution.precision or model.SearchTransfer.precision,
         backend=backend,
     )
     del query
@@ -91,7 +86,8 @@ def super_resolve(
     kept = ReferenceMatch(*(x.to(plan.store) for x in match))
     textures = partial(_textures, references, kept, backend)
     grid = (lr.shape[2], lr.shape[3])
-    step = _counter("MainNet", 1 if plan.whole else _count(plan, grid), progress)
+    tiles = {name: side for name, side in plan.tiles.items() if name != "LTE"}
+    step = _counter("MainNet", grid, [max(grid)] if plan.whole else tiles.values(), progress)
     with _mixed(model, amp):
         if plan.whole:
             whole = Window(0, grid[0], 0, grid[1])
@@ -100,13 +96,7 @@ def super_resolve(
             step()
         else:
             sr = main_net_in_tiles(
-                model.MainNet,
-                lr,
-                score,
-                textures,
-                tiles=plan.tiles,
-                store=plan.store,
-                step=step,
+                model.MainNet, lr, score, textures, tiles=tiles, store=plan.store, step=step
             )
     check_finite("the result holds", sr, match.score, model=model, amp=amp)
     return sr, match
@@ -114,25 +104,26 @@ def super_resolve(
 
 def _mixed(model: TTSR, amp: torch.dtype | None) -> torch.autocast:
     """Convolutions in the type `amp`, if there is one."""
-    device = model.device.type
-    return torch.autocast(device, amp, enabled=amp is not None)
+    return torch.autocast(model.device.type, amp, enabled=amp is not None)
 
 
 def _features(
     model: TTSR,
-    image: Tensor,
+    image: Tensor,  # [1, 3, 4*H, 4*W] in [-1, 1]
     levels: Sequence[int],
     plan: Plan,
     store: torch.device,
     stage: str,
-    progress: Progress | None,
-    dtype: torch.dtype | None = None,
+    execution: Execution,
 ) -> list[Tensor]:
-    grid = (image.shape[2] // 4, image.shape[3] // 4)
-    tile = plan.tiles["LTE"]
-    step = _counter(stage, sum(1 for _ in windows(grid, tile)), progress)
-    pixels = (image + 1) / 2
-    return lte_in_tiles(model.LTE, pixels, levels, tile=tile, store=store, dtype=dtype, step=step)
+    """Levels of LTE on `store`, in the type of its convolutions."""
+    tile, grid = plan.tiles["LTE"], (image.shape[2] // 4, image.shape[3] // 4)
+    step = _counter(stage, grid, [tile], execution.progress)
+    dtype, pixels = execution.amp, (image + 1) / 2
+    with _mixed(model, dtype):
+        return lte_in_tiles(
+            model.LTE, pixels, levels, tile=tile, store=store, dtype=dtype, step=step
+        )
 
 
 def _textures(
@@ -142,7 +133,7 @@ def _textures(
     level: int,
     window: Window,
 ) -> Tensor:
-    """A window of a level; at its sides overlap the patches of its neighbours."""
+    """A window of a level; patches of neighbouring windows overlap its sides."""
     scale = 1 << (3 - level)
     around = window.grown(1, (match.index.shape[1], match.index.shape[2]))
     index, reference = (around.of(x, 1) for x in (match.index, match.reference))
@@ -151,12 +142,11 @@ def _textures(
     return window.within(around).of(out, scale)
 
 
-def _count(plan: Plan, grid: tuple[int, int]) -> int:
-    names = [name for name in plan.tiles if name != "LTE"]
-    return sum(1 for name in names for _ in windows(grid, plan.tiles[name]))
-
-
-def _counter(stage: str, total: int, progress: Progress | None) -> Callable[[], None]:
+def _counter(
+    stage: str, grid: tuple[int, int], tiles: Iterable[int], progress: Progress | None
+) -> Callable[[], None]:
+    """A step for every window of a stage."""
+    total = sum(1 for tile in tiles for _ in windows(grid, tile))
     done = 0
 
     def step() -> None:

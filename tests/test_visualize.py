@@ -46,7 +46,7 @@ def draw(*, size=(20, 30), ref=None, score=None, index=None):
     ]
 
 
-def test_pictures_fill_their_panels():
+def test_images_fill_their_panels():
     low, ref, result, *_ = draw()
     assert low.shape == (320, 480, 3)
     assert (low == [255, 0, 0]).all()
@@ -146,13 +146,13 @@ def test_runs_are_equal():
 def test_several_references_are_framed_in_the_colours_of_what_they_served():
     height, width = 20, 30
     refs = [solid(80, 120, *colour) for colour in ((9, 9, 9), (99, 99, 99), (200, 200, 200))]
-    served = torch.zeros(height, width, dtype=torch.int64)
-    served[:, 15:] = 2
+    origin = torch.zeros(height, width, dtype=torch.int64)
+    origin[:, 15:] = 2
     index = torch.arange(height)[:, None] * 4 * 120 + torch.arange(width) * 4
     result = solid(4 * height, 4 * width, 0, 0, 255)
     score = torch.ones(height, width)
     low = solid(height, width, 255, 0, 0)
-    sheet = draw_match(low, refs, result, score, index, served).pixels
+    sheet = draw_match(low, refs, result, score, index, origin).pixels
     step_y, step_x = (sheet.shape[0] - GAP) // 2, PANEL + GAP
     assert sheet.shape[1] == 4 * step_x + GAP
     top, high = GAP + CAPTION, step_y - CAPTION - GAP
@@ -162,7 +162,7 @@ def test_several_references_are_framed_in_the_colours_of_what_they_served():
     assert (which[:, :230] == left).all() and (which[:, 250:] == right).all()
 
     panel = sheet[top : top + high, GAP + step_x : GAP + step_x + PANEL]
-    assert (panel[2, 2] == left).all(), "the first reference is in the colour of what it served"
+    assert (panel[2, 2] == left).all(), "the first reference is in the colour of its patches"
     for ref in refs:
         assert (panel == ref.pixels[0, 0]).all(2).sum() > 2000
     colours = {tuple(panel[y, x]) for y in range(high) for x in (2, panel.shape[1] // 2 + 2)}
@@ -171,15 +171,15 @@ def test_several_references_are_framed_in_the_colours_of_what_they_served():
 
 def test_offsets_count_in_the_reference_of_each_patch():
     """The second is half as large: the same place has another index, and is white all the same."""
-    served = torch.zeros(20, 30, dtype=torch.int64)
-    served[10:] = 1
+    origin = torch.zeros(20, 30, dtype=torch.int64)
+    origin[10:] = 1
     row, column = torch.arange(20)[:, None], torch.arange(30)
     first = row * 4 * 120 + column * 4
     second = row * 2 * 60 + column * 2
-    index = torch.where(served == 0, first, second)
+    index = torch.where(origin == 0, first, second)
     refs = [solid(80, 120, 9, 9, 9), solid(40, 60, 9, 9, 9)]
     result, low = solid(80, 120, 0, 0, 255), solid(20, 30, 255, 0, 0)
-    sheet = draw_match(low, refs, result, torch.ones(20, 30), index, served).pixels
+    sheet = draw_match(low, refs, result, torch.ones(20, 30), index, origin).pixels
     step_y = (sheet.shape[0] - GAP) // 2
     top = GAP + CAPTION + step_y
     flow = sheet[top : top + step_y - CAPTION - GAP, GAP : GAP + PANEL]
@@ -191,8 +191,8 @@ def test_offsets_count_in_the_reference_of_each_patch():
 STEP = PANEL + GAP
 
 
-def compare(size=(40, 60), refs=(), served=None):
-    """A sheet of three pictures; the first is wrong in a block of 4x4, below and to the right."""
+def compare(size=(40, 60), refs=(), origin=None):
+    """A sheet of three images; the first is wrong in a block of 4x4, below and to the right."""
     height, width = size
     truth = np.zeros((height, width, 3), np.uint8)
     truth[..., 1] = 200
@@ -200,7 +200,7 @@ def compare(size=(40, 60), refs=(), served=None):
     start[height - 8 : height - 4, width - 9 : width - 5] = [0, 0, 255]
     result[0, 0] = 255
     panels = [("start", Image(start)), ("result", Image(result)), ("truth", Image(truth))]
-    return draw_comparison(panels, refs, served).pixels
+    return draw_comparison(panels, refs, origin).pixels
 
 
 @each("size", [(40, 60), (60, 40), (21, 400)])
@@ -234,16 +234,16 @@ def test_references_are_beside_it():
     sheet = compare(refs=[ref])
     panel = sheet[GAP + CAPTION :, GAP + 3 * STEP :][:320, :320]
     assert (panel == [255, 0, 0]).all()
-    served = np.array([[0, 1, 1, 1]])
+    origin = np.array([[0, 1, 1, 1]])
     other = solid(300, 300, 255, 255, 0)
-    two = compare(refs=[ref, other], served=served)[:, 3 * STEP :]
+    two = compare(refs=[ref, other], origin=origin)[:, 3 * STEP :]
     for colour in ([255, 0, 0], [255, 255, 0]):
         assert (two == colour).all(2).sum() > 10000
 
 
 def test_a_long_caption_stays_over_its_panel():
-    picture = solid(40, 60, 0, 0, 0)
-    panels = [("a long name of a picture " * 9, picture), ("truth", picture)]
+    image = solid(40, 60, 0, 0, 0)
+    panels = [("a long name of an image " * 9, image), ("truth", image)]
     caption = draw_comparison(panels, []).pixels[: GAP + CAPTION]
     assert (caption[:, GAP : GAP + PANEL] != 255).any()
     assert (caption[:, GAP + PANEL : STEP + GAP] == 255).all()

@@ -1,4 +1,4 @@
-"""Pairs on disk: every layout, what is missing, and 8-bit RGB of every kind of picture."""
+"""Pairs on disk: every layout, what is missing, and 8-bit RGB of every kind of image."""
 
 import os
 import re
@@ -7,20 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image as pillow
 
+from tests.image_samples import noise
 from ttsr_fast.datasets import Pair, degrade, find_pairs, read_rgb
 from ttsr_fast.images import Image
 
 each = pytest.mark.parametrize
 
 
-def noise(*shape, dtype=np.uint8, seed=5):
-    top = np.iinfo(dtype).max
-    return np.random.default_rng(seed).integers(0, top, shape, dtype, endpoint=True)
-
-
 @pytest.fixture
 def make(tmp_path):
-    """Writes tiny pictures, paths separated by blanks, and returns their folder."""
+    """Writes tiny images, paths separated by blanks, and returns their folder."""
 
     def write(paths):
         for path in map(tmp_path.joinpath, paths.split()):
@@ -66,7 +62,7 @@ def test_cufed5(make, inside, references, numbers):
 
 @each(("references", "numbers"), [(None, [2, 10, 11]), (1, [2]), ([3, 1], [11, 2])])
 def test_sun80(make, references, numbers):
-    """Folders of references are called as the picture is, suffix and all; 10 comes after 2."""
+    """Folders of references are called as the image is, suffix and all; 10 comes after 2."""
     low, high = "Sun_Hays_SR_groundtruth", "Sun_Hays_SR_scenematches"
     root = make(f"{low}/a.jpg " + " ".join(f"{high}/a.jpg/{n}.jpg" for n in (10, 2, 11)))
     pairs = find_pairs(root, "sun80", references=references)
@@ -101,7 +97,7 @@ def test_a_list_gives_references(make):
 
 
 def test_folders(make):
-    """A picture of that name, or a folder of that name, with the suffix or without."""
+    """An image of that name, or a folder of that name, with the suffix or without."""
     root = make("hr/a.png hr/b.png hr/c.png ref/a.jpg ref/b/2.png ref/b/1.png ref/c.png/x.png")
     pairs = find_pairs(root / "hr", "folders", references=str(root / "ref"))
     assert relative(pairs, root) == [
@@ -131,7 +127,7 @@ def test_names_are_unlike_each_other(make):
             "input/a.png input/b.png input/c.png ref/b.png",
             "cufed",
             None,
-            ".*/a.png has 0 references in .*, one is expected .the first of 2 such pictures.",
+            ".*/a.png has 0 references in .*, one is expected .the first of 2 such images.",
         ),
         ("input/x.txt ref/a.png", "cufed", None, ".*input holds no images .*"),
         ("1_1.png", "cufed5", None, ".* holds no images named NNN_0"),
@@ -170,7 +166,7 @@ def test_a_wrong_number_of_references(make):
     [
         ("b.png a.png", "a.png has no reference in .*list.txt$"),
         ("a.png\nb.png a.png", "a.png has no reference in .*list.txt$"),
-        ("a.png x.png\nb.png y.png", "not there: .*x.png .the first of 2 such pictures.$"),
+        ("a.png x.png\nb.png y.png", "not there: .*x.png .the first of 2 such images.$"),
     ],
 )
 def test_a_list_that_does_not_fit(make, text, message):
@@ -237,7 +233,7 @@ def test_no_such_root(tmp_path):
 # --- pixels ---------------------------------------------------------------------------------------
 
 
-def test_every_picture_is_read_as_8_bit_rgb(tmp_path):
+def test_every_image_is_read_as_8_bit_rgb(tmp_path):
     file = tmp_path / "a.png"
     colour, grey, deep = noise(3, 5, 3), noise(3, 5, 1), noise(3, 5, 3, dtype=np.uint16)
     deep[0, 0] = 0, 65535, 128

@@ -7,6 +7,7 @@ from ttsr_fast.model import LTE, TTSR
 from ttsr_fast.model.main_net import MainNet
 from ttsr_fast.model.windowed import (
     LTE_STAGE,
+    Tiling,
     Window,
     lte_in_tiles,
     main_net_in_tiles,
@@ -150,9 +151,7 @@ def test_a_halo_that_is_too_small_shows():
             lambda x: [net(x)[2]],
             [part_of(image, 4)],
             [(out, 1)],
-            grid,
-            tile=4,
-            halo=halo,
+            Tiling(grid, 4, halo),
             device=CPU,
         )
         return (out - net(image)[2]).abs().max()

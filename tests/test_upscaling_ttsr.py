@@ -1,4 +1,4 @@
-"""TTSR on pictures: windows and several references against the model itself, and the oracle."""
+"""TTSR on images: windows and several references against the model itself, and the oracle."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def model():
 
 
 @each("tile", [1, 3, 5, 8, 50])
-def test_windows_do_not_change_the_picture(model, tile):
+def test_windows_do_not_change_the_image(model, tile):
     whole, tiled = upscale(LOW, REF, model=model), upscale(LOW, REF, model=model, tile=tile)
     np.testing.assert_array_equal(tiled.image.pixels, whole.image.pixels)
     torch.testing.assert_close(tiled.score, whole.score, rtol=0, atol=1e-12)
@@ -45,8 +45,8 @@ def test_float32_windows_give_the_same_bits(published, monkeypatch):
     for tile in (None, 32, 48):
         upscale(low, ref, model=published, tile=tile)
     (whole, match), *tiled = made
-    for picture, found in tiled:
-        assert torch.equal(picture, whole)
+    for image, found in tiled:
+        assert torch.equal(image, whole)
         assert all(torch.equal(a, b) for a, b in zip(found, match, strict=True))
 
 
@@ -62,12 +62,12 @@ REFS = [smooth(40, 52, seed=5), smooth(27, 61, seed=8), smooth(12, 12, seed=9)]
 
 def by_hand(model, low, refs):
     """The model with the best of several references, by the oracle of both operations."""
-    pictures = [ref[: ref.shape[0] // 4 * 4, : ref.shape[1] // 4 * 4] for ref in refs]
+    images = [ref[: ref.shape[0] // 4 * 4, : ref.shape[1] // 4 * 4] for ref in refs]
     with torch.no_grad():
         lr, lrsr = (to_tensor(x).double() for x in (low, upscale_bicubic(low)))
         query = model.LTE((lrsr + 1) / 2)[2]
         found, values = [], []
-        for ref in pictures:
+        for ref in images:
             sharp, blurred = (
                 (to_tensor(x).double() + 1) / 2 for x in (ref, upscale_bicubic(downscale(ref)))
             )
@@ -128,13 +128,13 @@ def test_detail_takes_the_best_reference():
 
 
 def test_progress_ends_every_stage(model):
-    told = []
-    upscale(LOW, REFS, model=model, tile=4, progress=lambda *what: told.append(what))
-    last = {stage: (done, total) for stage, done, total in told}
+    steps = []
+    upscale(LOW, REFS, model=model, tile=4, progress=lambda *what: steps.append(what))
+    last = {stage: (done, total) for stage, done, total in steps}
     assert list(last) == ["references", "features", "search", "MainNet"]
     assert all(done == total > 0 for done, total in last.values())
-    upscale(LOW, REF, phases=2, progress=lambda *what: told.append(what))
-    assert told[-4:] == [("search", n, 4) for n in (1, 2, 3, 4)]
+    upscale(LOW, REF, phases=2, progress=lambda *what: steps.append(what))
+    assert steps[-4:] == [("search", n, 4) for n in (1, 2, 3, 4)]
 
 
 def test_bands_of_keys_are_searched_as_a_whole():
