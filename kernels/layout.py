@@ -4,6 +4,11 @@ The grid of patches is cut into bands of rows, which lie beside each other in on
 strips of columns, which follow each other. Every piece holds all pixels of its patches, so pixels
 that two pieces need are stored twice. Pixel (dy, dx) of a patch lies `dy * LINE + dx` rows after
 its first pixel, in every layout.
+
+A walk is given by the offset between its key rows and its query rows. Along it the products of a
+tile of query pixels with a tile of key pixels are formed row by row, and three that follow each
+other are the product of the patches: `total(y) = row(y) + row(y + 1) + row(y + 2)`. No row is
+formed twice, and the sum has one order wherever it lies, so equal patches have bit-equal scores.
 """
 
 from dataclasses import dataclass
@@ -98,3 +103,16 @@ def column_of(o_c, HEIGHT, WIDTH, BAND_HEIGHT, STRIP_WIDTH, PIECE, strip=0):
     x_grid = strip * STRIP_WIDTH + x
     inside = (x < STRIP_WIDTH) & (x_grid < WIDTH) & (y < HEIGHT)
     return tl.where(inside, y * WIDTH + x_grid, HEIGHT * WIDTH)
+
+
+@triton.jit
+def diagonal(
+    rank,  # 0 to HO + HKO - 2
+    HO,
+    HKO,
+):
+    """The offset of a walk, its first query row and the number of rows; the longest walks first."""
+    half = (rank + 1) // 2
+    offset = (HO + HKO) // 2 - HO + tl.where(rank % 2 == 1, half, -half)
+    first = tl.maximum(0, -offset)
+    return offset, first, tl.minimum(HO, HKO - offset) - first

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttsr_fast.kernels.best import EMPTY, NO_KEY
+from ttsr_fast.kernels.argmax import EMPTY, NO_KEY
 from ttsr_fast.kernels.layout import Layout, size_names
-from ttsr_fast.kernels.operands import Operands
+from ttsr_fast.kernels.precision import Precision
 
 SLACK = 288  # rows; no tile of up to 256 patches reads further beyond the last pixel
 AMAX_BLOCKS = 64  # partial maxima of an image
@@ -51,13 +51,13 @@ def pack(
     key: Tensor,  # [N or 1, C, HK, WK]
     packed_query: Packed,  # filled
     packed_key: Packed,  # filled
-    best: Tensor,  # [N, Ho, Wo] int64, filled with EMPTY
-    lost: Tensor,  # [N or 1] int32, filled with NO_KEY
+    argmax: Tensor,  # [N, Ho, Wo] int64, filled with EMPTY
+    first_nonfinite_key: Tensor,  # [N or 1] int32, filled with NO_KEY
     padding: int,
-    operands: Operands,
+    precision: Precision,
 ) -> None:
     """Both maps, in one launch, or two where the features are scaled."""
-    if operands.scaled:
+    if precision.scaled:
         _amax(query, key, packed_query.amax, packed_key.amax)
     maps, programs = [], []
     for x, to in ((query, packed_query), (key, packed_key)):
@@ -69,35 +69,35 @@ def pack(
         programs.append(runs * blocks + triton.cdiv(SLACK, BLOCK_X))
     pack_kernel[(sum(programs),)](
         *maps,
-        best,
-        lost,
-        best.numel(),
-        lost.numel(),
+        argmax,
+        first_nonfinite_key,
+        argmax.numel(),
+        first_nonfinite_key.numel(),
         programs[0],
         query.shape[1],
         C_PACKED=packed_query.channels,
         PADDING=padding,
         SLACK=SLACK,
-        QUERY_SECTIONS=operands.query_sections,
-        KEY_SECTIONS=operands.key_sections,
-        PARTS=operands.parts,
-        MULTIPLIED=operands.multiplied,
-        SCALED=operands.scaled,
+        QUERY_SECTIONS=precision.query_sections,
+        KEY_SECTIONS=precision.key_sections,
+        PARTS=precision.parts,
+        MULTIPLIED=precision.multiplied,
+        SCALED=precision.scaled,
         AMAX_BLOCKS=AMAX_BLOCKS,
         BLOCK_X=BLOCK_X,
         BLOCK_C=BLOCK_C,
     )
 
 
-def allocate(x: Tensor, layout: Layout, operands: Operands) -> Packed:
+def allocate(x: Tensor, layout: Layout, precision: Precision) -> Packed:
     """Memory for a map `[N, C, H, W]`."""
     n, c = x.shape[:2]
     c = triton.cdiv(c, BLOCK_C) * BLOCK_C
     rows = n * layout.pixels + SLACK
     return Packed(
-        x.new_empty(rows, len(operands.query_sections) * c, dtype=operands.dtype),
+        x.new_empty(rows, len(precision.query_sections) * c, dtype=precision.dtype),
         x.new_empty(rows, dtype=torch.float32),
-        x.new_empty(n, AMAX_BLOCKS if operands.scaled else 0, dtype=torch.float32),
+        x.new_empty(n, AMAX_BLOCKS if precision.scaled else 0, dtype=torch.float32),
         n,
         c,
         layout,
@@ -199,7 +199,7 @@ def _amax_block(
         *("stride_n", "stride_h", "IMAGES", "H", "W", *size_names()[2:]),
         *("stride_kn", "stride_kh", "IMAGES_K", "HK", "WK", *size_names("_K")[2:]),
         *("STRIPS", "BLOCKS", "STRIPS_K", "BLOCKS_K"),
-        *("NUMEL_BEST", "NUMEL_LOST", "QUERY_PROGRAMS", "C"),
+        *("NUMEL_ARGMAX", "NUMEL_NONFINITE", "QUERY_PROGRAMS", "C"),
     ],
     do_not_specialize_on_alignment=["stride_c", "stride_w", "stride_kc", "stride_kw"],
 )
@@ -240,10 +240,10 @@ def pack_kernel(
     p_key_rows,
     p_key_square,
     p_key_amax,
-    p_best,  # [NUMEL_BEST] int64, filled
-    p_lost,  # [NUMEL_LOST] int32, filled
-    NUMEL_BEST,
-    NUMEL_LOST,
+    p_argmax,  # [NUMEL_ARGMAX] int64, filled
+    p_first_nonfinite,  # [NUMEL_NONFINITE] int32, filled
+    NUMEL_ARGMAX,
+    NUMEL_NONFINITE,
     QUERY_PROGRAMS,
     C,
     C_PACKED: tl.constexpr,
@@ -261,8 +261,12 @@ def pack_kernel(
     i_b = tl.program_id(0)
     # The programs have a place for every pixel, so for every query patch and every image.
     o_fill = i_b.to(tl.int64) * BLOCK_X + tl.arange(0, BLOCK_X)
-    tl.store(p_best + o_fill, tl.full([BLOCK_X], EMPTY, tl.int64), mask=o_fill < NUMEL_BEST)
-    tl.store(p_lost + o_fill, tl.full([BLOCK_X], NO_KEY, tl.int32), mask=o_fill < NUMEL_LOST)
+    tl.store(p_argmax + o_fill, tl.full([BLOCK_X], EMPTY, tl.int64), mask=o_fill < NUMEL_ARGMAX)
+    tl.store(
+        p_first_nonfinite + o_fill,
+        tl.full([BLOCK_X], NO_KEY, tl.int32),
+        mask=o_fill < NUMEL_NONFINITE,
+    )
     if i_b < QUERY_PROGRAMS:
         _pack_pixels(
             (p_query, stride_n, stride_c, stride_h, stride_w),

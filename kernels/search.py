@@ -11,16 +11,14 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ttsr_fast.kernels import rolled_search as rolled
-from ttsr_fast.kernels import slab_search as slab
-from ttsr_fast.kernels import tiles
-from ttsr_fast.kernels.direct_search import direct_search
-from ttsr_fast.kernels.finish import finish
+from ttsr_fast.kernels import rolled, slab, tile_configs
+from ttsr_fast.kernels.direct import direct_search
+from ttsr_fast.kernels.key_scale import allocate_scale, key_scale
 from ttsr_fast.kernels.layout import Layout
-from ttsr_fast.kernels.operands import Operands, operands
 from ttsr_fast.kernels.pack import allocate, pack
-from ttsr_fast.kernels.patch_norm import patch_norm, scale_for
-from ttsr_fast.kernels.tiles import Tile
+from ttsr_fast.kernels.precision import Precision, precision_for
+from ttsr_fast.kernels.rescore import rescore
+from ttsr_fast.kernels.tile_configs import TileConfig
 
 ALGORITHMS = ("slab", "rolled", "direct")
 Size = torch.Size | tuple[int, ...]
@@ -39,7 +37,7 @@ BLOCK_SECONDS = {True: 13e-6, False: 60e-6}  # per block of the slab: by the CUD
 
 
 def search(
-    query: Tensor, *arguments, algorithm: str | None = None, tile: Tile | None = None
+    query: Tensor, *arguments, algorithm: str | None = None, tile: TileConfig | None = None
 ) -> None:
     """Run all `stages`, which take the same arguments.
 
@@ -64,7 +62,7 @@ def stages(
     precision: str,
     *,
     algorithm: str | None = None,
-    tile: Tile | None = None,
+    tile: TileConfig | None = None,
 ) -> dict[str, Callable[[], None]]:
     """The launches of a search by name, in the order in which they have to run.
 
@@ -76,14 +74,14 @@ def stages(
         ValueError: shapes or types with which the kernels would reach outside of the tensors.
     """
     _check(query, key, key_mask, score, index, kernel_size, padding)
-    how = operands(query.dtype, precision)
+    how = precision_for(query.dtype, precision)
     if algorithm is None:
         algorithm = choose(query, key, kernel_size, padding, precision)
     reason = why_not(algorithm, query.dtype, kernel_size, precision)
     if reason is not None:
         raise RuntimeError(f"algorithm {algorithm!r} cannot do this search: {reason}")
     if tile is None:
-        tile = tiles.tile(algorithm, how.name)
+        tile = tile_configs.select(algorithm, how.name)
     key_options = (kernel_size, normalize != "none", eps, add_eps)
     key_mask = None if key_mask is None else key_mask.contiguous()
     grids = (query.shape[2:], key.shape[2:])
@@ -93,28 +91,32 @@ def stages(
             (query, key), layouts(*grids, algorithm, tile, kernel_size, padding), strict=True
         )
     )
-    best = torch.empty_like(index)
+    argmax = torch.empty_like(index)
     masks = 1 if key_mask is None else len(key_mask)
-    lost = best.new_empty(max(len(key), masks), dtype=torch.int32)
+    first_nonfinite_key = argmax.new_empty(max(len(key), masks), dtype=torch.int32)
     launches: dict[str, Callable[[], None]] = {
-        "pack": partial(pack, query, key, q, k, best, lost, padding, how)
+        "pack": partial(pack, query, key, q, k, argmax, first_nonfinite_key, padding, how)
     }
     if algorithm == "direct":
         launches["direct"] = partial(
-            direct_search, q, k, key_mask, best, lost, *key_options, how, tile
+            direct_search, q, k, key_mask, argmax, first_nonfinite_key, *key_options, how, tile
         )
     else:
-        scale = scale_for(k, len(lost), slab.SLOTS if algorithm == "slab" else tile.block_k)
-        launches["patch_norm"] = partial(
-            patch_norm, k, key_mask, scale, lost, *key_options, how.scaled
+        scale = allocate_scale(
+            k, len(first_nonfinite_key), slab.SLOTS if algorithm == "slab" else tile.block_k
+        )
+        launches["key_scale"] = partial(
+            key_scale, k, key_mask, scale, first_nonfinite_key, *key_options, how.scaled
         )
         launches[algorithm] = (
-            partial(slab.slab_search, q, k, scale, best, how, tile)
+            partial(slab.slab_search, q, k, scale, argmax, how, tile)
             if algorithm == "slab"
-            else partial(rolled.rolled_search, q, k, scale, best, padding, how, tile)
+            else partial(rolled.rolled_search, q, k, scale, argmax, padding, how, tile)
         )
     options = (kernel_size, normalize, eps, add_eps, how)
-    launches["rescore"] = partial(finish, q, k, key_mask, best, lost, score, index, *options)
+    launches["rescore"] = partial(
+        rescore, q, k, key_mask, argmax, first_nonfinite_key, score, index, *options
+    )
     return launches
 
 
@@ -156,7 +158,7 @@ def _check(
 
 
 def layouts(
-    query: Size, key: Size, algorithm: str, tile: Tile, kernel_size: int, padding: int
+    query: Size, key: Size, algorithm: str, tile: TileConfig, kernel_size: int, padding: int
 ) -> tuple[Layout, Layout]:
     """How the packed maps of two images of these heights and widths lie in memory."""
     halo = kernel_size - 1
@@ -169,7 +171,7 @@ def layouts(
 
 
 def padded_pairs(
-    query: Size, key: Size, algorithm: str, tile: Tile, kernel_size: int = 3, padding: int = 1
+    query: Size, key: Size, algorithm: str, tile: TileConfig, kernel_size: int = 3, padding: int = 1
 ) -> int:
     """Pairs of pixels that are multiplied, or of patches by `direct`, fillings of tiles included.
 
@@ -193,14 +195,14 @@ def padded_pairs(
 
 def choose(query: Tensor, key: Tensor, kernel_size: int, padding: int, precision: str) -> str:
     """The algorithm with the least predicted time among those that can do this search."""
-    how = operands(query.dtype, precision)
+    how = precision_for(query.dtype, precision)
     able = [x for x in ALGORITHMS if why_not(x, query.dtype, kernel_size, precision) is None]
     if len(able) == 1:
         return able[0]
     sizes = (tuple(query.shape), tuple(key.shape))
     compiled = slab.has_cuda_kernel(query)
     times = {
-        x: predicted_seconds(x, *sizes, padding, how, tiles.tile(x, how.name), compiled)
+        x: predicted_seconds(x, *sizes, padding, how, tile_configs.select(x, how.name), compiled)
         for x in able
     }
     return min(times, key=times.__getitem__)
@@ -212,8 +214,8 @@ def predicted_seconds(
     query: Size,
     key: Size,
     padding: int,
-    how: Operands,
-    tile: Tile,
+    how: Precision,
+    tile: TileConfig,
     compiled: bool,  # whether the slab runs in the CUDA library
 ) -> float:
     """Time of a search by patches of 3x3: its launches, and the pairs that it multiplies."""
@@ -224,7 +226,7 @@ def predicted_seconds(
     if algorithm != "slab":
         return seconds + pairs * picoseconds * 1e-12
     blocks = slab.Blocks(*layouts(query[2:], key[2:], algorithm, tile, 3, padding), query[0])
-    gpu = (pairs * picoseconds + blocks.walked_pairs * BOX_PICOSECONDS) * 1e-12
+    gpu = (pairs * picoseconds + blocks.read_pairs * BOX_PICOSECONDS) * 1e-12
     return seconds + max(gpu, blocks.count * BLOCK_SECONDS[compiled])
 
 
@@ -238,10 +240,10 @@ def why_not(algorithm: str, dtype: torch.dtype, kernel_size: int, precision: str
         raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
     if algorithm != "direct" and kernel_size != 3:
         return f"it is for patches of 3x3, not of {kernel_size}x{kernel_size}"
-    rounded = operands(dtype, precision).dtype != torch.float32
+    rounded = precision_for(dtype, precision).dtype != torch.float32
     if algorithm == "slab" and rounded and torch.version.hip:
         return "PyTorch has no product of 16-bit numbers with a float32 result on ROCm"
     tf32 = precision == "tf32" and dtype == torch.float32
-    if tf32 and torch.version.hip and tiles.target() != "gfx942":
+    if tf32 and torch.version.hip and tile_configs.target() != "gfx942":
         return "of ROCm's targets only gfx942 has TF32"
     return None

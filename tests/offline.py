@@ -137,10 +137,10 @@ def features(case: Case, n: int, size: tuple[int, int]) -> Tensor:  # [n, case.c
 def search(algorithm: str, case: Case) -> None:
     """One search for each of `SIZES` if the case is to sweep, else for the first."""
     from ttsr_fast.kernels import search as kernels
-    from ttsr_fast.kernels import tiles
+    from ttsr_fast.kernels import tile_configs
 
     padding = case.kernel_size // 2
-    tile = tiles.SAFE[algorithm] if case.tile == "safe" else None
+    tile = tile_configs.SAFE[algorithm] if case.tile == "safe" else None
     for n, size, n_k, size_k in SIZES if case.sweep else SIZES[:1]:
         mask = torch.ones(n_k, *size_k, dtype=torch.bool) if case.masked else None
         score = torch.zeros(n, *size)
@@ -164,13 +164,17 @@ def search(algorithm: str, case: Case) -> None:
 
 def compile_case(algorithm: str, case: Case, compiled: Compiled) -> dict[str, Any]:
     """The case, its tile and the numbers of its kernels, or how the compiler failed."""
-    from ttsr_fast.kernels import operands, tiles
+    from ttsr_fast.kernels import precision, tile_configs
 
     sys.stderr.write(
         f"compiling {algorithm} for {case}\n"
     )  # the last word, if the compiler ends us
-    dtype = operands.operands(*OPERANDS[case.operands]).name
-    tile = tiles.SAFE[algorithm] if case.tile == "safe" else tiles.tile(algorithm, dtype)
+    dtype = precision.precision_for(*OPERANDS[case.operands]).name
+    tile = (
+        tile_configs.SAFE[algorithm]
+        if case.tile == "safe"
+        else tile_configs.select(algorithm, dtype)
+    )
     record = {**vars(case), "dtype": dtype, "sizes": vars(tile), "error": None}
     compiled.launched = set()
     try:
@@ -209,7 +213,7 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
     facts["spilled_scalars"] = 0
     facts["registers"] = numbers(r"REG:(\d+)", usage)
     facts["products"] = sorted(set(re.findall(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)\b", text)))
-    if "wgmma" in facts["products"] or name == "box_max_kernel":
+    if "wgmma" in facts["products"] or name == "slab_search_kernel":
         facts["loops"] = loops(kernel.asm["cubin"])
     return {**facts, "copies_blocks": "cp.async.bulk.tensor" in text}
 
@@ -252,11 +256,11 @@ def main() -> None:
     records = [
         compile_case(args.algorithm, case, compiled) for case in cases(args.algorithm, args.options)
     ]
-    from ttsr_fast.kernels import tiles
+    from ttsr_fast.kernels import tile_configs
 
     document = {
         "triton": triton.__version__,
-        "table": [[list(key), vars(tile)] for key, tile in tiles.TABLE.items()],
+        "table": [[list(key), vars(tile)] for key, tile in tile_configs.TABLE.items()],
         "cases": records,
         "kernels": list(map(describe, compiled.names, compiled.kernels)),
     }

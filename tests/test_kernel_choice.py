@@ -8,7 +8,7 @@ import triton
 
 from ttsr_fast import search
 from ttsr_fast.kernels import search as kernels
-from ttsr_fast.kernels import slab_search, tiles
+from ttsr_fast.kernels import slab, tile_configs
 from ttsr_fast.operators import triton as backend
 
 each = pytest.mark.parametrize
@@ -44,9 +44,9 @@ def test_rocm_has_another_choice(monkeypatch):
     assert "float32 result on ROCm" in kernels.why_not("slab", torch.float32, 3, "fp16x3")
     assert kernels.choose(large, large, 3, 1, "fp16x3") == "rolled"
     assert kernels.choose(large, large, 3, 1, "fp32") == "slab"
-    monkeypatch.setattr(tiles, "target", lambda: "gfx90a")
+    monkeypatch.setattr(tile_configs, "target", lambda: "gfx90a")
     assert "TF32" in kernels.why_not("direct", torch.float32, 3, "tf32")
-    monkeypatch.setattr(tiles, "target", lambda: "gfx942")
+    monkeypatch.setattr(tile_configs, "target", lambda: "gfx942")
     assert kernels.why_not("direct", torch.float32, 3, "tf32") is None
 
 
@@ -62,7 +62,7 @@ def test_rocm_has_another_choice(monkeypatch):
     ],
 )
 def test_the_choice_by_predicted_time(monkeypatch, size, precision, compiled, algorithm):
-    monkeypatch.setattr(slab_search, "has_cuda_kernel", lambda x: compiled)
+    monkeypatch.setattr(slab, "has_cuda_kernel", lambda x: compiled)
     x = torch.empty(1).expand(1, 256, *size)
     assert kernels.choose(x, x, 3, 1, precision) == algorithm
 
@@ -75,12 +75,16 @@ def test_the_choice_of_few_channels():
 
 
 def test_targets_without_tiles_of_their_own(monkeypatch):
-    monkeypatch.setattr(tiles, "target", lambda: "sm_100")
-    assert tiles.tile("rolled", "float16x3") == tiles.TABLE["rolled", None, "tensor"]
-    assert tiles.tile("direct", "float32") == tiles.TABLE["direct", None, "float32"]
-    assert tiles.tile("slab", "float16") == tiles.SAFE["slab"]
-    monkeypatch.setattr(tiles, "target", lambda: "sm_120")
-    assert tiles.tile("rolled", "float16") == tiles.SAFE["rolled"], "never compiled for it"
+    monkeypatch.setattr(tile_configs, "target", lambda: "sm_100")
+    assert (
+        tile_configs.select("rolled", "float16x3") == tile_configs.TABLE["rolled", None, "tensor"]
+    )
+    assert tile_configs.select("direct", "float32") == tile_configs.TABLE["direct", None, "float32"]
+    assert tile_configs.select("slab", "float16") == tile_configs.SAFE["slab"]
+    monkeypatch.setattr(tile_configs, "target", lambda: "sm_120")
+    assert tile_configs.select("rolled", "float16") == tile_configs.SAFE["rolled"], (
+        "never compiled for it"
+    )
 
 
 def test_double_is_declined():

@@ -8,11 +8,11 @@ import triton.language as tl
 from tests import cases
 from tests.checks import assert_same_choice
 from ttsr_fast import Match, reference, search
-from ttsr_fast.kernels import direct_search, rolled_search, slab_search, tiles
+from ttsr_fast.kernels import direct, rolled, slab, tile_configs
 from ttsr_fast.kernels import search as kernels
-from ttsr_fast.kernels.best import encode
-from ttsr_fast.kernels.operands import operands
-from ttsr_fast.kernels.tiles import Tile
+from ttsr_fast.kernels.argmax import encode
+from ttsr_fast.kernels.precision import precision_for
+from ttsr_fast.kernels.tile_configs import TileConfig
 
 # What NumPy says, with which the interpreter computes, of a query that a tile holds no key for, and
 # of a feature whose square overflows.
@@ -33,13 +33,13 @@ SHAPES = (
     "batch_of_one_key",
     "tile_129",
 )
-SMALL = Tile(16, 16, 4, 2)
+SMALL = TileConfig(16, 16, 4, 2)
 
 
 @pytest.fixture(autouse=True)
 def _all_in_triton(monkeypatch):
     """The kernel of the CUDA library is for `test_gpu.py` and `test_cuda_slab.py`."""
-    monkeypatch.setattr(slab_search, "has_cuda_kernel", lambda x: False)
+    monkeypatch.setattr(slab, "has_cuda_kernel", lambda x: False)
 
 
 def run(
@@ -126,15 +126,15 @@ def test_tails_of_tiles(algorithm, precision):
 
 def small_blocks(monkeypatch, leading=64, rows=28):
     """Several strips and blocks of small maps."""
-    monkeypatch.setattr(slab_search, "QUERY_WIDTH", 6)
-    monkeypatch.setattr(slab_search, "KEY_WIDTH", 5)
-    monkeypatch.setattr(slab_search, "LEADING", leading)
-    monkeypatch.setattr(slab_search, "RING_BYTES", rows * 4 * leading)
+    monkeypatch.setattr(slab, "QUERY_WIDTH", 6)
+    monkeypatch.setattr(slab, "KEY_WIDTH", 5)
+    monkeypatch.setattr(slab, "LEADING", leading)
+    monkeypatch.setattr(slab, "RING_BYTES", rows * 4 * leading)
 
 
 @each("programs", [1, 1000])
 def test_direct_with_splits(monkeypatch, programs):
-    monkeypatch.setattr(direct_search, "PROGRAMS", programs)
+    monkeypatch.setattr(direct, "PROGRAMS", programs)
     query, key = maps((1, 4, 3, 11), (1, 4, 9, 13))
     assert_same_choice(run("direct", query, key, tile=SMALL), query, key)
 
@@ -143,9 +143,9 @@ def test_direct_with_splits(monkeypatch, programs):
 @each("lazy", [False, True])
 @each("algorithm", ["rolled", "direct"])
 def test_what_depends_on_the_target(monkeypatch, algorithm, lazy, descriptors):
-    monkeypatch.setattr(tiles, "has_descriptors", lambda: descriptors)
-    monkeypatch.setattr(tiles, "lazy", lambda: lazy)
-    if descriptors and tiles.target() == "sm_80":
+    monkeypatch.setattr(tile_configs, "has_descriptors", lambda: descriptors)
+    monkeypatch.setattr(tile_configs, "lazy", lambda: lazy)
+    if descriptors and tile_configs.target() == "sm_80":
         return
     query, key = maps((1, 4, 5, 9), (1, 4, 4, 11))
     assert_same_choice(run(algorithm, query, key, tile=SMALL), query, key)
@@ -294,14 +294,14 @@ def test_launches_at_training_size(monkeypatch, precision, dtype, algorithm, lau
     for launcher, name in (
         (kernels.pack, "amax_kernel"),
         (kernels.pack, "pack_kernel"),
-        (kernels.patch_norm, "patch_norm_kernel"),
+        (kernels.key_scale, "key_scale_kernel"),
         (kernels.direct_search, "direct_search_kernel"),
-        (rolled_search.rolled_search, "rolled_search_kernel"),
-        (slab_search.box_max, "box_max_kernel"),
-        (kernels.finish, "finish_kernel"),
+        (rolled.rolled_search, "rolled_search_kernel"),
+        (slab.search_block, "slab_search_kernel"),
+        (kernels.rescore, "rescore_kernel"),
     ):
         monkeypatch.setitem(launcher.__globals__, name, Kernel())
-    monkeypatch.setattr(slab_search, "multiply", lambda *arguments: started.append("product"))
+    monkeypatch.setattr(slab, "multiply", lambda *arguments: started.append("product"))
     run(algorithm, query, key, precision=precision)
     assert len(started) == launches
 
@@ -360,15 +360,15 @@ def test_pytorch_settings_are_left_alone():
 
 def test_settings_during_products():
     setting = torch.backends.cuda.matmul
-    how = {name: operands(torch.float32, name) for name in PRECISIONS}
+    how = {name: precision_for(torch.float32, name) for name in PRECISIONS}
     before = setting.fp32_precision, setting.allow_fp16_accumulation
     try:
         setting.fp32_precision, setting.allow_fp16_accumulation = "tf32", True
-        with slab_search.matmul_precision(how["fp32"]):
+        with slab.matmul_precision(how["fp32"]):
             assert setting.fp32_precision == "ieee" and setting.allow_fp16_accumulation
-        with slab_search.matmul_precision(how["fp16x3"]):
+        with slab.matmul_precision(how["fp16x3"]):
             assert not setting.allow_fp16_accumulation
-        with slab_search.matmul_precision(how["bf16"]):
+        with slab.matmul_precision(how["bf16"]):
             assert setting.fp32_precision == "tf32" and setting.allow_fp16_accumulation
         assert setting.fp32_precision == "tf32" and setting.allow_fp16_accumulation
     finally:
@@ -378,5 +378,5 @@ def test_settings_during_products():
 def test_rolled_reads_by_descriptor_where_there_are_any(monkeypatch):
     rows = maps().__next__().permute(0, 2, 3, 1).reshape(-1, 20)
     packed = type("Packed", (), {"rows": rows})
-    assert rolled_search._rows(packed, 16, 4, False) is rows
-    assert rolled_search._rows(packed, 16, 4, True).block_shape == [16, 4]
+    assert rolled._rows(packed, 16, 4, False) is rows
+    assert rolled._rows(packed, 16, 4, True).block_shape == [16, 4]

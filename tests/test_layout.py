@@ -14,10 +14,10 @@ from tests.test_kernels import (  # noqa: F401  # a fixture and marks that hold 
     run,
     small_blocks,
 )
-from ttsr_fast.kernels import rolled_search, slab_search, tiles
+from ttsr_fast.kernels import rolled, slab, tile_configs
 from ttsr_fast.kernels import search as kernels
 from ttsr_fast.kernels.layout import Layout, column_of, first_pixel
-from ttsr_fast.kernels.tiles import Tile
+from ttsr_fast.kernels.tile_configs import TileConfig
 
 each = pytest.mark.parametrize
 
@@ -56,8 +56,12 @@ def test_every_patch_has_one_place(height, width, bands, strips, align, halo):
 )
 def test_slab_in_blocks(monkeypatch, leading, rows, together, query_rows, key_rows):
     small_blocks(monkeypatch, leading, rows)
-    blocks = slab_search.Blocks(*slab_search.layouts((7, 13), (5, 9)), images=3)
-    assert (blocks.together, blocks.query_rows, blocks.key_rows) == (together, query_rows, key_rows)
+    blocks = slab.Blocks(*slab.layouts((7, 13), (5, 9)), images=3)
+    assert (blocks.batch, blocks.query_rows, blocks.key_rows) == (
+        together,
+        query_rows,
+        key_rows,
+    )
     assert (blocks.query.strips, blocks.key.strips) == (3, 2)
     query, key = maps((3, 5, 7, 13), (3, 5, 5, 9))
     assert_same_choice(run("slab", query, key, tile=SMALL), query, key)
@@ -67,8 +71,8 @@ def test_slab_in_blocks(monkeypatch, leading, rows, together, query_rows, key_ro
 @each("precision", ["fp32", "fp16x3"])
 def test_rolled_in_bands(query, key, precision):
     """Narrow maps beside each other, of which the last band may be shorter."""
-    tile = Tile(32, 32, 4, 2)
-    layouts = rolled_search.layouts(query, key, 1, tile)
+    tile = TileConfig(32, 32, 4, 2)
+    layouts = rolled.layouts(query, key, 1, tile)
     assert any(layout.bands > 1 for layout in layouts)
     query, key = maps((2, 5, *query), (1, 5, *key))
     match = run("rolled", query, key, precision=precision, tile=tile)
@@ -90,10 +94,10 @@ USEFUL = {
 @each("size", USEFUL)
 def test_useful_share_of_tiles(size):
     """Of the pairs, first and last rows of walks included, and of the columns of tiles."""
-    tile = tiles.TABLE["rolled", "sm_90", "tensor"]
+    tile = tile_configs.TABLE["rolled", "sm_90", "tensor"]
     shape = (1, 256, *size)
     pairs = kernels.padded_pairs(shape, shape, "rolled", tile)
     assert (size[0] * size[1]) ** 2 / pairs >= USEFUL[size]
-    for layout, block in zip(rolled_search.layouts(size, size, 1, tile), (128, 128), strict=True):
+    for layout, block in zip(rolled.layouts(size, size, 1, tile), (128, 128), strict=True):
         columns = -(-layout.line // block) * block
         assert (layout.bands * size[1] / columns) ** 2 > 0.87

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SEARCHES = {
-    "slab": "box_max_kernel",
+    "slab": "slab_search_kernel",
     "rolled": "rolled_search_kernel",
     "direct": "direct_search_kernel",
 }
@@ -144,7 +144,7 @@ def test_kernels(target: str, algorithm: str) -> None:
     document = compiled(target, algorithm)
     for case in document["cases"]:
         names = {document["kernels"][number]["name"] for number in case["kernels"]}
-        assert case["error"] or {"pack_kernel", SEARCHES[algorithm], "finish_kernel"} <= names
+        assert case["error"] or {"pack_kernel", SEARCHES[algorithm], "rescore_kernel"} <= names
     faults = {
         "does not compile": failures(document),
         "spills": spills(document),

@@ -45,7 +45,7 @@ void gather_dot(const Tensor& value,  // [N or 1, C, HV, WV]
                 const Tensor& out,    // [N, Ho, Wo]
                 int64_t stride, const PatchOptions& options, bool check_index);
 
-// Blocks of packed maps, see kernels/slab_search.py. A layout is height, width, strips, width of a strip,
+// Blocks of packed maps, see kernels/slab.py. A layout is height, width, strips, width of a strip,
 // pixels of a line, and rows of a block.
 struct SlabOptions {
   int64_t key_images, depth;       // columns that are multiplied

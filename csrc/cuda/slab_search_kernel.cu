@@ -63,7 +63,7 @@ struct Products {
   }
 };
 
-// As kernels/best.py: the upper half orders as the score does, the lower half falls with the index.
+// As kernels/argmax.py: the upper half orders as the score does, the lower half falls with the index.
 __device__ __forceinline__ int64_t encode(float score, int32_t index) {
   const int32_t bits = __float_as_int(score + 0.0f);  // -0.0 equals 0.0
   const int32_t ordered = bits ^ ((bits >> 31) & 0x7fffffff);

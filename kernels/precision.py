@@ -10,7 +10,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @dataclass(frozen=True)
-class Operands:
+class Precision:
     """Features as they are multiplied.
 
     Features that have to be rounded are kept in parts: `scale * x = part 0 + part 1 + ...`, each
@@ -58,18 +58,18 @@ class Operands:
 
 
 # For features in float32. fp16x3 multiplies low * high, high * low and high * high.
-OPERANDS = {
-    "fp32": Operands(torch.float32),
-    "tf32": Operands(torch.float32, input_precision="tf32"),
-    "fp16x3": Operands(torch.float16, (1, 0, 0), (0, 1, 0), multiplied=3, scaled=True),
-    "fp16": Operands(torch.float16, (0, 1), (0, 1), scaled=True),
-    "bf16": Operands(torch.bfloat16, (0, 1, 2), (0, 1, 2)),
+PRECISIONS = {
+    "fp32": Precision(torch.float32),
+    "tf32": Precision(torch.float32, input_precision="tf32"),
+    "fp16x3": Precision(torch.float16, (1, 0, 0), (0, 1, 0), multiplied=3, scaled=True),
+    "fp16": Precision(torch.float16, (0, 1), (0, 1), scaled=True),
+    "bf16": Precision(torch.bfloat16, (0, 1, 2), (0, 1, 2)),
 }
 
 
-def operands(dtype: torch.dtype, precision: str) -> Operands:
+def precision_for(dtype: torch.dtype, precision: str) -> Precision:
     """What is multiplied of features of `dtype`; those of 16 bits as they are, which is exact."""
-    return OPERANDS[precision] if dtype == torch.float32 else Operands(dtype)
+    return PRECISIONS[precision] if dtype == torch.float32 else Precision(dtype)
 
 
 @triton.jit

@@ -25,10 +25,10 @@ def encode(
 
 
 @triton.jit
-def decode(best):  # [...] int64 -> [...] float32, [...] int32
-    ordered = (best >> 32).to(tl.int32)
+def decode(argmax):  # [...] int64 -> [...] float32, [...] int32
+    ordered = (argmax >> 32).to(tl.int32)
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    return bits.to(tl.float32, bitcast=True), best.to(tl.int32) ^ NO_KEY
+    return bits.to(tl.float32, bitcast=True), argmax.to(tl.int32) ^ NO_KEY
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def first_of_row_maximum(
 
 @triton.jit
 def merge(
-    p_best,  # [BLOCK_Q] pointers to int64
+    p_argmax,  # [BLOCK_Q] pointers to int64
     b_s,  # [BLOCK_Q, BLOCK_K] scores
     o_k,  # [BLOCK_K] columns of the keys, within a line of bands
     key,  # index of the key in column 0
@@ -54,7 +54,7 @@ def merge(
     """Raise the best of these queries to the best of these keys, where that is better."""
     b_m = tl.max(b_s, axis=1)
     # From the L2 cache, where the atomics are. It may be outdated, and then too low: they decide.
-    known, _ = decode(tl.load(p_best, mask=m_q, other=EMPTY, cache_modifier=".cg"))
+    known, _ = decode(tl.load(p_argmax, mask=m_q, other=EMPTY, cache_modifier=".cg"))
     m_q = m_q & (b_m >= known)
     improved = True
     if LAZY:
@@ -62,4 +62,4 @@ def merge(
     if improved:
         column = first_of_row_maximum(b_s, b_m, o_k)
         index = key + column // PIECE * BAND + column % PIECE
-        tl.atomic_max(p_best, encode(b_m, index), mask=m_q, sem="relaxed")
+        tl.atomic_max(p_argmax, encode(b_m, index), mask=m_q, sem="relaxed")

@@ -9,7 +9,7 @@ LINE_BYTES = 128  # of channels that are multiplied at a time: a line of the cac
 
 
 @dataclass(frozen=True)
-class Tile:
+class TileConfig:
     """How one program of a kernel is cut.
 
     Attributes:
@@ -32,32 +32,32 @@ class Tile:
 
 # Fits 48 KiB of shared memory on any target, whatever is multiplied.
 SAFE = {
-    "direct": Tile(16, 64, 4, 2),
-    "rolled": Tile(32, 64, 4, 2),
-    "slab": Tile(64, 32, 4, 1),
+    "direct": TileConfig(16, 64, 4, 2),
+    "rolled": TileConfig(32, 64, 4, 2),
+    "slab": TileConfig(64, 32, 4, 1),
 }
-INTERPRETED = Tile(64, 64, 4, 2)  # where an operation takes as long for any size
+INTERPRETED = TileConfig(64, 64, 4, 2)  # where an operation takes as long for any size
 # The largest tiles that a compiler fits into registers without a spill; none is measured yet.
 # Target None is for those without a row of their own. Operands are those that tensor cores
 # multiply, or float32.
 TABLE = {
-    ("rolled", None, "tensor"): Tile(64, 128, 8, 4),
-    ("rolled", "sm_90", "tensor"): Tile(128, 128, 8, 4),
-    ("rolled", "gfx942", "tensor"): Tile(128, 128, 8, 2),
-    ("rolled", None, "float32"): Tile(64, 64, 8, 2),
-    ("rolled", "sm_80", "float32"): Tile(64, 128, 8, 2),
-    ("rolled", "gfx942", "float32"): Tile(128, 128, 8, 2),
-    ("direct", None, "tensor"): Tile(128, 128, 8, 4),
-    ("direct", "sm_80", "tensor"): Tile(128, 128, 8, 3),
-    ("direct", "gfx942", "tensor"): Tile(128, 128, 8, 2),
-    ("direct", None, "float32"): Tile(64, 128, 8, 2),
+    ("rolled", None, "tensor"): TileConfig(64, 128, 8, 4),
+    ("rolled", "sm_90", "tensor"): TileConfig(128, 128, 8, 4),
+    ("rolled", "gfx942", "tensor"): TileConfig(128, 128, 8, 2),
+    ("rolled", None, "float32"): TileConfig(64, 64, 8, 2),
+    ("rolled", "sm_80", "float32"): TileConfig(64, 128, 8, 2),
+    ("rolled", "gfx942", "float32"): TileConfig(128, 128, 8, 2),
+    ("direct", None, "tensor"): TileConfig(128, 128, 8, 4),
+    ("direct", "sm_80", "tensor"): TileConfig(128, 128, 8, 3),
+    ("direct", "gfx942", "tensor"): TileConfig(128, 128, 8, 2),
+    ("direct", None, "float32"): TileConfig(64, 128, 8, 2),
 }
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # that the table was compiled for
 
 
-def tile(algorithm: str, operands: str) -> Tile:
-    """The tile of an algorithm on the current target for operands named as in `operands.py`."""
-    unit = "float32" if operands == "float32" else "tensor"
+def select(algorithm: str, precision: str) -> TileConfig:
+    """The tile of an algorithm on the current target for operands named as in `precision.py`."""
+    unit = "float32" if precision == "float32" else "tensor"
     if target() == "interpreter":
         return INTERPRETED
     if target() not in TARGETS or algorithm == "slab":

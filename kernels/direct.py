@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttsr_fast.kernels import tiles
-from ttsr_fast.kernels.best import NO_KEY, encode, first_of_row_maximum
-from ttsr_fast.kernels.operands import Operands, multiply_add
+from ttsr_fast.kernels import tile_configs
+from ttsr_fast.kernels.argmax import NO_KEY, encode, first_of_row_maximum
+from ttsr_fast.kernels.key_scale import image_stride, mask_stride, patch_scale, scaled_eps
 from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed
-from ttsr_fast.kernels.patch_norm import image_stride, key_scale, mask_stride, scaled_eps
-from ttsr_fast.kernels.tiles import LINE_BYTES, Tile
+from ttsr_fast.kernels.precision import Precision, multiply_add
+from ttsr_fast.kernels.tile_configs import LINE_BYTES, TileConfig
 
 PROGRAMS = 528  # at least, if there are as many tiles: four for each multiprocessor of an H100
 
@@ -23,14 +23,14 @@ def direct_search(
     query: Packed,
     key: Packed,
     key_mask: Tensor | None,  # [N or 1, HKo, WKo]
-    best: Tensor,  # [N, Ho, Wo], merged into
-    lost: Tensor,  # [N or 1], merged into
+    argmax: Tensor,  # [N, Ho, Wo], merged into
+    first_nonfinite_key: Tensor,  # [N or 1], merged into
     kernel_size: int,
     normalize: bool,
     eps: float,
     add_eps: bool,
-    operands: Operands,
-    tile: Tile,
+    precision: Precision,
+    tile: TileConfig,
 ) -> None:
     n, q, k = query.images, query.layout, key.layout
     query_tiles = triton.cdiv(q.height * q.line, tile.block_q)
@@ -44,13 +44,13 @@ def direct_search(
         key.square,
         key.amax,
         key_mask,
-        best,
-        lost,
+        argmax,
+        first_nonfinite_key,
         q.pixels,
         image_stride(key.images, k.pixels),
         image_stride(key.images, AMAX_BLOCKS),
         mask_stride(key_mask),
-        image_stride(len(lost), 1),
+        image_stride(len(first_nonfinite_key), 1),
         q.line,
         k.line,
         q.height,
@@ -62,20 +62,20 @@ def direct_search(
         splits,
         tiles_per_split,
         eps,
-        K=operands.multiplied * query.channels,
-        SECTIONS=len(operands.query_sections),
+        K=precision.multiplied * query.channels,
+        SECTIONS=len(precision.query_sections),
         C=query.channels,
-        SCALED=operands.scaled,
-        INPUT_PRECISION=operands.input_precision,
+        SCALED=precision.scaled,
+        INPUT_PRECISION=precision.input_precision,
         KERNEL=kernel_size,
         NORMALIZE=normalize,
         ADD_EPS=add_eps,
         MASKED=key_mask is not None,
         AMAX_BLOCKS=AMAX_BLOCKS,
-        LAZY=tiles.lazy(),
+        LAZY=tile_configs.lazy(),
         BLOCK_Q=tile.block_q,
         BLOCK_K=tile.block_k,
-        BLOCK_C=LINE_BYTES // operands.dtype.itemsize,
+        BLOCK_C=LINE_BYTES // precision.dtype.itemsize,
         **tile.options,
     )
 
@@ -86,7 +86,7 @@ def direct_search(
         "stride_key",
         "stride_amax",
         "stride_mask",
-        "stride_lost",
+        "stride_nonfinite",
         "WP",
         "WKP",
         "HO",
@@ -105,13 +105,13 @@ def direct_search_kernel(
     p_square,  # [N*ROWS_K + slack]
     p_amax,  # [N or 1, AMAX_BLOCKS]
     p_mask,  # [N or 1, HKO, WKO]
-    p_best,  # [N, HO, WO]
-    p_lost,  # [N or 1]
+    p_argmax,  # [N, HO, WO]
+    p_first_nonfinite,  # [N or 1]
     ROWS_Q,
     stride_key,  # of images, in rows
     stride_amax,
     stride_mask,
-    stride_lost,
+    stride_nonfinite,
     WP,
     WKP,
     HO,
@@ -133,7 +133,7 @@ def direct_search_kernel(
     ADD_EPS: tl.constexpr,
     MASKED: tl.constexpr,
     AMAX_BLOCKS: tl.constexpr,
-    LAZY: tl.constexpr,  # as in `best.merge`
+    LAZY: tl.constexpr,  # as in `argmax.merge`
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -153,7 +153,7 @@ def direct_search_kernel(
     p_q = p_query + (i_n * ROWS_Q + i_q * BLOCK_Q) * ROW
     o_qc = (tl.arange(0, BLOCK_Q) * ROW)[:, None] + o_c[None, :]  # [BLOCK_Q, BLOCK_C]
     o_kc = (tl.arange(0, BLOCK_K) * ROW)[None, :] + o_c[:, None]  # [BLOCK_C, BLOCK_K]
-    b_best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    b_score = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_index = tl.full([BLOCK_Q], NO_KEY, tl.int32)
     first_tile = i_s * TILES_PER_SPLIT
     for i_k in range(first_tile, tl.minimum(first_tile + TILES_PER_SPLIT, KEY_TILES)):
@@ -180,10 +180,10 @@ def direct_search_kernel(
         if MASKED:
             p_allowed = p_mask + i_n * stride_mask + o_i
         p_first = p_square + i_n * stride_key + o_k
-        b_scale = key_scale(
+        b_scale = patch_scale(
             p_first,
             p_allowed,
-            p_lost + i_n * stride_lost,
+            p_first_nonfinite + i_n * stride_nonfinite,
             o_i,
             m_k,
             WKP,
@@ -195,13 +195,13 @@ def direct_search_kernel(
         )
         b_s = b_t * b_scale[None, :]
         b_m = tl.max(b_s, axis=1)
-        better = b_m > b_best  # keys come in ascending order: the first of equal ones stays
+        better = b_m > b_score  # keys come in ascending order: the first of equal ones stays
         improved = True
         if LAZY:
             improved = tl.max(better.to(tl.int32), axis=0) > 0
         if improved:
             b_i = first_of_row_maximum(b_s, b_m, o_i)
             b_index = tl.where(better, b_i, b_index)
-            b_best = tl.where(better, b_m, b_best)
-    p_out = p_best + i_n * (HO * WO) + (o_q // WP * WO + o_q % WP)
-    tl.atomic_max(p_out, encode(b_best, b_index), mask=m_q, sem="relaxed")
+            b_score = tl.where(better, b_m, b_score)
+    p_out = p_argmax + i_n * (HO * WO) + (o_q // WP * WO + o_q % WP)
+    tl.atomic_max(p_out, encode(b_score, b_index), mask=m_q, sem="relaxed")

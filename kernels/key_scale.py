@@ -1,9 +1,9 @@
 """Norms of patches, from the squared norms of pixels, and the scale they give a key.
 
 A score is `total * scale`: `total` is the inner product of two patches and `scale` one over the
-norm of the key patch, or NaN for a key that may not be matched (`best.py`). A key patch that is not
-finite is not matched either; the lowest index of such a one, if it was allowed, goes to `lost`, and
-`finish.py` turns the scores of the whole image into NaN.
+norm of the key patch, or NaN for a key that must not match (`argmax.py`). A non-finite key patch
+never matches. The lowest index of an allowed one goes to `first_nonfinite_key`, and `rescore.py`
+turns all scores of the image into NaN.
 """
 
 import triton
@@ -16,11 +16,11 @@ from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed, power_of_two_scale
 BLOCK = 128
 
 
-def patch_norm(
+def key_scale(
     key: Packed,
     key_mask: Tensor | None,  # [N or 1, HKo, WKo]
     scale: Tensor,  # [N or 1, strips, band height, slots], filled
-    lost: Tensor,  # [N or 1], merged into
+    first_nonfinite_key: Tensor,  # [N or 1], merged into
     kernel_size: int,
     normalize: bool,
     eps: float,
@@ -34,12 +34,12 @@ def patch_norm(
     """
     layout, slots = key.layout, scale.shape[3]
     blocks = triton.cdiv(scale[0].numel(), BLOCK)
-    patch_norm_kernel[(len(scale) * blocks,)](
+    key_scale_kernel[(len(scale) * blocks,)](
         key.square,
         key.amax,
         key_mask,
         scale,
-        lost,
+        first_nonfinite_key,
         image_stride(key.images, layout.pixels),
         image_stride(key.images, AMAX_BLOCKS),
         mask_stride(key_mask),
@@ -58,7 +58,7 @@ def patch_norm(
     )
 
 
-def scale_for(
+def allocate_scale(
     key: Packed, images: int, tile: int
 ) -> Tensor:  # [images, strips, band height, slots]
     """Memory for the scales, with slots for whole tiles of keys."""
@@ -108,10 +108,10 @@ def denominator(norm, eps, ADD_EPS: tl.constexpr):
 
 
 @triton.jit
-def key_scale(
+def patch_scale(
     p_first,  # [BLOCK] as in box_sum
     p_mask,  # [BLOCK] pointers into the mask, unless MASKED is False
-    p_lost,
+    p_first_nonfinite,
     o_i,  # [BLOCK] indices of the keys
     m_k,  # [BLOCK] False for what is no key
     LINE,
@@ -125,7 +125,7 @@ def key_scale(
     finite = squared < float("inf")  # NaN compares false
     if MASKED:
         m_k = m_k & (tl.load(p_mask, mask=m_k, other=0) != 0)
-    tl.atomic_min(p_lost + o_i * 0, o_i, mask=m_k & ~finite, sem="relaxed")
+    tl.atomic_min(p_first_nonfinite + o_i * 0, o_i, mask=m_k & ~finite, sem="relaxed")
     scale = tl.full(squared.shape, 1.0, tl.float32)
     if NORMALIZE:
         scale = 1.0 / denominator(tl.sqrt(tl.where(finite, squared, 1.0)), eps, ADD_EPS)
@@ -138,12 +138,12 @@ def key_scale(
         *(*size_names(), "STRIPS", "SLOTS", "BLOCKS"),
     ]
 )
-def patch_norm_kernel(
+def key_scale_kernel(
     p_square,  # [N or 1, STRIPS, LINES, LINE]
     p_amax,  # [N or 1, AMAX_BLOCKS]
     p_mask,  # [N or 1, HEIGHT, WIDTH]
     p_scale,  # [N or 1, STRIPS, BAND_HEIGHT, SLOTS], written
-    p_lost,  # [N or 1]
+    p_first_nonfinite,  # [N or 1]
     stride_square,
     stride_amax,
     stride_mask,
@@ -177,8 +177,18 @@ def patch_norm_kernel(
     p_allowed = o_i
     if MASKED:
         p_allowed = p_mask + i_n * stride_mask + o_i
-    scale = key_scale(
-        p_first, p_allowed, p_lost + i_n, o_i, m_k, LINE, eps, KERNEL, NORMALIZE, ADD_EPS, MASKED
+    scale = patch_scale(
+        p_first,
+        p_allowed,
+        p_first_nonfinite + i_n,
+        o_i,
+        m_k,
+        LINE,
+        eps,
+        KERNEL,
+        NORMALIZE,
+        ADD_EPS,
+        MASKED,
     )
     tl.store(p_scale + i_n * (STRIPS * BAND_HEIGHT * SLOTS) + o_s, scale, mask=m_s)
 
@@ -187,5 +197,5 @@ def patch_norm_kernel(
 def load_scale(
     p_scale,  # [BLOCK] pointers
 ):  # [BLOCK]
-    """What `patch_norm` stored; as a tile, for the reason given in `box_sum`."""
+    """What `key_scale` stored; as a tile, for the reason given in `box_sum`."""
     return tl.sum(tl.load(p_scale[:, None]), axis=1)

@@ -2,7 +2,7 @@
 
 The inner products of a block of key pixels with a block of query pixels are written by one GEMM to
 a ring of bounded size, C products per pair, in any precision that the GEMM library has. A second
-kernel reads them from the L2 cache: a walk (`walk.py`) in which three loads are the taps along a
+kernel reads them from the L2 cache: a walk (`layout.py`) in which three loads are the taps along a
 row, and the three rows are added up on the way. For patches of 3x3.
 
 Blocks are runs of lines of a packed map, so the GEMM reads them where they are. On NVIDIA GPUs the
@@ -21,13 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttsr_fast.kernels.best import merge
-from ttsr_fast.kernels.layout import Layout
-from ttsr_fast.kernels.operands import Operands
+from ttsr_fast.kernels.argmax import merge
+from ttsr_fast.kernels.key_scale import image_stride, load_scale
+from ttsr_fast.kernels.layout import Layout, diagonal
 from ttsr_fast.kernels.pack import Packed
-from ttsr_fast.kernels.patch_norm import image_stride, load_scale
-from ttsr_fast.kernels.tiles import Tile
-from ttsr_fast.kernels.walk import walk
+from ttsr_fast.kernels.precision import Precision
+from ttsr_fast.kernels.tile_configs import TileConfig
 
 HALO = 2
 RING_BYTES = 32 << 20  # of inner products held at a time, at most
@@ -84,7 +83,7 @@ class Blocks:
         return max(1, RING_BYTES // (4 * LEADING * self.key_pixels))
 
     @cached_property
-    def together(self) -> int:
+    def batch(self) -> int:
         """Images that are searched in one product."""
         return min(self.images, LEADING // self.query_pixels if self._across else self._below)
 
@@ -95,30 +94,30 @@ class Blocks:
 
     @cached_property
     def count(self) -> int:
-        """Products and walks: of all images that are searched together, all pairs of blocks."""
+        """Products: pairs of blocks, for each batch of images."""
         rows = triton.cdiv(self.query.height, self.query_rows) * self.query.strips
         rows *= triton.cdiv(self.key.height, self.key_rows) * self.key.strips
-        return rows * triton.cdiv(self.images, self.together)
+        return rows * triton.cdiv(self.images, self.batch)
 
     @property
     def multiplied_pairs(self) -> int:
         """Pairs of pixels that go through the product, halos and overlaps included."""
-        return self.count * self.together * self.query_pixels * self.key_pixels
+        return self.count * self.batch * self.query_pixels * self.key_pixels
 
     @property
-    def walked_pairs(self) -> int:
+    def read_pairs(self) -> int:
         """Pairs that the walks read: a line of queries counts as a whole tile of columns."""
         queries = (self.query_rows + HALO) * (QUERY_WIDTH + HALO)
-        return self.count * self.together * queries * self.key_pixels
+        return self.count * self.batch * queries * self.key_pixels
 
     def ring(self, like: Tensor) -> Tensor:  # [rows, LEADING]
         """Memory for the products, with rows that tiles read beyond them without using them."""
-        rows = self.key_pixels * (1 if self._across else self.together)
+        rows = self.key_pixels * (1 if self._across else self.batch)
         return like.new_empty(rows + SLOTS, LEADING, dtype=torch.float32)
 
-    def products(self, ring: Tensor) -> Tensor:  # [together, key pixels, query pixels]
+    def products(self, ring: Tensor) -> Tensor:  # [batch, key pixels, query pixels]
         """Where the products of a block lie in the ring."""
-        size = (self.together, self.key_pixels, self.query_pixels)
+        size = (self.batch, self.key_pixels, self.query_pixels)
         return ring.as_strided(size, (self.image_stride, LEADING, 1))
 
 
@@ -132,28 +131,28 @@ def slab_search(
     query: Packed,
     key: Packed,
     scale: Tensor,  # [N or 1, strips, band height, slots]
-    best: Tensor,  # [N, Ho, Wo], merged into
-    operands: Operands,
-    tile: Tile,
+    argmax: Tensor,  # [N, Ho, Wo], merged into
+    precision: Precision,
+    tile: TileConfig,
 ) -> None:
     blocks = Blocks(query.layout, key.layout, query.images)
     ring = blocks.ring(query.square)
 
-    def product(block: Block) -> None:
-        queries = block.queries(query, operands)
-        multiply(block.keys(key, operands), queries.mT, blocks.products(ring))
+    def product(block: BlockPair) -> None:
+        queries = block.queries(query, precision)
+        multiply(block.keys(key, precision), queries.mT, blocks.products(ring))
 
-    with matmul_precision(operands):
+    with matmul_precision(precision):
         if not has_cuda_kernel(ring):
-            for block in each(query, key, blocks):
+            for block in all_blocks(query, key, blocks):
                 product(block)
-                box_max(ring, scale, best, block, tile)
+                search_block(ring, scale, argmax, block, tile)
             return
-        arguments = cuda_arguments(query, key, scale, best, ring, operands, blocks)
+        arguments = cuda_arguments(query, key, scale, argmax, ring, precision, blocks)
         try:
             torch.ops.ttsr_fast.cuda_slab_search(*arguments)
         except RuntimeError:
-            product(next(each(query, key, blocks)))  # may raise a clearer error
+            product(next(all_blocks(query, key, blocks)))  # may raise a clearer error
             raise
 
 
@@ -161,9 +160,9 @@ def cuda_arguments(
     query: Packed,
     key: Packed,
     scale: Tensor,
-    best: Tensor,
+    argmax: Tensor,
     ring: Tensor,
-    operands: Operands,
+    precision: Precision,
     blocks: Blocks,
 ) -> tuple:
     """What the operators of the CUDA library take."""
@@ -171,9 +170,9 @@ def cuda_arguments(
         [x.height, x.width, x.strips, x.strip_width, x.line, rows]
         for x, rows in ((blocks.query, blocks.query_rows), (blocks.key, blocks.key_rows))
     ]
-    depth = operands.multiplied * query.channels
-    sizes = (key.images, depth, blocks.together, blocks.image_stride, *layouts)
-    return (query.rows, key.rows, scale, best, ring, *sizes, KEYS, ROWS)
+    depth = precision.multiplied * query.channels
+    sizes = (key.images, depth, blocks.batch, blocks.image_stride, *layouts)
+    return (query.rows, key.rows, scale, argmax, ring, *sizes, KEYS, ROWS)
 
 
 def has_cuda_kernel(x: Tensor) -> bool:
@@ -185,7 +184,7 @@ def has_cuda_kernel(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockPair:
     """A pair of blocks of some images: in which strips, and the first rows."""
 
     blocks: Blocks
@@ -195,37 +194,37 @@ class Block:
     key_strip: int
     key_row: int
 
-    def queries(self, query: Packed, operands: Operands) -> Tensor:  # [together, pixels, K]
+    def queries(self, query: Packed, precision: Precision) -> Tensor:  # [batch, pixels, K]
         rows = self.query_strip * query.layout.lines + self.query_row
-        return self._operand(query, rows, self.blocks.query_pixels, operands)
+        return self._operand(query, rows, self.blocks.query_pixels, precision)
 
-    def keys(self, key: Packed, operands: Operands) -> Tensor:  # [together, pixels, K]
+    def keys(self, key: Packed, precision: Precision) -> Tensor:  # [batch, pixels, K]
         rows = self.key_strip * key.layout.lines + self.key_row
-        return self._operand(key, rows, self.blocks.key_pixels, operands)
+        return self._operand(key, rows, self.blocks.key_pixels, precision)
 
-    def _operand(self, packed: Packed, line: int, pixels: int, operands: Operands) -> Tensor:
+    def _operand(self, packed: Packed, line: int, pixels: int, precision: Precision) -> Tensor:
         images = packed.rows[: packed.images * packed.layout.pixels]
         images = images.view(packed.images, packed.layout.pixels, -1)
         if packed.images > 1:
-            images = images[self.image : self.image + self.blocks.together]
+            images = images[self.image : self.image + self.blocks.batch]
         first = line * packed.layout.line
-        columns = operands.multiplied * packed.channels
+        columns = precision.multiplied * packed.channels
         x = images[:, first : first + pixels, :columns]
-        return x.expand(self.blocks.together, -1, -1)
+        return x.expand(self.blocks.batch, -1, -1)
 
 
-def each(query: Packed, key: Packed, blocks: Blocks) -> Iterator[Block]:
+def all_blocks(query: Packed, key: Packed, blocks: Blocks) -> Iterator[BlockPair]:
     """All pairs of blocks: for each of keys, all of queries."""
     q, k = query.layout, key.layout
-    for image in range(0, blocks.images, blocks.together):
-        image = min(image, blocks.images - blocks.together)
+    for image in range(0, blocks.images, blocks.batch):
+        image = min(image, blocks.images - blocks.batch)
         for key_strip in range(k.strips):
             for key_row in range(0, k.height, blocks.key_rows):
                 key_row = min(key_row, k.height - blocks.key_rows)
                 for query_strip in range(q.strips):
                     for query_row in range(0, q.height, blocks.query_rows):
                         query_row = min(query_row, q.height - blocks.query_rows)
-                        yield Block(blocks, image, query_strip, query_row, key_strip, key_row)
+                        yield BlockPair(blocks, image, query_strip, query_row, key_strip, key_row)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -239,15 +238,15 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 @contextmanager
-def matmul_precision(operands: Operands) -> Iterator[None]:
+def matmul_precision(precision: Precision) -> Iterator[None]:
     """PyTorch's settings for GEMMs on GPUs, as the operands need them.
 
     A setting is the whole process's: one search at a time may rely on it or change it.
     """
     setting = torch.backends.cuda.matmul
-    if operands.dtype == torch.float32:
-        name, wanted = "fp32_precision", operands.input_precision
-    elif operands.dtype == torch.float16 and setting.allow_fp16_accumulation:
+    if precision.dtype == torch.float32:
+        name, wanted = "fp32_precision", precision.input_precision
+    elif precision.dtype == torch.float16 and setting.allow_fp16_accumulation:
         name, wanted = "allow_fp16_accumulation", False
     else:
         yield
@@ -266,26 +265,31 @@ def matmul_precision(operands: Operands) -> Iterator[None]:
 _changing = RLock()
 
 
-def box_max(
-    ring: Tensor,  # [together * key pixels + SLOTS, LEADING]
+def search_block(
+    ring: Tensor,  # [batch * key pixels + SLOTS, LEADING]
     scale: Tensor,  # [N or 1, strips, band height, slots]
-    best: Tensor,  # [N, Ho, Wo], merged into
-    block: Block,
-    tile: Tile,
+    argmax: Tensor,  # [N, Ho, Wo], merged into
+    block: BlockPair,
+    tile: TileConfig,
 ) -> None:
     blocks = block.blocks
     q, k = blocks.query, blocks.key
     query_tiles = triton.cdiv(q.strip_width, tile.block_q)
     key_tiles = triton.cdiv(k.strip_width, tile.block_k)
-    walks = blocks.query_rows + blocks.key_rows - 1
+    diagonals = blocks.query_rows + blocks.key_rows - 1
     key_x = block.key_strip * k.strip_width
     query_x = block.query_strip * q.strip_width
-    box_max_kernel[(walks * blocks.together * query_tiles * key_tiles,)](
+    slab_search_kernel[(diagonals * blocks.batch * query_tiles * key_tiles,)](
         ring,
         scale[:, block.key_strip],
-        best,
-        *(blocks.together, block.image, image_stride(len(scale), scale.stride(0)), scale.shape[3]),
-        *(best.stride(0), q.width, k.width),
+        argmax,
+        *(
+            blocks.batch,
+            block.image,
+            image_stride(len(scale), scale.stride(0)),
+            scale.shape[3],
+        ),
+        *(argmax.stride(0), q.width, k.width),
         *(block.query_row, query_x, block.key_row, key_x),
         *(blocks.query_rows, min(q.strip_width, q.width - query_x), q.line),
         *(blocks.key_rows, k.line, blocks.image_stride),
@@ -299,20 +303,20 @@ def box_max(
 
 @triton.jit(
     do_not_specialize=[
-        *("N", "FIRST", "stride_scale", "SLOTS", "stride_best", "WIDTH", "WIDTH_K"),
+        *("N", "FIRST", "stride_scale", "SLOTS", "stride_argmax", "WIDTH", "WIDTH_K"),
         *("Y", "X", "YK", "XK", "ROWS", "COLUMNS", "LINE", "ROWS_K", "LINE_K", "stride_product"),
         *("QUERY_TILES", "KEY_TILES"),
     ]
 )
-def box_max_kernel(
+def slab_search_kernel(
     p_product,  # [*, LEADING]
     p_scale,  # [* or 1, BAND_HEIGHT_K, SLOTS], of a strip
-    p_best,  # [*, HEIGHT, WIDTH]
+    p_argmax,  # [*, HEIGHT, WIDTH]
     N,
     FIRST,  # image of the products
     stride_scale,  # of images, 0 if one serves all
     SLOTS,
-    stride_best,
+    stride_argmax,
     WIDTH,
     WIDTH_K,
     Y,  # the block of queries: its first position, rows, columns of patches, pixels of a line
@@ -335,7 +339,7 @@ def box_max_kernel(
     i_k, i_q = i_p % KEY_TILES, i_p // KEY_TILES % QUERY_TILES
     i_p = i_p // (KEY_TILES * QUERY_TILES)
     i_n = (i_p % N).to(tl.int64)
-    offset, y_q, length = walk(i_p // N, ROWS, ROWS_K)
+    offset, y_q, length = diagonal(i_p // N, ROWS, ROWS_K)
     y_k = y_q + offset
 
     o_q, o_k = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q), i_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -343,7 +347,7 @@ def box_max_kernel(
     o_kq = (tl.arange(0, BLOCK_K) * LEADING)[:, None] + o_q[None, :]  # [BLOCK_K, BLOCK_Q]
     p_row = p_product + i_n * stride_product + y_q * LINE
     p_row += (y_k * LINE_K + i_k * BLOCK_K).to(tl.int64) * LEADING
-    p_out = p_best + (FIRST + i_n) * stride_best + (Y + y_q) * WIDTH + X + o_q
+    p_out = p_argmax + (FIRST + i_n) * stride_argmax + (Y + y_q) * WIDTH + X + o_q
     p_scale += (FIRST + i_n) * stride_scale + (YK + y_k) * SLOTS + o_k
     first_key = (YK + y_k) * WIDTH_K + XK
     b_last = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)

@@ -4,34 +4,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttsr_fast.kernels.best import NO_KEY, decode
-from ttsr_fast.kernels.layout import first_pixel, size_names
-from ttsr_fast.kernels.operands import Operands
-from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed, power_of_two_scale
-from ttsr_fast.kernels.patch_norm import (
+from ttsr_fast.kernels.argmax import NO_KEY, decode
+from ttsr_fast.kernels.key_scale import (
     box_sum,
     denominator,
     image_stride,
     mask_stride,
     scaled_eps,
 )
+from ttsr_fast.kernels.layout import first_pixel, size_names
+from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed, power_of_two_scale
+from ttsr_fast.kernels.precision import Precision
 
 BLOCK_Q, BLOCK_C = 16, 32
 
 
-def finish(
+def rescore(
     query: Packed,
     key: Packed,
     key_mask: Tensor | None,  # [N or 1, HKo, WKo]
-    best: Tensor,  # [N, Ho, Wo]
-    lost: Tensor,  # [N or 1]
+    argmax: Tensor,  # [N, Ho, Wo]
+    first_nonfinite_key: Tensor,  # [N or 1]
     score: Tensor,  # [N, Ho, Wo], filled
     index: Tensor,  # [N, Ho, Wo], filled
     kernel_size: int,
     normalize: str,
     eps: float,
     add_eps: bool,
-    operands: Operands,
+    precision: Precision,
 ) -> None:
     """Decode, score the pair again from all that is stored of it, and divide by the query's norm.
 
@@ -39,32 +39,32 @@ def finish(
     NaN for a query patch that is not finite, with the first key allowed; for all queries if a key
     patch that is allowed is not finite, with its index; and for all if no key is allowed.
     """
-    blocks = triton.cdiv(best[0].numel(), BLOCK_Q)
-    finish_kernel[(query.images * blocks,)](
+    blocks = triton.cdiv(argmax[0].numel(), BLOCK_Q)
+    rescore_kernel[(query.images * blocks,)](
         query.rows,
         query.square,
         query.amax,
         key.rows,
         key.amax,
         key_mask,
-        best,
-        lost,
+        argmax,
+        first_nonfinite_key,
         score,
         index,
         blocks,
         image_stride(key.images, 1),
         mask_stride(key_mask),
-        image_stride(len(lost), 1),
+        image_stride(len(first_nonfinite_key), 1),
         query.layout.pixels,
         *query.layout.sizes,
         key.layout.pixels,
         *key.layout.sizes,
         eps,
         C=query.channels,
-        SECTIONS=len(operands.query_sections),
-        PARTS=operands.parts,
-        SCALED=operands.scaled,
-        RESCORE=not operands.exact,
+        SECTIONS=len(precision.query_sections),
+        PARTS=precision.parts,
+        SCALED=precision.scaled,
+        RESCORE=not precision.exact,
         NORMALIZE_QUERY=normalize == "both",
         NORMALIZE_KEY=normalize != "none",
         ADD_EPS=add_eps,
@@ -98,25 +98,25 @@ def _first_allowed(p_mask, KEYS, BLOCK: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        *("BLOCKS", "stride_key", "stride_mask", "stride_lost"),
+        *("BLOCKS", "stride_key", "stride_mask", "stride_nonfinite"),
         *("PIXELS", *size_names(), "PIXELS_K", *size_names("_K")),
     ]
 )
-def finish_kernel(
+def rescore_kernel(
     p_query,  # [N*PIXELS + slack, SECTIONS*C]
     p_query_square,  # [N*PIXELS + slack]
     p_query_amax,  # [N, AMAX_BLOCKS]
     p_key,  # [N*PIXELS_K + slack, SECTIONS*C]
     p_key_amax,  # [N or 1, AMAX_BLOCKS]
     p_mask,  # [N or 1, HEIGHT_K, WIDTH_K]
-    p_best,  # [N, HEIGHT, WIDTH]
-    p_lost,  # [N or 1]
+    p_argmax,  # [N, HEIGHT, WIDTH]
+    p_first_nonfinite,  # [N or 1]
     p_score,  # [N, HEIGHT, WIDTH], written
     p_index,  # [N, HEIGHT, WIDTH], written
     BLOCKS,
     stride_key,  # 0 if one key serves all images, else 1
     stride_mask,
-    stride_lost,
+    stride_nonfinite,
     PIXELS,
     HEIGHT,
     WIDTH,
@@ -153,13 +153,13 @@ def finish_kernel(
     o_q = i_b * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_q = o_q < HEIGHT * WIDTH
     o_out = i_n * (HEIGHT * WIDTH) + o_q
-    b_score, b_index = decode(tl.load(p_best + o_out, mask=m_q, other=0))
+    b_score, b_index = decode(tl.load(p_argmax + o_out, mask=m_q, other=0))
     no_key = b_score == float("-inf")
     b_index = tl.where(no_key | ~m_q, 0, b_index)
     # [BLOCK_Q] first pixel of every patch
     o_first = i_n * PIXELS + first_pixel(o_q, WIDTH, BAND_HEIGHT, STRIP_WIDTH, PIECE, LINE, LINES)
     squared = box_sum(p_query_square + o_first, m_q, LINE, KERNEL)
-    lost_query = m_q & ~(squared < float("inf"))
+    nonfinite_query = m_q & ~(squared < float("inf"))
 
     if RESCORE:
         i_k = i_n * stride_key
@@ -197,14 +197,14 @@ def finish_kernel(
     elif SCALED:
         b_score = b_score / power_of_two_scale(p_amax_q, AMAX_BLOCKS)
 
-    lost_key = tl.load(p_lost + i_n * stride_lost)  # NO_KEY if there is none
-    b_index = tl.where(lost_key < NO_KEY, lost_key, b_index)
+    nonfinite_key = tl.load(p_first_nonfinite + i_n * stride_nonfinite)  # NO_KEY if there is none
+    b_index = tl.where(nonfinite_key < NO_KEY, nonfinite_key, b_index)
     if MASKED:
-        if tl.max(lost_query.to(tl.int32), axis=0) > 0:
+        if tl.max(nonfinite_query.to(tl.int32), axis=0) > 0:
             first = _first_allowed(p_mask + i_n * stride_mask, HEIGHT_K * WIDTH_K, BLOCK=1024)
-            b_index = tl.where(lost_query, first, b_index)
+            b_index = tl.where(nonfinite_query, first, b_index)
     else:
-        b_index = tl.where(lost_query, 0, b_index)
-    b_score = tl.where(lost_query | no_key | (lost_key < NO_KEY), float("nan"), b_score)
+        b_index = tl.where(nonfinite_query, 0, b_index)
+    b_score = tl.where(nonfinite_query | no_key | (nonfinite_key < NO_KEY), float("nan"), b_score)
     tl.store(p_score + o_out, b_score, mask=m_q)
     tl.store(p_index + o_out, b_index.to(tl.int64), mask=m_q)
