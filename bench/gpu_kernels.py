@@ -36,6 +36,7 @@ from gate import SearchTruth, WrongResult, check_close
 from sizes import Size
 
 from ttsr_fast.operators import library
+from ttsr_fast.operators.patch import Patch, Score
 
 Cells = list[dict[str, Any]]
 Jobs = Iterator[tuple[str, Callable[[], Cells]]]
@@ -121,13 +122,13 @@ def prepare(bench: Bench, size: str, algorithm: str, precision: str, label: str)
         tile = tile_configs.TileConfig(*map(int, label.replace("x", "/").split("/")))
     score = query.new_full((len(query), *query.shape[2:]), float("nan"))
     index = torch.full_like(score, -(2**40), dtype=torch.int64)
-    arguments = (query, key, None, score, index, 3, 1, "both", 1e-12, False, precision)
-    launches = kernel_search.stages(*arguments, algorithm=algorithm, tile=tile)
+    patch, plan = Patch(3, 1), kernel_search.Plan(precision, algorithm, tile)
+    launches = kernel_search.stages(query, key, None, (score, index), patch, Score(), plan)
     for run in launches.values():
         run()
     tolerance = peers.choice_tolerance(precision)
     bench.check(lambda: bench.truth(size).check((score, index), tolerance))
-    return launches, kernel_search.padded_pairs(query.shape, key.shape, algorithm, tile)
+    return launches, kernel_search.padded_pairs(query.shape, key.shape, patch, algorithm, tile)
 
 
 def check_search(bench: Bench, size: str, algorithm: str, precision: str) -> Cells:
@@ -238,18 +239,18 @@ def first_block(bench: Bench, size: str, precision: str) -> tuple[list[int], dic
     from ttsr_fast.kernels import slab, tile_configs
 
     launches, _ = prepare(bench, size, "slab", precision, "")
-    query, key, scale, best, how, _ = launches["slab"].args
+    query, key, scale, argmax, _ = launches["slab"].args
     blocks = slab.Blocks(query.layout, key.layout, query.images)
-    block, ring = next(slab.all_blocks(query, key, blocks)), blocks.ring(query.square)
-    queries, keys, out = block.queries(query, how), block.keys(key, how), blocks.products(ring)
+    block, ring = next(slab.all_blocks(blocks)), blocks.ring(query.rows)
+    queries, keys, out = block.queries(query), block.keys(key), blocks.products(ring)
     runs = {"product": partial(slab.multiply, keys, queries.mT, out)}
     if slab.has_cuda_kernel(ring):
         for keys, rows in ((8, 16), (4, 16), (8, 8), (8, 64)):  # of a thread, of a walk
-            given = slab.cuda_arguments(query, key, scale, best, ring, how, blocks)
+            given = slab.cuda_arguments(query, key, scale, argmax.words, ring, blocks)
             run = partial(torch.ops.ttsr_fast.cuda_box_max, *given[:-2], keys, rows)
             runs[f"{keys}x{rows}"] = run
-    tile = tile_configs.select("slab", how.name)
-    runs["triton"] = partial(slab.search_block, ring, scale, best, block, tile)
+    tile = tile_configs.select("slab", query.precision.name)
+    runs["triton"] = partial(slab.search_block, ring, scale, argmax.words, block, tile)
     return list(out.shape), runs
 
 

@@ -1,17 +1,33 @@
-"""The running best of every query, as one 64-bit number that an atomic maximum can merge.
+"""Running argmax of every query: one 64-bit word, merged by an atomic maximum.
 
-The upper half orders as the score does, the lower half falls with the key's index: the maximum is
-the highest score and, among equal scores, the lowest index, in whatever order programs finish.
+The upper half is the score, as an integer of the same order. The lower half falls as the index of
+the key rises. The maximum is the highest score and, among equal scores, the lowest index, in any
+order of programs.
 
-A score of NaN is that of a key that may not be matched: a maximum passes over it, on GPUs as in
-Triton's language, and no comparison is true of it.
+Keys that must not match get score NaN: `tl.max` skips NaN, and every comparison with NaN is false.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 NO_KEY = tl.constexpr(2**31 - 1)
-EMPTY = tl.constexpr(-0x7F800001 << 32)  # no key, with a score of -inf
+EMPTY = tl.constexpr(-0x7F800001 << 32)  # score -inf, index NO_KEY
+
+
+class Argmax(NamedTuple):
+    """Running result of a search.
+
+    Attributes:
+        words: `[N, Ho, Wo]` int64, from `encode`.
+        first_nonfinite_key: `[N or 1]` int32, lowest index of an allowed key patch with a
+            non-finite feature; NO_KEY if there is none.
+    """
+
+    words: Tensor
+    first_nonfinite_key: Tensor
 
 
 @triton.jit
@@ -25,18 +41,18 @@ def encode(
 
 
 @triton.jit
-def decode(argmax):  # [...] int64 -> [...] float32, [...] int32
-    ordered = (argmax >> 32).to(tl.int32)
+def decode(word):  # [...] int64 -> [...] float32, [...] int32
+    ordered = (word >> 32).to(tl.int32)
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    return bits.to(tl.float32, bitcast=True), argmax.to(tl.int32) ^ NO_KEY
+    return bits.to(tl.float32, bitcast=True), word.to(tl.int32) ^ NO_KEY
 
 
 @triton.jit
-def first_of_row_maximum(
+def first_argmax(
     b_s,  # [BLOCK_Q, BLOCK_K] scores
-    b_m,  # [BLOCK_Q] their maximum over keys
+    b_m,  # [BLOCK_Q] maxima over keys
     o_k,  # [BLOCK_K] columns or indices of the keys
-):  # [BLOCK_Q] the lowest of those that have it
+):  # [BLOCK_Q] the lowest with the maximum
     return tl.min(tl.where(b_s == b_m[:, None], o_k[None, :], NO_KEY), axis=1)
 
 
@@ -44,22 +60,22 @@ def first_of_row_maximum(
 def merge(
     p_argmax,  # [BLOCK_Q] pointers to int64
     b_s,  # [BLOCK_Q, BLOCK_K] scores
-    o_k,  # [BLOCK_K] columns of the keys, within a line of bands
+    o_k,  # [BLOCK_K] columns of the keys in a line of bands
     key,  # index of the key in column 0
     PIECE,  # columns of a band
     BAND,  # keys from one band to the next
     m_q,  # [BLOCK_Q]
-    LAZY: tl.constexpr,  # whether to look for the index only where there is a better score
+    LAZY: tl.constexpr,  # skips the index where no score improves
 ):
-    """Raise the best of these queries to the best of these keys, where that is better."""
+    """Merge a tile of scores into the words of its queries."""
     b_m = tl.max(b_s, axis=1)
-    # From the L2 cache, where the atomics are. It may be outdated, and then too low: they decide.
+    # From the L2 cache, where the atomics are. An outdated value is too low: the atomics decide.
     known, _ = decode(tl.load(p_argmax, mask=m_q, other=EMPTY, cache_modifier=".cg"))
     m_q = m_q & (b_m >= known)
     improved = True
     if LAZY:
         improved = tl.max(m_q.to(tl.int32), axis=0) > 0
     if improved:
-        column = first_of_row_maximum(b_s, b_m, o_k)
+        column = first_argmax(b_s, b_m, o_k)
         index = key + column // PIECE * BAND + column % PIECE
         tl.atomic_max(p_argmax, encode(b_m, index), mask=m_q, sem="relaxed")

@@ -1,9 +1,9 @@
-"""The search in one kernel, with 3 * C products per pair: for patches of 3x3.
+"""Rolled search: one kernel with 3 * C products per pair, for patches of 3x3.
 
-A program is a walk (`layout.py`) with one tile of query columns and one tile of key columns. The
-three taps along a row go into the product, the three rows are added up on the way. Nothing but the
-maximum leaves the program. Narrow images are laid out in bands (`layout.py`), so that tiles are
-full at any width.
+A program processes one diagonal (`layout.py`) for one tile of query columns and one tile of key
+columns. The three taps of a row are in the product; three rows are summed along the diagonal. Only
+the maximum leaves the program. Narrow images are laid out in bands, so that tiles are full at any
+width.
 """
 
 from functools import lru_cache
@@ -13,37 +13,37 @@ import triton.language as tl
 from torch import Tensor
 
 from ttsr_fast.kernels import tile_configs
-from ttsr_fast.kernels.argmax import merge
+from ttsr_fast.kernels.argmax import Argmax, merge
 from ttsr_fast.kernels.key_scale import image_stride, load_scale
 from ttsr_fast.kernels.layout import Layout, column_of, diagonal, size_names
 from ttsr_fast.kernels.pack import Packed
-from ttsr_fast.kernels.precision import Precision, multiply_add
-from ttsr_fast.kernels.tile_configs import LINE_BYTES, TileConfig
+from ttsr_fast.kernels.precision import multiply_add
+from ttsr_fast.kernels.tile_configs import TileConfig
 
 HALO = 2
-LEAST_BAND = 12  # rows of a band: its halo is stored and multiplied again
-BANDS = 12  # at most
+MIN_BAND_HEIGHT = 12  # the halo of a band is stored and multiplied again
+MAX_BANDS = 12
 
 
 @lru_cache(maxsize=256)
 def layouts(
     query: tuple[int, int], key: tuple[int, int], padding: int, tile: TileConfig
 ) -> tuple[Layout, Layout]:
-    """The bands of two grids of patches with which the fewest pairs are multiplied."""
-    options = [
-        [Layout(*grid, HALO, bands=n) for n in range(1, BANDS + 1) if n * LEAST_BAND <= grid[0]]
-        or [Layout(*grid, HALO)]
-        for grid in (query, key)
-    ]
+    """Bands of two grids of patches for the fewest multiplied pairs."""
+    bands = [max(1, min(MAX_BANDS, height // MIN_BAND_HEIGHT)) for height, _ in (query, key)]
+    queries, keys = (
+        [Layout(*grid, HALO, bands=n + 1) for n in range(most)]
+        for grid, most in zip((query, key), bands, strict=True)
+    )
     return min(
-        ((q, k) for q in options[0] for k in options[1]),
+        ((q, k) for q in queries for k in keys),
         key=lambda pair: multiplied_pairs(pair[0], pair[1], padding, tile),
     )
 
 
 def multiplied_pairs(query: Layout, key: Layout, padding: int, tile: TileConfig) -> int:
-    """Pairs of pixels of an image that are multiplied, fillings of tiles included."""
-    halo = HALO - _border(query, key, padding)
+    """Multiplied pairs of pixels of one image, padding of tiles included."""
+    halo = HALO - _starts_in_padding(query, key, padding)
     rows = query.band_height * key.band_height + halo * _diagonals(query, key)
     query_tiles, key_tiles = _tiles(query, key, tile)
     return rows * query_tiles * tile.block_q * key_tiles * tile.block_k
@@ -54,13 +54,13 @@ def _diagonals(query: Layout, key: Layout) -> int:
 
 
 def _tiles(query: Layout, key: Layout, tile: TileConfig) -> tuple[int, int]:
-    """Of a line, as far as patches begin there."""
+    """Tiles of a line, up to its last patch."""
     ends = [x.line - x.piece + x.strip_width for x in (query, key)]
     return triton.cdiv(ends[0], tile.block_q), triton.cdiv(ends[1], tile.block_k)
 
 
-def _border(query: Layout, key: Layout, padding: int) -> bool:
-    """Whether the first row of every walk lies in the padding of one map."""
+def _starts_in_padding(query: Layout, key: Layout, padding: int) -> bool:
+    """The first row of every diagonal is padding in one map, so its products are zero."""
     return padding > 0 and query.bands == key.bands == 1
 
 
@@ -68,20 +68,20 @@ def rolled_search(
     query: Packed,
     key: Packed,
     scale: Tensor,  # [N or 1, 1, band height, slots]
-    argmax: Tensor,  # [N, Ho, Wo], merged into
+    argmax: Argmax,  # words are merged into
     padding: int,
-    precision: Precision,
     tile: TileConfig,
 ) -> None:
+    precision = query.precision
     descriptors = tile_configs.has_descriptors()
-    block_c = LINE_BYTES // precision.dtype.itemsize
+    block_c = precision.block_c
     query_tiles, key_tiles = _tiles(query.layout, key.layout, tile)
     diagonals = _diagonals(query.layout, key.layout)
     rolled_search_kernel[(diagonals * query.images * query_tiles * key_tiles,)](
         _rows(query, tile.block_q, block_c, descriptors),
         _rows(key, tile.block_k, block_c, descriptors),
         scale,
-        argmax,
+        argmax.words,
         query.images,
         image_stride(key.images, 1),
         image_stride(len(scale), 1),
@@ -90,8 +90,8 @@ def rolled_search(
         scale.shape[3],
         query_tiles,
         key_tiles,
-        int(_border(query.layout, key.layout, padding)),
-        K=precision.multiplied * query.channels,
+        int(_starts_in_padding(query.layout, key.layout, padding)),
+        K=precision.products * query.channels,
         SECTIONS=len(precision.query_sections),
         C=query.channels,
         INPUT_PRECISION=precision.input_precision,
@@ -105,6 +105,7 @@ def rolled_search(
 
 
 def _rows(packed: Packed, block: int, block_c: int, descriptors: bool):
+    """Rows of a packed map as a kernel takes them: a descriptor or a tensor."""
     if not descriptors:
         return packed.rows
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -140,10 +141,10 @@ def rolled_search_kernel(
     query,  # [N*LINES*LINE + slack, SECTIONS*C], a descriptor or a pointer
     key,  # [N*LINES_K*LINE_K + slack, SECTIONS*C], the same
     p_scale,  # [N or 1, BAND_HEIGHT_K, SLOTS]
-    p_argmax,  # [N, HEIGHT, WIDTH]
+    p_argmax,  # [N, HEIGHT, WIDTH], merged into
     N,
-    stride_key,  # 0 if one key serves all images, else 1
-    stride_scale,  # the same
+    stride_key,  # of images, 0 or 1
+    stride_scale,  # of images, 0 or 1
     HEIGHT,
     WIDTH,
     BAND_HEIGHT,
@@ -161,8 +162,8 @@ def rolled_search_kernel(
     SLOTS,
     QUERY_TILES,
     KEY_TILES,
-    FIRST,  # 1 if row 0 of a walk would add nothing
-    K: tl.constexpr,  # columns that are multiplied
+    FIRST,  # 1 if row 0 of a diagonal is zero
+    K: tl.constexpr,  # columns in the product
     SECTIONS: tl.constexpr,
     C: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -190,7 +191,7 @@ def rolled_search_kernel(
     b_pair = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for y in range(FIRST, length + 2):
         b_row = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-        # The three reads of the same channels follow each other, so that the cache serves two.
+        # Taps in the inner loop: two of three loads of the same channels hit the cache.
         for step in range(3 * (K // BLOCK_C)):
             dx, c = step % 3, step // 3 * BLOCK_C
             b_q = _load(query, row_q + y * LINE + dx, c, ROW, DESCRIPTORS, BLOCK_Q, BLOCK_C)

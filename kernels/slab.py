@@ -1,19 +1,20 @@
-"""The search over a slab: a matrix product per block, then box sum, scale and maximum.
+"""Slab search: one matrix product per pair of blocks, then box sum, scale and maximum.
 
-The inner products of a block of key pixels with a block of query pixels are written by one GEMM to
-a ring of bounded size, C products per pair, in any precision that the GEMM library has. A second
-kernel reads them from the L2 cache: a walk (`layout.py`) in which three loads are the taps along a
-row, and the three rows are added up on the way. For patches of 3x3.
+One GEMM writes the inner products of a block of key pixels and a block of query pixels to a ring of
+bounded size: C products per pair, in any precision of the GEMM library. A second kernel reads them
+from the L2 cache along diagonals (`layout.py`): three loads are the taps of a row, and three rows
+are summed. For patches of 3x3.
 
-Blocks are runs of lines of a packed map, so the GEMM reads them where they are. On NVIDIA GPUs the
-loop over blocks and the second kernel are those of the CUDA library (`csrc/cuda/slab_search.cpp`);
-elsewhere the loop is here and the kernel below.
+Blocks are runs of lines of a packed map, so the GEMM reads them in place. On NVIDIA GPUs the CUDA
+library has the loop over blocks and the second kernel (`csrc/cuda/slab_search.cpp`). The loop and
+the kernel below are for other GPUs.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from threading import RLock
 
 import torch
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttsr_fast.kernels.argmax import merge
+from ttsr_fast.kernels.argmax import Argmax, merge
 from ttsr_fast.kernels.key_scale import image_stride, load_scale
 from ttsr_fast.kernels.layout import Layout, diagonal
 from ttsr_fast.kernels.pack import Packed
@@ -29,15 +30,15 @@ from ttsr_fast.kernels.precision import Precision
 from ttsr_fast.kernels.tile_configs import TileConfig
 
 HALO = 2
-RING_BYTES = 32 << 20  # of inner products held at a time, at most
-LEADING = 4096  # query pixels of a block at most, and floats from one row of the ring to the next
-QUERY_WIDTH, KEY_WIDTH = 62, 48  # columns of patches of a strip, at most
-SLOTS = 64  # keys: what a tile may read beyond the last of a row
-KEYS, ROWS = 8, 16  # keys of a thread and rows of a walk, in the CUDA kernel
+RING_BYTES = 32 << 20  # maximum of the inner products in memory
+LEADING = 4096  # leading dimension of the ring, and the maximum of query pixels of a block
+QUERY_WIDTH, KEY_WIDTH = 62, 48  # maximum columns of patches of a strip
+SLOTS = 64  # keys that a tile may read beyond the end of a row
+KEYS, ROWS = 8, 16  # in the CUDA kernel: keys of a thread, rows of a diagonal
 
 
 def layouts(query: tuple[int, int], key: tuple[int, int]) -> tuple[Layout, Layout]:
-    """Strips: blocks are to be about as high as wide, so that little of them is halo."""
+    """Strips for blocks that are about as high as wide, for a small share of halo."""
     return (
         Layout(*query, HALO, strips=triton.cdiv(query[1], QUERY_WIDTH), align=4),
         Layout(*key, HALO, strips=triton.cdiv(key[1], KEY_WIDTH)),
@@ -46,10 +47,11 @@ def layouts(query: tuple[int, int], key: tuple[int, int]) -> tuple[Layout, Layou
 
 @dataclass(frozen=True)
 class Blocks:
-    """How two layouts are cut into blocks of whole lines.
+    """Blocks of whole lines of two layouts.
 
-    The last block of a strip overlaps the one before it: all have one shape, so all products run in
-    one kernel of the library, and equal patches have equal scores in whatever block they lie.
+    The last block of a strip overlaps the block before it. All blocks have one shape, so all
+    products run in one kernel of the GEMM library, and equal patches have equal scores in every
+    block.
     """
 
     query: Layout
@@ -58,11 +60,12 @@ class Blocks:
 
     @cached_property
     def query_rows(self) -> int:
-        """Rows of patches in a block of queries."""
+        """Rows of patches of a query block."""
         return _even_rows(self.query, LEADING // self.query.line)
 
     @cached_property
     def key_rows(self) -> int:
+        """Rows of patches of a key block."""
         return _even_rows(self.key, RING_BYTES // (4 * LEADING) // self.key.line)
 
     @cached_property
@@ -74,18 +77,22 @@ class Blocks:
         return (self.key_rows + HALO) * self.key.line
 
     @cached_property
-    def _across(self) -> bool:
-        """Whether the products of images lie beside each other in the ring, or below."""
-        return LEADING // self.query_pixels > self._below
+    def _images_across(self) -> int:
+        return LEADING // self.query_pixels
 
     @cached_property
-    def _below(self) -> int:
+    def _images_down(self) -> int:
         return max(1, RING_BYTES // (4 * LEADING * self.key_pixels))
 
     @cached_property
+    def _across(self) -> bool:
+        """Images of a batch are contiguous in a row of the ring, not in a column."""
+        return self._images_across > self._images_down
+
+    @cached_property
     def batch(self) -> int:
-        """Images that are searched in one product."""
-        return min(self.images, LEADING // self.query_pixels if self._across else self._below)
+        """Images of one product."""
+        return min(self.images, max(self._images_across, self._images_down))
 
     @property
     def image_stride(self) -> int:
@@ -101,28 +108,28 @@ class Blocks:
 
     @property
     def multiplied_pairs(self) -> int:
-        """Pairs of pixels that go through the product, halos and overlaps included."""
+        """Pairs of pixels in the products, halos and overlaps included."""
         return self.count * self.batch * self.query_pixels * self.key_pixels
 
     @property
     def read_pairs(self) -> int:
-        """Pairs that the walks read: a line of queries counts as a whole tile of columns."""
+        """Pairs read by the second kernel; a line of queries counts as a whole tile of columns."""
         queries = (self.query_rows + HALO) * (QUERY_WIDTH + HALO)
         return self.count * self.batch * queries * self.key_pixels
 
     def ring(self, like: Tensor) -> Tensor:  # [rows, LEADING]
-        """Memory for the products, with rows that tiles read beyond them without using them."""
+        """Memory for the products, and for rows that tiles read beyond them but do not use."""
         rows = self.key_pixels * (1 if self._across else self.batch)
         return like.new_empty(rows + SLOTS, LEADING, dtype=torch.float32)
 
     def products(self, ring: Tensor) -> Tensor:  # [batch, key pixels, query pixels]
-        """Where the products of a block lie in the ring."""
+        """View of the ring for the products of a pair of blocks."""
         size = (self.batch, self.key_pixels, self.query_pixels)
         return ring.as_strided(size, (self.image_stride, LEADING, 1))
 
 
 def _even_rows(layout: Layout, lines: int) -> int:
-    """Rows of patches of blocks that have at most so many lines, all about the same number."""
+    """Rows of patches of a block of at most `lines` lines, for blocks of about equal height."""
     most = max(1, min(layout.height, lines - HALO))
     return triton.cdiv(layout.height, triton.cdiv(layout.height, most))
 
@@ -131,52 +138,49 @@ def slab_search(
     query: Packed,
     key: Packed,
     scale: Tensor,  # [N or 1, strips, band height, slots]
-    argmax: Tensor,  # [N, Ho, Wo], merged into
-    precision: Precision,
+    argmax: Argmax,  # words are merged into
     tile: TileConfig,
 ) -> None:
     blocks = Blocks(query.layout, key.layout, query.images)
-    ring = blocks.ring(query.square)
+    ring = blocks.ring(query.rows)
 
-    def product(block: BlockPair) -> None:
-        queries = block.queries(query, precision)
-        multiply(block.keys(key, precision), queries.mT, blocks.products(ring))
+    def form_products(block: BlockPair) -> None:
+        multiply(block.keys(key), block.queries(query).mT, blocks.products(ring))
 
-    with matmul_precision(precision):
+    with matmul_precision(query.precision):
         if not has_cuda_kernel(ring):
-            for block in all_blocks(query, key, blocks):
-                product(block)
-                search_block(ring, scale, argmax, block, tile)
+            for block in all_blocks(blocks):
+                form_products(block)
+                search_block(ring, scale, argmax.words, block, tile)
             return
-        arguments = cuda_arguments(query, key, scale, argmax, ring, precision, blocks)
+        arguments = cuda_arguments(query, key, scale, argmax.words, ring, blocks)
         try:
             torch.ops.ttsr_fast.cuda_slab_search(*arguments)
         except RuntimeError:
-            product(next(all_blocks(query, key, blocks)))  # may raise a clearer error
+            form_products(next(all_blocks(blocks)))  # may raise a clearer error
             raise
 
 
 def cuda_arguments(
     query: Packed,
     key: Packed,
-    scale: Tensor,
-    argmax: Tensor,
-    ring: Tensor,
-    precision: Precision,
+    scale: Tensor,  # [N or 1, strips, band height, slots]
+    words: Tensor,  # [N, Ho, Wo]
+    ring: Tensor,  # [rows, LEADING]
     blocks: Blocks,
 ) -> tuple:
-    """What the operators of the CUDA library take."""
+    """Arguments of the slab's operators in the CUDA library."""
     layouts = [
         [x.height, x.width, x.strips, x.strip_width, x.line, rows]
         for x, rows in ((blocks.query, blocks.query_rows), (blocks.key, blocks.key_rows))
     ]
-    depth = precision.multiplied * query.channels
+    depth = query.precision.products * query.channels
     sizes = (key.images, depth, blocks.batch, blocks.image_stride, *layouts)
-    return (query.rows, key.rows, scale, argmax, ring, *sizes, KEYS, ROWS)
+    return (query.rows, key.rows, scale, words, ring, *sizes, KEYS, ROWS)
 
 
 def has_cuda_kernel(x: Tensor) -> bool:
-    """Whether the CUDA library is loaded, and compiled with the CUDA of this torch."""
+    """Availability of the CUDA library for a tensor, compiled with the CUDA of this torch."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if not x.is_cuda or not has_kernel("ttsr_fast::cuda_slab_search", "CUDA"):
         return False
@@ -185,7 +189,7 @@ def has_cuda_kernel(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class BlockPair:
-    """A pair of blocks of some images: in which strips, and the first rows."""
+    """A block of queries and a block of keys, for a batch of images: strips and first rows."""
 
     blocks: Blocks
     image: int
@@ -194,41 +198,43 @@ class BlockPair:
     key_strip: int
     key_row: int
 
-    def queries(self, query: Packed, precision: Precision) -> Tensor:  # [batch, pixels, K]
-        rows = self.query_strip * query.layout.lines + self.query_row
-        return self._operand(query, rows, self.blocks.query_pixels, precision)
+    def queries(self, query: Packed) -> Tensor:  # [batch, query pixels, K]
+        line = self.query_strip * query.layout.lines + self.query_row
+        return self._rows(query, line, self.blocks.query_pixels)
 
-    def keys(self, key: Packed, precision: Precision) -> Tensor:  # [batch, pixels, K]
-        rows = self.key_strip * key.layout.lines + self.key_row
-        return self._operand(key, rows, self.blocks.key_pixels, precision)
+    def keys(self, key: Packed) -> Tensor:  # [batch, key pixels, K]
+        line = self.key_strip * key.layout.lines + self.key_row
+        return self._rows(key, line, self.blocks.key_pixels)
 
-    def _operand(self, packed: Packed, line: int, pixels: int, precision: Precision) -> Tensor:
+    def _rows(self, packed: Packed, line: int, pixels: int) -> Tensor:
         images = packed.rows[: packed.images * packed.layout.pixels]
         images = images.view(packed.images, packed.layout.pixels, -1)
         if packed.images > 1:
             images = images[self.image : self.image + self.blocks.batch]
         first = line * packed.layout.line
-        columns = precision.multiplied * packed.channels
-        x = images[:, first : first + pixels, :columns]
-        return x.expand(self.blocks.batch, -1, -1)
+        columns = packed.precision.products * packed.channels
+        return images[:, first : first + pixels, :columns].expand(self.blocks.batch, -1, -1)
 
 
-def all_blocks(query: Packed, key: Packed, blocks: Blocks) -> Iterator[BlockPair]:
-    """All pairs of blocks: for each of keys, all of queries."""
-    q, k = query.layout, key.layout
+def all_blocks(blocks: Blocks) -> Iterator[BlockPair]:
+    """All pairs of blocks: for each block of keys, all blocks of queries."""
+    query_rows = list(_first_rows(blocks.query, blocks.query_rows))
+    key_rows = list(_first_rows(blocks.key, blocks.key_rows))
     for image in range(0, blocks.images, blocks.batch):
         image = min(image, blocks.images - blocks.batch)
-        for key_strip in range(k.strips):
-            for key_row in range(0, k.height, blocks.key_rows):
-                key_row = min(key_row, k.height - blocks.key_rows)
-                for query_strip in range(q.strips):
-                    for query_row in range(0, q.height, blocks.query_rows):
-                        query_row = min(query_row, q.height - blocks.query_rows)
-                        yield BlockPair(blocks, image, query_strip, query_row, key_strip, key_row)
+        for keys, queries in product(key_rows, query_rows):
+            yield BlockPair(blocks, image, *queries, *keys)
+
+
+def _first_rows(layout: Layout, rows: int) -> Iterator[tuple[int, int]]:
+    """Strip and first row of every block."""
+    for strip in range(layout.strips):
+        for row in range(0, layout.height, rows):
+            yield strip, min(row, layout.height - rows)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a @ b` for batches, in float32."""
+    """Batched product `out = a @ b`, in float32."""
     if a.dtype == torch.float32:
         torch.bmm(a, b, out=out)
     elif a.is_cuda:
@@ -239,36 +245,37 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """PyTorch's settings for GEMMs on GPUs, as the operands need them.
+    """PyTorch's settings for GEMMs on GPUs, for a precision of the search.
 
-    A setting is the whole process's: one search at a time may rely on it or change it.
+    The settings are global to the process: a lock keeps searches with different settings apart.
     """
     setting = torch.backends.cuda.matmul
+    value: str | bool
     if precision.dtype == torch.float32:
-        name, wanted = "fp32_precision", precision.input_precision
+        name, value = "fp32_precision", precision.input_precision
     elif precision.dtype == torch.float16 and setting.allow_fp16_accumulation:
-        name, wanted = "allow_fp16_accumulation", False
+        name, value = "allow_fp16_accumulation", False
     else:
         yield
         return
-    with _changing:
+    with _setting_lock:
         before = getattr(setting, name)
         if before == torch.backends.fp32_precision:  # type: ignore[attr-defined]
-            before = "none"  # which follows that one
-        setattr(setting, name, wanted)
+            before = "none"  # inherits from it
+        setattr(setting, name, value)
         try:
             yield
         finally:
             setattr(setting, name, before)
 
 
-_changing = RLock()
+_setting_lock = RLock()
 
 
 def search_block(
     ring: Tensor,  # [batch * key pixels + SLOTS, LEADING]
     scale: Tensor,  # [N or 1, strips, band height, slots]
-    argmax: Tensor,  # [N, Ho, Wo], merged into
+    words: Tensor,  # [N, Ho, Wo], merged into
     block: BlockPair,
     tile: TileConfig,
 ) -> None:
@@ -282,14 +289,9 @@ def search_block(
     slab_search_kernel[(diagonals * blocks.batch * query_tiles * key_tiles,)](
         ring,
         scale[:, block.key_strip],
-        argmax,
-        *(
-            blocks.batch,
-            block.image,
-            image_stride(len(scale), scale.stride(0)),
-            scale.shape[3],
-        ),
-        *(argmax.stride(0), q.width, k.width),
+        words,
+        *(blocks.batch, block.image, image_stride(len(scale), scale.stride(0)), scale.shape[3]),
+        *(words.stride(0), q.width, k.width),
         *(block.query_row, query_x, block.key_row, key_x),
         *(blocks.query_rows, min(q.strip_width, q.width - query_x), q.line),
         *(blocks.key_rows, k.line, blocks.image_stride),
@@ -310,22 +312,22 @@ def search_block(
 )
 def slab_search_kernel(
     p_product,  # [*, LEADING]
-    p_scale,  # [* or 1, BAND_HEIGHT_K, SLOTS], of a strip
-    p_argmax,  # [*, HEIGHT, WIDTH]
+    p_scale,  # [* or 1, BAND_HEIGHT_K, SLOTS], of the strip
+    p_argmax,  # [*, HEIGHT, WIDTH], merged into
     N,
-    FIRST,  # image of the products
-    stride_scale,  # of images, 0 if one serves all
+    FIRST,  # first image of the batch
+    stride_scale,  # of images, or 0
     SLOTS,
     stride_argmax,
     WIDTH,
     WIDTH_K,
-    Y,  # the block of queries: its first position, rows, columns of patches, pixels of a line
+    Y,  # first patch of the block of queries
     X,
-    YK,  # the block of keys
+    YK,  # first patch of the block of keys
     XK,
-    ROWS,
+    ROWS,  # of patches of the block of queries
     COLUMNS,
-    LINE,
+    LINE,  # pixels of a line
     ROWS_K,
     LINE_K,
     stride_product,  # of images
@@ -352,7 +354,7 @@ def slab_search_kernel(
     first_key = (YK + y_k) * WIDTH_K + XK
     b_last = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
     b_pair = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
-    # Nothing is masked: a key beyond the strip has the scale NaN, and such a query is not merged.
+    # Loads need no mask: the scale of a key beyond the strip is NaN, and `merge` masks queries.
     for y in range(length + 2):
         b_row = tl.load(p_row + o_kq)
         b_row += tl.load(p_row + (LEADING + 1) + o_kq)

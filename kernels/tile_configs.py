@@ -1,21 +1,19 @@
-"""The tile sizes of every kernel: one table, keyed by algorithm, target and multiplying unit."""
+"""Tile sizes of every kernel: one table, keyed by algorithm, target and arithmetic unit."""
 
 from dataclasses import dataclass
 
 import triton
 from triton.runtime import driver
 
-LINE_BYTES = 128  # of channels that are multiplied at a time: a line of the cache
-
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How one program of a kernel is cut.
+    """Tile of one program and its launch options.
 
     Attributes:
         block_q: query positions.
         block_k: key positions.
-        num_warps: of 32 threads (64 on AMD).
+        num_warps: warps of 32 threads (64 on AMD).
         num_stages: depth of the software pipeline.
     """
 
@@ -26,20 +24,19 @@ class TileConfig:
 
     @property
     def options(self) -> dict[str, int]:
-        """As a launch takes them."""
+        """Options of a launch."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# Fits 48 KiB of shared memory on any target, whatever is multiplied.
+# Fit 48 KiB of shared memory on any target, in any precision.
 SAFE = {
     "direct": TileConfig(16, 64, 4, 2),
     "rolled": TileConfig(32, 64, 4, 2),
     "slab": TileConfig(64, 32, 4, 1),
 }
-INTERPRETED = TileConfig(64, 64, 4, 2)  # where an operation takes as long for any size
-# The largest tiles that a compiler fits into registers without a spill; none is measured yet.
-# Target None is for those without a row of their own. Operands are those that tensor cores
-# multiply, or float32.
+INTERPRETED = TileConfig(64, 64, 4, 2)  # an interpreted operation costs the same at any size
+# The largest tiles that compile without a register spill; not yet measured. Target None is the
+# default. The unit is "float32", or "tensor" for tensor cores.
 TABLE = {
     ("rolled", None, "tensor"): TileConfig(64, 128, 8, 4),
     ("rolled", "sm_90", "tensor"): TileConfig(128, 128, 8, 4),
@@ -52,11 +49,11 @@ TABLE = {
     ("direct", "gfx942", "tensor"): TileConfig(128, 128, 8, 2),
     ("direct", None, "float32"): TileConfig(64, 128, 8, 2),
 }
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # that the table was compiled for
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # compiled and checked for the table
 
 
 def select(algorithm: str, precision: str) -> TileConfig:
-    """The tile of an algorithm on the current target for operands named as in `precision.py`."""
+    """Tile of an algorithm on the current target, for a precision by `Precision.name`."""
     unit = "float32" if precision == "float32" else "tensor"
     if target() == "interpreter":
         return INTERPRETED
@@ -66,7 +63,7 @@ def select(algorithm: str, precision: str) -> TileConfig:
 
 
 def target() -> str:
-    """What kernels are compiled for: `sm_90`, `gfx942`; or `interpreter`."""
+    """Compilation target: `sm_90`, `gfx942`; or `interpreter`."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
     arch = driver.active.get_current_target().arch
@@ -74,14 +71,14 @@ def target() -> str:
 
 
 def has_descriptors() -> bool:
-    """Whether the target copies blocks by descriptor (TMA: Hopper and later)."""
+    """Availability of block copies by descriptor (TMA: Hopper and later)."""
     name = target()
     return name == "interpreter" or (name.startswith("sm_") and int(name[3:]) >= 90)
 
 
 def lazy() -> bool:
-    """Whether a kernel with matrix products may branch on whether a tile improved on the best.
+    """Permission for kernels with matrix products to skip the index where no score improves.
 
-    Triton 3.6 and 3.7 do not compile that where products lie in tensor memory (Blackwell).
+    Triton 3.6 and 3.7 do not compile such a branch with products in tensor memory (Blackwell).
     """
     return not target().startswith("sm_1")

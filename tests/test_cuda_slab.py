@@ -7,8 +7,10 @@ from tests import cases
 from tests.checks import assert_same_choice
 from tests.test_kernels import maps, run
 from ttsr_fast import Match, reference
-from ttsr_fast.kernels import precision, slab
 from ttsr_fast.kernels import search as kernels
+from ttsr_fast.kernels import slab
+from ttsr_fast.kernels.precision import precision_for
+from ttsr_fast.operators.patch import Patch, Score
 
 each = pytest.mark.parametrize
 pytestmark = [
@@ -72,8 +74,9 @@ def test_unwritten_memory_has_no_effect(monkeypatch, query, key, garbage):
             torch, "empty_like", lambda x: best if x.dtype == torch.int64 else empty_like(x)
         )
         score, index = torch.empty(n, h, w), torch.zeros(n, h, w, dtype=torch.int64)
-        options = (3, 1, "both", 1e-12, False, "fp32")
-        kernels.search(query, key, None, score, index, *options, algorithm="slab")
+        options = (Patch(3, 1), Score("both", 1e-12, False), kernels.Plan("fp32", "slab"))
+        for launch in kernels.stages(query, key, None, (score, index), *options).values():
+            launch()
     assert guarded[:64].eq(7).all() and guarded[-64:].eq(7).all()
     assert_same_choice(Match(score, index), query, key)
 
@@ -108,16 +111,16 @@ def test_masked_and_not_finite(bad):
 def arguments():
     """Of a search of two images, for the operator itself."""
     query, key = maps((2, 3, 5, 7), (1, 3, 6, 8))
-    how = precision.precision_for(torch.float32, "fp32")
+    fp32 = precision_for(torch.float32, "fp32")
     q, k = (
-        kernels.allocate(x, layout, how)
+        kernels.allocate(x, layout, fp32)
         for x, layout in zip((query, key), slab.layouts((5, 7), (6, 8)), strict=True)
     )
     blocks = slab.Blocks(q.layout, k.layout, 2)
     scale = torch.full((1, 1, 6, 64), float("nan"))
     best = torch.zeros(2, 5, 7, dtype=torch.int64)
-    ring = blocks.ring(q.square)
-    return list(slab.cuda_arguments(q, k, scale, best, ring, how, blocks))
+    ring = blocks.ring(q.rows)
+    return list(slab.cuda_arguments(q, k, scale, best, ring, blocks))
 
 
 WRONG = {
