@@ -36,6 +36,7 @@ from gate import SearchTruth, WrongResult, check_close
 from sizes import Size
 
 from ttsr_fast.operators import library
+from ttsr_fast.operators.patch import Patch, Score
 
 Cells = list[dict[str, Any]]
 Jobs = Iterator[tuple[str, Callable[[], Cells]]]
@@ -112,22 +113,22 @@ def cell(table: str, row: str, column: str, text: str, **numbers: Any) -> dict[s
 def prepare(bench: Bench, size: str, algorithm: str, precision: str, label: str) -> tuple:
     """The launches of a search by name, once its result is right; and the pairs it multiplies."""
     from ttsr_fast.kernels import search as kernel_search
-    from ttsr_fast.kernels import tiles
-    from ttsr_fast.kernels.operands import operands
+    from ttsr_fast.kernels import tile_configs
+    from ttsr_fast.kernels.precision import precision_for
 
     query, key = bench.maps(size)
-    tile = tiles.tile(algorithm, operands(query.dtype, precision).name)
+    tile = tile_configs.select(algorithm, precision_for(query.dtype, precision).name)
     if "/" in label:
-        tile = tiles.Tile(*map(int, label.replace("x", "/").split("/")))
+        tile = tile_configs.TileConfig(*map(int, label.replace("x", "/").split("/")))
     score = query.new_full((len(query), *query.shape[2:]), float("nan"))
     index = torch.full_like(score, -(2**40), dtype=torch.int64)
-    arguments = (query, key, None, score, index, 3, 1, "both", 1e-12, False, precision)
-    launches = kernel_search.stages(*arguments, algorithm=algorithm, tile=tile)
+    patch, plan = Patch(3, 1), kernel_search.Plan(precision, algorithm, tile)
+    launches = kernel_search.stages(query, key, None, (score, index), patch, Score(), plan)
     for run in launches.values():
         run()
     tolerance = peers.choice_tolerance(precision)
     bench.check(lambda: bench.truth(size).check((score, index), tolerance))
-    return launches, kernel_search.padded_pairs(query.shape, key.shape, algorithm, tile)
+    return launches, kernel_search.padded_pairs(query.shape, key.shape, patch, algorithm, tile)
 
 
 def check_search(bench: Bench, size: str, algorithm: str, precision: str) -> Cells:
@@ -157,7 +158,7 @@ def time_search(
     table = "kernel alone, ps per pair: events, graph, graph per padded pair"
     facts = {"pairs": pairs, "padded_pairs": padded, **times._asdict()}
     cells = [cell(table, f"{algorithm} {precision} {label}", size, text, **facts)]
-    for name in ("pack", "patch_norm", "rescore") if label == DEFAULT else ():
+    for name in ("pack", "key_scale", "rescore") if label == DEFAULT else ():
         times = bench.times(launches[name])
         text = " ".join(f"{1e6 * x:.1f}" for x in times)
         cells.append(cell("us: events, graph", name, size, text, **times._asdict()))
@@ -167,8 +168,8 @@ def time_search(
 def setting(label: str, ring: int | None) -> AbstractContextManager:
     """Another size of the slab's ring, or kernels that look for the index of every tile."""
     if ring is not None:
-        return mock.patch("ttsr_fast.kernels.slab_search.RING_BYTES", ring << 20)
-    name = "ttsr_fast.kernels.tiles.lazy"
+        return mock.patch("ttsr_fast.kernels.slab.RING_BYTES", ring << 20)
+    name = "ttsr_fast.kernels.tile_configs.lazy"
     return mock.patch(name, return_value=False) if label == "not lazy" else nullcontext()
 
 
@@ -235,21 +236,21 @@ def slab_block(bench: Bench, precision: str, ring: int) -> Cells:
 
 def first_block(bench: Bench, size: str, precision: str) -> tuple[list[int], dict[str, Run]]:
     """Images, keys and queries of the first block, and what is launched for it."""
-    from ttsr_fast.kernels import slab_search, tiles
+    from ttsr_fast.kernels import slab, tile_configs
 
     launches, _ = prepare(bench, size, "slab", precision, "")
-    query, key, scale, best, how, _ = launches["slab"].args
-    blocks = slab_search.Blocks(query.layout, key.layout, query.images)
-    block, ring = next(slab_search.each(query, key, blocks)), blocks.ring(query.square)
-    queries, keys, out = block.queries(query, how), block.keys(key, how), blocks.products(ring)
-    runs = {"product": partial(slab_search.multiply, keys, queries.mT, out)}
-    if slab_search.has_cuda_kernel(ring):
+    query, key, scale, argmax, _ = launches["slab"].args
+    blocks = slab.Blocks(query.layout, key.layout, query.images)
+    block, ring = next(slab.all_blocks(blocks)), blocks.ring(query.rows)
+    queries, keys, out = block.queries(query), block.keys(key), blocks.products(ring)
+    runs = {"product": partial(slab.multiply, keys, queries.mT, out)}
+    if slab.has_cuda_kernel(ring):
         for keys, rows in ((8, 16), (4, 16), (8, 8), (8, 64)):  # of a thread, of a walk
-            given = slab_search.cuda_arguments(query, key, scale, best, ring, how, blocks)
+            given = slab.cuda_arguments(query, key, scale, argmax.words, ring, blocks)
             run = partial(torch.ops.ttsr_fast.cuda_slab_argmax, *given[:-2], keys, rows)
             runs[f"{keys}x{rows}"] = run
-    tile = tiles.tile("slab", how.name)
-    runs["triton"] = partial(slab_search.box_max, ring, scale, best, block, tile)
+    tile = tile_configs.select("slab", query.precision.name)
+    runs["triton"] = partial(slab.search_block, ring, scale, argmax.words, block, tile)
     return list(out.shape), runs
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ttsr_fast import functional, reference
 from ttsr_fast.operators import backends, library
+from ttsr_fast.operators.patch import Patch, Score
 
 Found = tuple[Tensor, Tensor]  # score [N, H, W], index [N, H, W]
 BLOCK_BYTES = 64 << 20  # of scores held at a time by the chunked product
@@ -134,11 +135,10 @@ def algorithm_search(
     n, _, h, w = query.shape
     score = query.new_empty(n, h, w, dtype=torch.float32)
     index = torch.empty_like(score, dtype=torch.int64)
-    kernel_search.search(
-        *(query, key, None, score, index, 3, 1, "both", 1e-12, False, precision),
-        algorithm=algorithm,
-        tile=tile,
-    )
+    plan = kernel_search.Plan(precision, algorithm, tile)
+    launches = kernel_search.stages(query, key, None, (score, index), Patch(3, 1), Score(), plan)
+    for launch in launches.values():
+        launch()
     return score, index
 
 
@@ -152,7 +152,7 @@ def resolved(
         return candidate
     from ttsr_fast.kernels import search as kernel_search
 
-    algorithm = kernel_search.choose(query, key, 3, 1, candidate.precision)
+    algorithm = kernel_search.choose(query, key, Patch(3, 1), candidate.precision)
     products = ALGORITHMS[algorithm] * PRECISIONS[candidate.precision][1]
     return replace(candidate, algorithm=algorithm, products=products)
 

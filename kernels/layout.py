@@ -1,27 +1,48 @@
-"""Where the pixels of an image lie in a packed map, so that tiles of a fixed width are full.
+"""Layout of a packed map: the grid of patches, cut so that tiles of a fixed width are full.
 
-The grid of patches is cut into bands of rows, which lie beside each other in one line, and into
-strips of columns, which follow each other. Every piece holds all pixels of its patches, so pixels
-that two pieces need are stored twice. Pixel (dy, dx) of a patch lies `dy * LINE + dx` rows after
-its first pixel, in every layout.
+Bands of rows are contiguous within a line. Strips of columns follow each other. A piece is one band
+of one strip with all pixels of its patches, so pixels of two pieces are stored twice. Pixel
+(dy, dx) of a patch is `dy * LINE + dx` rows after the first pixel, in every layout.
+
+`slab` and `rolled` process pairs of rows by diagonals: all pairs with the same offset between key
+row and query row. The products of pixels are formed row by row along a diagonal, and three in
+sequence are the product of patches: `total(y) = row(y) + row(y + 1) + row(y + 2)`. No row is formed
+twice. The sum has one order on every diagonal, so equal patches have bit-equal scores.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import triton
 import triton.language as tl
 
 
+class Patch(Protocol):
+    """Patch geometry."""
+
+    @property
+    def kernel_size(self) -> int: ...
+    @property
+    def padding(self) -> int: ...
+
+
+def grid(shape: Sequence[int], patch: Patch) -> tuple[int, int]:
+    """Rows and columns of patches in a map of shape [..., H, W]."""
+    height, width = (n + 2 * patch.padding - patch.kernel_size + 1 for n in shape[-2:])
+    return height, width
+
+
 @dataclass(frozen=True)
 class Layout:
-    """A grid of patches and how it is cut.
+    """Grid of patches and its pieces.
 
     Attributes:
         height: rows of patches.
         width: columns of patches.
         halo: kernel_size - 1.
-        bands: pieces beside each other.
+        bands: pieces in a line.
         strips: pieces after each other.
         align: the pixels of a piece's row are padded to a multiple of this.
     """
@@ -60,12 +81,12 @@ class Layout:
 
     @cached_property
     def pixels(self) -> int:
-        """All that is stored of an image."""
+        """Stored pixels of an image."""
         return self.strips * self.lines * self.line
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """As kernels take them, named by `SIZES`."""
+        """Kernel arguments, in the order of `SIZES`."""
         sizes = (self.height, self.width, self.band_height, self.strip_width, self.piece)
         return (*sizes, self.line, self.lines)
 
@@ -74,13 +95,13 @@ SIZES = ("HEIGHT", "WIDTH", "BAND_HEIGHT", "STRIP_WIDTH", "PIECE", "LINE", "LINE
 
 
 def size_names(suffix: str = "") -> list[str]:
-    """The parameters of a kernel that take `Layout.sizes`."""
+    """Kernel parameters for `Layout.sizes`."""
     return [name + suffix for name in SIZES]
 
 
 @triton.jit
 def first_pixel(o_i, WIDTH, BAND_HEIGHT, STRIP_WIDTH, PIECE, LINE, LINES):
-    """The row of the packed image at which patch `o_i` of the grid begins."""
+    """First row of patch `o_i` of the grid in the packed image."""
     y, x = o_i // WIDTH, o_i % WIDTH
     band, strip = y // BAND_HEIGHT, x // STRIP_WIDTH
     line = strip * LINES + y - band * BAND_HEIGHT
@@ -89,12 +110,25 @@ def first_pixel(o_i, WIDTH, BAND_HEIGHT, STRIP_WIDTH, PIECE, LINE, LINES):
 
 @triton.jit
 def column_of(o_c, HEIGHT, WIDTH, BAND_HEIGHT, STRIP_WIDTH, PIECE, strip=0):
-    """The first of the patches below each other that begin in a column of a strip.
+    """Index of the top patch in a column of a strip.
 
-    The next is WIDTH further, and all indices below HEIGHT * WIDTH are patches: in a column that
-    holds none, none is.
+    The next patch of the column is WIDTH further. Indices from HEIGHT * WIDTH on are no patches; a
+    column without patches starts there.
     """
     y, x = o_c // PIECE * BAND_HEIGHT, o_c % PIECE
     x_grid = strip * STRIP_WIDTH + x
     inside = (x < STRIP_WIDTH) & (x_grid < WIDTH) & (y < HEIGHT)
     return tl.where(inside, y * WIDTH + x_grid, HEIGHT * WIDTH)
+
+
+@triton.jit
+def diagonal(
+    rank,  # 0 to HO + HKO - 2
+    HO,
+    HKO,
+):
+    """Offset, first query row and length of a diagonal; the longest first, for load balance."""
+    half = (rank + 1) // 2
+    offset = (HO + HKO) // 2 - HO + tl.where(rank % 2 == 1, half, -half)
+    first = tl.maximum(0, -offset)
+    return offset, first, tl.minimum(HO, HKO - offset) - first

@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels for a target that is not here and prints what came of it as JSON.
+"""Offline compilation of the Triton kernels for any target, with a report as JSON.
 
     python tests/offline.py sm_90 rolled
 
-The search itself runs, on tensors without memory, with a driver that names the target and with
-launches that only compile: what is compiled is what a GPU would be given. A process of its own,
-because a target is for a process and a compiler may end it.
+The search runs on tensors without memory. The driver names the target, and launches only compile,
+so the report is about the code of a real GPU. It needs a process of its own: a target is global,
+and a compiler may end the process.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Operands as they are named in tests: the dtype of the features and the precision.
+# Dtype of the features and precision, by the name of a test.
 OPERANDS = {
     "fp32": (torch.float32, "fp32"),
     "tf32": (torch.float32, "tf32"),
@@ -44,7 +44,7 @@ OPERANDS = {
     "float16": (torch.float16, "fp16"),
     "bfloat16": (torch.bfloat16, "bf16"),
 }
-# Images, query size, images of the key, key size: no two of them are to need kernels of their own.
+# Images, query size, images of the key, key size; all share their kernels.
 SIZES = [
     (1, (20, 30), 1, (33, 47)),
     (2, (33, 47), 2, (64, 64)),
@@ -55,7 +55,7 @@ SIZES = [
 
 @dataclass(frozen=True)
 class Case:
-    """What kernels may be compiled anew for; images and their sizes are not among it."""
+    """Options with kernels of their own; the number and size of images are not among them."""
 
     operands: str
     tile: str = "table"  # or "safe"
@@ -69,7 +69,7 @@ class Case:
 
 
 class Driver:
-    """As much of a driver as a compiler asks for."""
+    """The part of a driver that a compiler uses."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -85,7 +85,7 @@ class Driver:
 
 
 class Compiled:
-    """The kernels compiled so far, each with its number, and those of the latest launches."""
+    """All compiled kernels by number, and the kernels of the latest launches."""
 
     def __init__(self) -> None:
         self.kernels: list[Any] = []  # kept, so that no two have the same identity
@@ -110,8 +110,8 @@ class Compiled:
 
 
 def cases(algorithm: str, options: bool) -> Iterator[Case]:
-    """All operands, tiles, channels and layouts; or what else a caller may ask for."""
-    # Of the operands that are stored in one, two and three parts, one each.
+    """All operands, tiles, channels and layouts; or all other options."""
+    # One each of the operands in one, two and three parts.
     for operands in ("fp32", "fp16x3", "bf16") if options else OPERANDS:
         case = Case(operands)
         if not options:
@@ -135,42 +135,36 @@ def features(case: Case, n: int, size: tuple[int, int]) -> Tensor:  # [n, case.c
 
 
 def search(algorithm: str, case: Case) -> None:
-    """One search for each of `SIZES` if the case is to sweep, else for the first."""
+    """Search for all `SIZES` in a sweep, else for the first."""
     from ttsr_fast.kernels import search as kernels
-    from ttsr_fast.kernels import tiles
+    from ttsr_fast.kernels import tile_configs
+    from ttsr_fast.operators.patch import Patch, Score
 
-    padding = case.kernel_size // 2
-    tile = tiles.SAFE[algorithm] if case.tile == "safe" else None
+    tile = tile_configs.SAFE[algorithm] if case.tile == "safe" else None
     for n, size, n_k, size_k in SIZES if case.sweep else SIZES[:1]:
         mask = torch.ones(n_k, *size_k, dtype=torch.bool) if case.masked else None
-        score = torch.zeros(n, *size)
-        index = torch.zeros(n, *size, dtype=torch.int64)
-        kernels.search(
+        launches = kernels.stages(
             features(case, n, size),
             features(case, n_k, size_k),
             mask,
-            score,
-            index,
-            case.kernel_size,
-            padding,
-            case.normalize,
-            1e-12,
-            case.add_eps,
-            OPERANDS[case.operands][1],
-            algorithm=algorithm,
-            tile=tile,
+            (torch.zeros(n, *size), torch.zeros(n, *size, dtype=torch.int64)),
+            Patch(case.kernel_size, case.kernel_size // 2),
+            Score(case.normalize, 1e-12, case.add_eps),
+            kernels.Plan(OPERANDS[case.operands][1], algorithm, tile),
         )
+        for launch in launches.values():
+            launch()
 
 
 def compile_case(algorithm: str, case: Case, compiled: Compiled) -> dict[str, Any]:
-    """The case, its tile and the numbers of its kernels, or how the compiler failed."""
-    from ttsr_fast.kernels import operands, tiles
+    """Case, tile and numbers of the kernels, or the error of the compiler."""
+    from ttsr_fast.kernels import precision, tile_configs
 
-    sys.stderr.write(
-        f"compiling {algorithm} for {case}\n"
-    )  # the last word, if the compiler ends us
-    dtype = operands.operands(*OPERANDS[case.operands]).name
-    tile = tiles.SAFE[algorithm] if case.tile == "safe" else tiles.tile(algorithm, dtype)
+    # The last message if the compiler ends the process.
+    sys.stderr.write(f"compiling {algorithm} for {case}\n")
+    dtype = precision.precision_for(*OPERANDS[case.operands]).name
+    safe = case.tile == "safe"
+    tile = tile_configs.SAFE[algorithm] if safe else tile_configs.select(algorithm, dtype)
     record = {**vars(case), "dtype": dtype, "sizes": vars(tile), "error": None}
     compiled.launched = set()
     try:
@@ -182,10 +176,10 @@ def compile_case(algorithm: str, case: Case, compiled: Compiled) -> dict[str, An
 
 
 def describe(name: str, kernel: Any) -> dict[str, Any]:
-    """What a compiled kernel takes, as far as its code shows it.
+    """Resources of a compiled kernel, from its code.
 
-    `local` is memory of a thread's own, in bytes: that is where registers are spilled to.
-    `products` are the tensor instructions, by their first words.
+    `local` is the memory of a thread in bytes, for spilled registers. `products` are the names of
+    the tensor instructions.
     """
     facts = {
         "name": name,
@@ -203,19 +197,19 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
         return {**facts, "copies_blocks": False}
     usage = disassembled(kernel.asm["cubin"], "-res-usage")
     text = kernel.asm["ptx"]
-    # Whatever is spilled lies in the stack frame, or else in LOCAL.
+    # Spilled registers are in the stack frame or in LOCAL.
     facts["local"] = numbers(r"STACK:(\d+)", usage) + numbers(r"LOCAL:(\d+)", usage)
     facts["spilled"] = facts["local"]
     facts["spilled_scalars"] = 0
     facts["registers"] = numbers(r"REG:(\d+)", usage)
     facts["products"] = sorted(set(re.findall(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)\b", text)))
-    if "wgmma" in facts["products"] or name == "box_max_kernel":
+    if "wgmma" in facts["products"] or name == "slab_search_kernel":
         facts["loops"] = loops(kernel.asm["cubin"])
     return {**facts, "copies_blocks": "cp.async.bulk.tensor" in text}
 
 
 def numbers(pattern: str, text: str) -> int:
-    """The largest of the numbers found; there has to be one."""
+    """Largest number found, at least one."""
     return max(int(number) for number in re.findall(pattern, text))
 
 
@@ -227,8 +221,8 @@ def disassembled(cubin: bytes, option: str) -> str:
 
 
 def loops(cubin: bytes) -> dict[str, int]:
-    """Instructions that a thread runs in a turn of the loop over rows or tiles of keys, without the
-    inner loop, and in a turn of the inner loop, if the kernel multiplies."""
+    """Instructions of a thread per turn of the loop over rows or tiles of keys, without the inner
+    loop, and per turn of the inner loop if the kernel multiplies."""
     code = sass.instructions(disassembled(cubin, "-sass"))
     bodies = [body for body in sass.loops(code) if len(body) > 20]
     inner = [body for body in bodies if any(x.name.startswith("HGMMA") for x in body)]
@@ -252,11 +246,11 @@ def main() -> None:
     records = [
         compile_case(args.algorithm, case, compiled) for case in cases(args.algorithm, args.options)
     ]
-    from ttsr_fast.kernels import tiles
+    from ttsr_fast.kernels import tile_configs
 
     document = {
         "triton": triton.__version__,
-        "table": [[list(key), vars(tile)] for key, tile in tiles.TABLE.items()],
+        "table": [[list(key), vars(tile)] for key, tile in tile_configs.TABLE.items()],
         "cases": records,
         "kernels": list(map(describe, compiled.names, compiled.kernels)),
     }

@@ -17,6 +17,7 @@ from ttsr_fast import gather_fold, search
 from ttsr_fast.functional import search_transfer
 from ttsr_fast.kernels import search as kernel_search
 from ttsr_fast.operators import cpp
+from ttsr_fast.operators.patch import Patch, Score
 
 ops = torch.ops.ttsr_fast
 each = pytest.mark.parametrize
@@ -265,10 +266,10 @@ def test_errors_of_a_long_search_arrive(monkeypatch):
         {"key": torch.zeros(2, 4, 8, 8)},
         {"key": torch.zeros(1, 4, 8, 8).half()},
         {"key_mask": torch.ones(1, 1, 1).bool()},
-        {"index": torch.zeros(1, 1, 1).long()},
-        {"score": torch.zeros(1, 8, 9)[..., :8]},
-        {"kernel_size": 2},
-        {"padding": 2},
+        {"match": (torch.empty(1, 8, 8), torch.zeros(1, 1, 1).long())},
+        {"match": (torch.zeros(1, 8, 9)[..., :8], torch.zeros(1, 8, 8).long())},
+        {"patch": Patch(2, 1)},
+        {"patch": Patch(3, 2)},
         {"query": torch.zeros(1, 4, 8, 8, device="meta")},
     ],
     ids=lambda broken: next(iter(broken)),
@@ -278,11 +279,9 @@ def test_triton_kernels_check_their_arguments(broken):
         "query": torch.zeros(1, 4, 8, 8),
         "key": torch.zeros(1, 4, 8, 8),
         "key_mask": None,
-        "score": torch.empty(1, 8, 8),
-        "index": torch.empty(1, 8, 8, dtype=torch.int64),
-        "kernel_size": 3,
-        "padding": 1,
+        "match": (torch.empty(1, 8, 8), torch.empty(1, 8, 8, dtype=torch.int64)),
+        "patch": Patch(3, 1),
     }
-    options = {"normalize": "both", "eps": 1e-12, "add_eps": False, "precision": "fp32"}
+    options = {"scoring": Score("both", 1e-12, False), "plan": kernel_search.Plan("fp32")}
     with pytest.raises(ValueError, match="do not fit each other"):
         kernel_search.stages(**(right | broken), **options)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests import sass
-from ttsr_fast.kernels import slab_search
+from ttsr_fast.kernels import slab
 from ttsr_fast.operators import build
 
 LIBRARY = Path(build.__file__).parent.parent / build.CUDA_LIBRARY
@@ -165,7 +165,7 @@ SLAB_ARGMAX = {8: (10, 3), 4: (11, 3)}
 @pytest.mark.parametrize("keys", SLAB_ARGMAX)
 def test_cost_of_a_pair_in_the_slab(listings: Listings, keys: int) -> None:
     """Instructions of one iteration, three rows, in which no score improves."""
-    assert slab_search.KEYS in SLAB_ARGMAX
+    assert slab.KEYS in SLAB_ARGMAX
     found = {
         target: (listed, code)
         for (target, name), (_, listed, code) in listings.items()

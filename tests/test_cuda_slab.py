@@ -7,8 +7,10 @@ from tests import cases
 from tests.checks import assert_same_choice
 from tests.test_kernels import maps, run
 from ttsr_fast import Match, reference
-from ttsr_fast.kernels import operands, slab_search
 from ttsr_fast.kernels import search as kernels
+from ttsr_fast.kernels import slab
+from ttsr_fast.kernels.precision import precision_for
+from ttsr_fast.operators.patch import Patch, Score
 
 each = pytest.mark.parametrize
 pytestmark = [
@@ -20,8 +22,8 @@ pytestmark = [
 @pytest.fixture
 def cuda(emulator, monkeypatch):
     """Loop and kernel of the CUDA library, with a CPU version of PyTorch's widening product."""
-    monkeypatch.setattr(slab_search, "has_cuda_kernel", lambda x: True)
-    monkeypatch.setattr(slab_search, "box_max", None)
+    monkeypatch.setattr(slab, "has_cuda_kernel", lambda x: True)
+    monkeypatch.setattr(slab, "search_block", None)
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("bmm.dtype_out", widening_product, "CPU")
         yield
@@ -35,7 +37,7 @@ def widening_product(a, b, dtype, *, out):
 @each("precision", ["fp32", "fp16x3", "bf16"])
 @each("name", ["one_pixel", "row_column", "primes", "batch_of_one_key"])
 def test_shapes(monkeypatch, name, precision, keys):
-    monkeypatch.setattr(slab_search, "KEYS", keys)
+    monkeypatch.setattr(slab, "KEYS", keys)
     query, key = (torch.randn(size) for size in cases.SEARCH_SHAPES[name])
     match = run("slab", query, key, precision=precision)
     assert_same_choice(match, query, key, precision=precision)
@@ -45,16 +47,14 @@ def test_shapes(monkeypatch, name, precision, keys):
 @each("together", [1, 2])
 def test_strips_blocks_and_runs(monkeypatch, together, rows):
     """Overlapping blocks, several warps for one row offset, several images in one product."""
-    monkeypatch.setattr(slab_search, "ROWS", rows)
-    monkeypatch.setattr(slab_search, "QUERY_WIDTH", 6)
-    monkeypatch.setattr(slab_search, "KEY_WIDTH", 10)
+    monkeypatch.setattr(slab, "ROWS", rows)
+    monkeypatch.setattr(slab, "QUERY_WIDTH", 6)
+    monkeypatch.setattr(slab, "KEY_WIDTH", 10)
     height = {1: 600, 2: 7}[together]  # more lines than a block has, or all in one
-    monkeypatch.setattr(slab_search, "RING_BYTES", 60 * 4 * 4096)
+    monkeypatch.setattr(slab, "RING_BYTES", 60 * 4 * 4096)
     query, key = maps((2, 2, height, 5), (2, 2, 7, 19))
-    blocks = slab_search.Blocks(
-        *slab_search.layouts(query.shape[2:], key.shape[2:]), images=len(query)
-    )
-    assert blocks.together == together and blocks.key_rows == 3 and blocks.key.strips == 2
+    blocks = slab.Blocks(*slab.layouts(query.shape[2:], key.shape[2:]), images=len(query))
+    assert blocks.batch == together and blocks.key_rows == 3 and blocks.key.strips == 2
     assert_same_choice(run("slab", query, key), query, key)
 
 
@@ -63,10 +63,8 @@ def test_strips_blocks_and_runs(monkeypatch, together, rows):
 def test_unwritten_memory_has_no_effect(monkeypatch, query, key, garbage):
     """The ring is uninitialised, and the kernel reads columns that no product wrote."""
     query, key = maps(query, key)
-    ring = slab_search.Blocks.ring
-    monkeypatch.setattr(
-        slab_search.Blocks, "ring", lambda self, like: ring(self, like).fill_(garbage)
-    )
+    ring = slab.Blocks.ring
+    monkeypatch.setattr(slab.Blocks, "ring", lambda self, like: ring(self, like).fill_(garbage))
     n, _, h, w = query.shape
     guarded = torch.full((n * h * w + 128,), 7)
     best = guarded[64:-64].view(n, h, w)
@@ -76,8 +74,9 @@ def test_unwritten_memory_has_no_effect(monkeypatch, query, key, garbage):
             torch, "empty_like", lambda x: best if x.dtype == torch.int64 else empty_like(x)
         )
         score, index = torch.empty(n, h, w), torch.zeros(n, h, w, dtype=torch.int64)
-        options = (3, 1, "both", 1e-12, False, "fp32")
-        kernels.search(query, key, None, score, index, *options, algorithm="slab")
+        options = (Patch(3, 1), Score("both", 1e-12, False), kernels.Plan("fp32", "slab"))
+        for launch in kernels.stages(query, key, None, (score, index), *options).values():
+            launch()
     assert guarded[:64].eq(7).all() and guarded[-64:].eq(7).all()
     assert_same_choice(Match(score, index), query, key)
 
@@ -112,16 +111,16 @@ def test_masked_and_not_finite(bad):
 def arguments():
     """Arguments of the operator, for two images."""
     query, key = maps((2, 3, 5, 7), (1, 3, 6, 8))
-    how = operands.operands(torch.float32, "fp32")
+    fp32 = precision_for(torch.float32, "fp32")
     q, k = (
-        kernels.allocate(x, layout, how)
-        for x, layout in zip((query, key), slab_search.layouts((5, 7), (6, 8)), strict=True)
+        kernels.allocate(x, layout, fp32)
+        for x, layout in zip((query, key), slab.layouts((5, 7), (6, 8)), strict=True)
     )
-    blocks = slab_search.Blocks(q.layout, k.layout, 2)
+    blocks = slab.Blocks(q.layout, k.layout, 2)
     scale = torch.full((1, 1, 6, 64), float("nan"))
     best = torch.zeros(2, 5, 7, dtype=torch.int64)
-    ring = blocks.ring(q.square)
-    return list(slab_search.cuda_arguments(q, k, scale, best, ring, how, blocks))
+    ring = blocks.ring(q.rows)
+    return list(slab.cuda_arguments(q, k, scale, best, ring, blocks))
 
 
 WRONG = {

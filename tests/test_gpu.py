@@ -6,7 +6,7 @@ import torch
 from tests.checks import assert_same_choice
 from ttsr_fast import search
 from ttsr_fast.kernels import search as kernels
-from ttsr_fast.kernels import slab_search
+from ttsr_fast.kernels import slab
 from ttsr_fast.operators import library
 
 pytestmark = pytest.mark.gpu
@@ -41,9 +41,9 @@ def test_slab(monkeypatch, size, precision, kernel):
     """Strips, blocks that overlap, images beside each other; by the kernel of either library."""
     assert library.load_cuda_library() is None
     query, key = maps(size=size)
-    assert slab_search.has_cuda_kernel(query)
+    assert slab.has_cuda_kernel(query)
     if kernel == "triton":
-        monkeypatch.setattr(slab_search, "has_cuda_kernel", lambda x: False)
+        monkeypatch.setattr(slab, "has_cuda_kernel", lambda x: False)
     monkeypatch.setattr(kernels, "choose", lambda *_: "slab")
     match = search(query, key, precision=precision, backend="triton")
     assert_same_choice(match, query, key, precision=precision)

@@ -1,4 +1,4 @@
-"""Which algorithm of the Triton search is taken, what each declines, and where there is none."""
+"""Choice of the algorithm of the Triton search, and reasons why one or all cannot run."""
 
 import sys
 
@@ -8,17 +8,18 @@ import triton
 
 from ttsr_fast import search
 from ttsr_fast.kernels import search as kernels
-from ttsr_fast.kernels import slab_search, tiles
+from ttsr_fast.kernels import slab, tile_configs
 from ttsr_fast.operators import triton as backend
+from ttsr_fast.operators.patch import Patch, Score
 
 each = pytest.mark.parametrize
 
 
 def run(algorithm, query, key):
     score = torch.empty(1, *query.shape[2:])
-    index = torch.empty_like(score, dtype=torch.int64)
-    options = (7, 3, "both", 1e-12, False, "fp32")
-    kernels.search(query, key, None, score, index, *options, algorithm=algorithm)
+    match = (score, torch.empty_like(score, dtype=torch.int64))
+    plan = kernels.Plan("fp32", algorithm)
+    kernels.stages(query, key, None, match, Patch(7, 3), Score("both", 1e-12, False), plan)
 
 
 def maps():
@@ -35,18 +36,18 @@ def test_what_an_algorithm_declines():
             run(algorithm, query, key)
     with pytest.raises(ValueError, match="algorithm must be one of .*, got 'fastest'"):
         run("fastest", query, key)
-    assert kernels.choose(query, key, 5, 2, "fp32") == "direct"
+    assert kernels.choose(query, key, Patch(5, 2), "fp32") == "direct"
 
 
 def test_rocm_has_another_choice(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     large = torch.empty(1).expand(1, 256, 400, 400)
     assert "float32 result on ROCm" in kernels.why_not("slab", torch.float32, 3, "fp16x3")
-    assert kernels.choose(large, large, 3, 1, "fp16x3") == "rolled"
-    assert kernels.choose(large, large, 3, 1, "fp32") == "slab"
-    monkeypatch.setattr(tiles, "target", lambda: "gfx90a")
+    assert kernels.choose(large, large, Patch(3, 1), "fp16x3") == "rolled"
+    assert kernels.choose(large, large, Patch(3, 1), "fp32") == "slab"
+    monkeypatch.setattr(tile_configs, "target", lambda: "gfx90a")
     assert "TF32" in kernels.why_not("direct", torch.float32, 3, "tf32")
-    monkeypatch.setattr(tiles, "target", lambda: "gfx942")
+    monkeypatch.setattr(tile_configs, "target", lambda: "gfx942")
     assert kernels.why_not("direct", torch.float32, 3, "tf32") is None
 
 
@@ -56,31 +57,35 @@ def test_rocm_has_another_choice(monkeypatch):
         ((540, 960), "fp16", True, "slab"),
         ((540, 960), "fp16x3", True, "slab"),
         ((540, 960), "fp32", True, "slab"),
-        ((540, 960), "fp16", False, "rolled"),  # where Python takes longer than the GPU
+        ((540, 960), "fp16", False, "rolled"),  # Python takes longer than the GPU
         ((540, 960), "fp32", False, "slab"),
-        ((8, 8), "fp16", True, "direct"),  # where launches are all there is
+        ((8, 8), "fp16", True, "direct"),  # launches dominate
     ],
 )
 def test_the_choice_by_predicted_time(monkeypatch, size, precision, compiled, algorithm):
-    monkeypatch.setattr(slab_search, "has_cuda_kernel", lambda x: compiled)
+    monkeypatch.setattr(slab, "has_cuda_kernel", lambda x: compiled)
     x = torch.empty(1).expand(1, 256, *size)
-    assert kernels.choose(x, x, 3, 1, precision) == algorithm
+    assert kernels.choose(x, x, Patch(3, 1), precision) == algorithm
 
 
 def test_the_choice_of_few_channels():
-    """What follows a product weighs more there, and the rolled search has less of it."""
+    """Work after a product weighs more, and the rolled search has less of it."""
     x = torch.empty(1).expand(1, 64, 400, 400)
-    assert kernels.choose(x, x, 3, 1, "fp16") == "rolled"
-    assert kernels.choose(x, x, 5, 2, "fp16") == "direct"
+    assert kernels.choose(x, x, Patch(3, 1), "fp16") == "rolled"
+    assert kernels.choose(x, x, Patch(5, 2), "fp16") == "direct"
 
 
 def test_targets_without_tiles_of_their_own(monkeypatch):
-    monkeypatch.setattr(tiles, "target", lambda: "sm_100")
-    assert tiles.tile("rolled", "float16x3") == tiles.TABLE["rolled", None, "tensor"]
-    assert tiles.tile("direct", "float32") == tiles.TABLE["direct", None, "float32"]
-    assert tiles.tile("slab", "float16") == tiles.SAFE["slab"]
-    monkeypatch.setattr(tiles, "target", lambda: "sm_120")
-    assert tiles.tile("rolled", "float16") == tiles.SAFE["rolled"], "never compiled for it"
+    monkeypatch.setattr(tile_configs, "target", lambda: "sm_100")
+    assert (
+        tile_configs.select("rolled", "float16x3") == tile_configs.TABLE["rolled", None, "tensor"]
+    )
+    assert tile_configs.select("direct", "float32") == tile_configs.TABLE["direct", None, "float32"]
+    assert tile_configs.select("slab", "float16") == tile_configs.SAFE["slab"]
+    monkeypatch.setattr(tile_configs, "target", lambda: "sm_120")
+    assert tile_configs.select("rolled", "float16") == tile_configs.SAFE["rolled"], (
+        "never compiled for it"
+    )
 
 
 def test_double_is_declined():

@@ -1,4 +1,4 @@
-"""The Triton search, algorithm by algorithm: in the interpreter, or on a GPU if one is tested."""
+"""Triton search by algorithm: in the interpreter, or on a GPU."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ import triton.language as tl
 from tests import cases
 from tests.checks import assert_same_choice
 from ttsr_fast import Match, reference, search
-from ttsr_fast.kernels import direct_search, rolled_search, slab_search, tiles
+from ttsr_fast.kernels import direct, rolled, slab, tile_configs
 from ttsr_fast.kernels import search as kernels
-from ttsr_fast.kernels.best import encode
-from ttsr_fast.kernels.operands import operands
-from ttsr_fast.kernels.tiles import Tile
+from ttsr_fast.kernels.argmax import encode
+from ttsr_fast.kernels.precision import precision_for
+from ttsr_fast.kernels.tile_configs import TileConfig
+from ttsr_fast.operators.patch import Patch, Score
 
-# What NumPy says, with which the interpreter computes, of a query that a tile holds no key for, and
-# of a feature whose square overflows.
+# NumPy's warnings in the interpreter: a query without a key in a tile, and an overflowing square.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:All-NaN slice encountered"),
     pytest.mark.filterwarnings("ignore:overflow encountered in multiply"),
@@ -33,13 +33,13 @@ SHAPES = (
     "batch_of_one_key",
     "tile_129",
 )
-SMALL = Tile(16, 16, 4, 2)
+SMALL = TileConfig(16, 16, 4, 2)
 
 
 @pytest.fixture(autouse=True)
 def _all_in_triton(monkeypatch):
-    """The kernel of the CUDA library is for `test_gpu.py` and `test_cuda_slab.py`."""
-    monkeypatch.setattr(slab_search, "has_cuda_kernel", lambda x: False)
+    """Triton alone; `test_gpu.py` and `test_cuda_slab.py` test the kernel of the CUDA library."""
+    monkeypatch.setattr(slab, "has_cuda_kernel", lambda x: False)
 
 
 def run(
@@ -60,8 +60,10 @@ def run(
     n, _, h, w = query.shape
     score = query.new_empty(n, h - shrink, w - shrink, dtype=torch.float32)
     index = torch.empty_like(score, dtype=torch.int64)
-    options = (kernel_size, padding, normalize, eps, add_eps, precision)
-    kernels.search(query, key, mask, score, index, *options, algorithm=algorithm, tile=tile)
+    options = (Patch(kernel_size, padding), Score(normalize, eps, add_eps))
+    plan = kernels.Plan(precision, algorithm, tile)
+    for launch in kernels.stages(query, key, mask, (score, index), *options, plan).values():
+        launch()
     return Match(score, index)
 
 
@@ -125,16 +127,16 @@ def test_tails_of_tiles(algorithm, precision):
 
 
 def small_blocks(monkeypatch, leading=64, rows=28):
-    """Several strips and blocks of small maps."""
-    monkeypatch.setattr(slab_search, "QUERY_WIDTH", 6)
-    monkeypatch.setattr(slab_search, "KEY_WIDTH", 5)
-    monkeypatch.setattr(slab_search, "LEADING", leading)
-    monkeypatch.setattr(slab_search, "RING_BYTES", rows * 4 * leading)
+    """Several strips and blocks in small maps."""
+    monkeypatch.setattr(slab, "QUERY_WIDTH", 6)
+    monkeypatch.setattr(slab, "KEY_WIDTH", 5)
+    monkeypatch.setattr(slab, "LEADING", leading)
+    monkeypatch.setattr(slab, "RING_BYTES", rows * 4 * leading)
 
 
 @each("programs", [1, 1000])
 def test_direct_with_splits(monkeypatch, programs):
-    monkeypatch.setattr(direct_search, "PROGRAMS", programs)
+    monkeypatch.setattr(direct, "PROGRAMS", programs)
     query, key = maps((1, 4, 3, 11), (1, 4, 9, 13))
     assert_same_choice(run("direct", query, key, tile=SMALL), query, key)
 
@@ -142,10 +144,10 @@ def test_direct_with_splits(monkeypatch, programs):
 @each("descriptors", [False, True])
 @each("lazy", [False, True])
 @each("algorithm", ["rolled", "direct"])
-def test_what_depends_on_the_target(monkeypatch, algorithm, lazy, descriptors):
-    monkeypatch.setattr(tiles, "has_descriptors", lambda: descriptors)
-    monkeypatch.setattr(tiles, "lazy", lambda: lazy)
-    if descriptors and tiles.target() == "sm_80":
+def test_target_features(monkeypatch, algorithm, lazy, descriptors):
+    monkeypatch.setattr(tile_configs, "has_descriptors", lambda: descriptors)
+    monkeypatch.setattr(tile_configs, "lazy", lambda: lazy)
+    if descriptors and tile_configs.target() == "sm_80":
         return
     query, key = maps((1, 4, 5, 9), (1, 4, 4, 11))
     assert_same_choice(run(algorithm, query, key, tile=SMALL), query, key)
@@ -154,7 +156,7 @@ def test_what_depends_on_the_target(monkeypatch, algorithm, lazy, descriptors):
 @every_algorithm
 @each("precision", ["fp32", "fp16x3", "bf16"])
 def test_ties_of_integers(monkeypatch, algorithm, precision):
-    """Across tiles, walks, splits and blocks, with sums that are exact."""
+    """Across tiles, diagonals, splits and blocks, with exact sums."""
     small_blocks(monkeypatch)
     query, key = cases.integers(1, 2, 4, 5), cases.integers(1, 2, 6, 21)
     score, index = reference.search(query, key, normalize="none")
@@ -168,7 +170,7 @@ def test_first_of_identical_patches_wins(monkeypatch, algorithm, precision):
     small_blocks(monkeypatch)
     patch = torch.randn(1, 5, 3, 3)
     query, key = maps((1, 5, 3, 5), (1, 5, 8, 21))
-    places = [(6, 17), (6, 2), (1, 15)]  # from the last to the first
+    places = [(6, 17), (6, 2), (1, 15)]  # descending
     query[..., 1:4] = patch
     for y, x in places:
         key[..., y - 1 : y + 2, x - 1 : x + 2] = patch
@@ -190,8 +192,8 @@ def test_magnitudes(algorithm, precision, factor):
 
 
 @each("precision", ["fp16x3", "fp16"])
-def test_a_huge_feature_does_not_scale_the_others_away(precision):
-    """Its own patches are not finite; it is no measure of the image."""
+def test_huge_feature_has_no_effect_on_the_scale(precision):
+    """Its own patches count as non-finite."""
     query, key = maps((1, 4, 5, 9), (1, 4, 5, 6))
     clean = run("direct", query, key, precision=precision)
     query[0, 1, 2, 0] = 1e20
@@ -202,15 +204,15 @@ def test_a_huge_feature_does_not_scale_the_others_away(precision):
 
 def test_zeros_of_both_signs_are_equal():
     scores, indices = torch.tensor([0.0, -0.0]), torch.tensor([7, 3], dtype=torch.int32)
-    best = torch.empty(2, dtype=torch.int64)
-    _encode[(1,)](scores, indices, best, BLOCK=2)
-    assert best[1] > best[0], "the lower index wins"
+    words = torch.empty(2, dtype=torch.int64)
+    _encode[(1,)](scores, indices, words, BLOCK=2)
+    assert words[1] > words[0], "the lower index wins"
 
 
 @triton.jit
-def _encode(p_score, p_index, p_best, BLOCK: tl.constexpr):
+def _encode(p_score, p_index, p_word, BLOCK: tl.constexpr):
     o_i = tl.arange(0, BLOCK)
-    tl.store(p_best + o_i, encode(tl.load(p_score + o_i), tl.load(p_index + o_i)))
+    tl.store(p_word + o_i, encode(tl.load(p_score + o_i), tl.load(p_index + o_i)))
 
 
 @every_algorithm
@@ -244,19 +246,19 @@ def test_not_finite(algorithm, precision, bad):
     touched = torch.zeros(2, 5, 7, dtype=torch.bool)
     touched[0, 1:4, 3:6] = True
     assert torch.equal(match.score.isnan(), touched)
-    assert match.index[touched].eq(8).all(), "the first key that is not masked"
+    assert match.index[touched].eq(8).all(), "the first allowed key"
     assert torch.equal(match.index[~touched], clean.index[~touched]), (
         "a masked key has no influence"
     )
     torch.testing.assert_close(match.score[~touched], clean.score[~touched], rtol=0, atol=1e-6)
     match = run(algorithm, query, key, precision=precision)
     assert match.score[1].isnan().all()
-    assert match.index[1].eq(1 * 8 + 2).all(), "the first key patch that holds it"
+    assert match.index[1].eq(1 * 8 + 2).all(), "the first key patch with the feature"
 
 
 @every_algorithm
 def test_all_keys_masked(algorithm):
-    """Where it cannot be refused without waiting for the device."""
+    """The kernels accept it: a check would synchronise."""
     query, key = maps((2, 3, 4, 5), (2, 3, 3, 4))
     mask = torch.ones(2, 3, 4, dtype=torch.bool)
     mask[1] = False
@@ -278,7 +280,7 @@ def test_layouts(layout):
     [
         ("fp16", torch.float16, "direct", 3),
         ("bf16", torch.float32, "direct", 3),
-        ("fp16", torch.float32, "direct", 4),  # the power of two takes the largest feature first
+        ("fp16", torch.float32, "direct", 4),  # the largest feature sets the scale
         ("fp16", torch.float16, "rolled", 4),
         ("fp32", torch.float32, "slab", 13),  # two images in a product
     ],
@@ -294,14 +296,14 @@ def test_launches_at_training_size(monkeypatch, precision, dtype, algorithm, lau
     for launcher, name in (
         (kernels.pack, "amax_kernel"),
         (kernels.pack, "pack_kernel"),
-        (kernels.patch_norm, "patch_norm_kernel"),
+        (kernels.key_scale, "key_scale_kernel"),
         (kernels.direct_search, "direct_search_kernel"),
-        (rolled_search.rolled_search, "rolled_search_kernel"),
-        (slab_search.box_max, "box_max_kernel"),
-        (kernels.finish, "finish_kernel"),
+        (rolled.rolled_search, "rolled_search_kernel"),
+        (slab.search_block, "slab_search_kernel"),
+        (kernels.rescore, "rescore_kernel"),
     ):
         monkeypatch.setitem(launcher.__globals__, name, Kernel())
-    monkeypatch.setattr(slab_search, "multiply", lambda *arguments: started.append("product"))
+    monkeypatch.setattr(slab, "multiply", lambda *arguments: started.append("product"))
     run(algorithm, query, key, precision=precision)
     assert len(started) == launches
 
@@ -310,8 +312,8 @@ def test_launches_at_training_size(monkeypatch, precision, dtype, algorithm, lau
 def test_stages_can_be_repeated(algorithm):
     query, key = maps((1, 4, 5, 7), (1, 4, 6, 5))
     score, index = torch.empty(1, 5, 7), torch.empty(1, 5, 7, dtype=torch.int64)
-    options = (3, 1, "both", 1e-12, False, "fp16x3")
-    stages = kernels.stages(query, key, None, score, index, *options, algorithm=algorithm)
+    options = (Patch(3, 1), Score("both", 1e-12, False), kernels.Plan("fp16x3", algorithm))
+    stages = kernels.stages(query, key, None, (score, index), *options)
     assert [*stages][-2:] == [algorithm, "rescore"]
     for stage in stages.values():
         stage()
@@ -341,7 +343,7 @@ def test_compiles_without_a_break():
 
 
 def test_pytorch_settings_are_left_alone():
-    """One that is set, and one that follows another."""
+    """A setting of its own, and a setting inherited from another."""
     query, key = maps((1, 4, 5, 6), (1, 4, 5, 6))
     setting, general = torch.backends.cuda.matmul, torch.backends
     before = setting.fp32_precision, general.fp32_precision
@@ -360,23 +362,23 @@ def test_pytorch_settings_are_left_alone():
 
 def test_settings_during_products():
     setting = torch.backends.cuda.matmul
-    how = {name: operands(torch.float32, name) for name in PRECISIONS}
+    precisions = {name: precision_for(torch.float32, name) for name in PRECISIONS}
     before = setting.fp32_precision, setting.allow_fp16_accumulation
     try:
         setting.fp32_precision, setting.allow_fp16_accumulation = "tf32", True
-        with slab_search.matmul_precision(how["fp32"]):
+        with slab.matmul_precision(precisions["fp32"]):
             assert setting.fp32_precision == "ieee" and setting.allow_fp16_accumulation
-        with slab_search.matmul_precision(how["fp16x3"]):
+        with slab.matmul_precision(precisions["fp16x3"]):
             assert not setting.allow_fp16_accumulation
-        with slab_search.matmul_precision(how["bf16"]):
+        with slab.matmul_precision(precisions["bf16"]):
             assert setting.fp32_precision == "tf32" and setting.allow_fp16_accumulation
         assert setting.fp32_precision == "tf32" and setting.allow_fp16_accumulation
     finally:
         setting.fp32_precision, setting.allow_fp16_accumulation = before
 
 
-def test_rolled_reads_by_descriptor_where_there_are_any(monkeypatch):
-    rows = maps().__next__().permute(0, 2, 3, 1).reshape(-1, 20)
+def test_rolled_reads_by_descriptor_if_available():
+    rows = next(maps()).permute(0, 2, 3, 1).reshape(-1, 20)
     packed = type("Packed", (), {"rows": rows})
-    assert rolled_search._rows(packed, 16, 4, False) is rows
-    assert rolled_search._rows(packed, 16, 4, True).block_shape == [16, 4]
+    assert rolled._rows(packed, 16, 4, False) is rows
+    assert rolled._rows(packed, 16, 4, True).block_shape == [16, 4]

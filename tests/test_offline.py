@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, on targets that are not here: see `offline.py`."""
+"""Machine code of every kernel for all targets, compiled by `offline.py`."""
 
 import importlib.metadata
 import json
@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SEARCHES = {
-    "slab": "box_max_kernel",
+    "slab": "slab_search_kernel",
     "rolled": "rolled_search_kernel",
     "direct": "direct_search_kernel",
 }
@@ -23,11 +23,11 @@ KIB = 1 << 10
 SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
 SHARED_SAFE = 48 * KIB
 TENSOR_COLUMNS = 512  # of Blackwell's tensor memory
-# The instruction that multiplies tiles of 64 queries or more; there is another one for fewer.
+# Instruction for products of tiles of 64 queries or more, and for fewer.
 PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 PRODUCT_OF_FEWER = {"sm_90": "mma.sync", "sm_100": "mma.sync"}
 DESCRIPTORS = ("sm_90", "sm_100")
-# Of each of query and key, a stride of the innermost axis may be known to be 1.
+# The innermost stride of query and of key may be specialised to 1.
 VARIANTS = {"pack_kernel": 2, "amax_kernel": 2}
 
 Document = dict[str, Any]
@@ -36,7 +36,7 @@ Kernel = dict[str, Any]
 
 
 def compiled(target: str, algorithm: str, *options: str) -> Document:
-    """All that `offline.py` reports. Compiled kernels are kept in `build` until they change."""
+    """Report of `offline.py`. Compiled kernels are kept in `build` until they change."""
     version = importlib.metadata.version("triton")
     environment = {name: value for name, value in os.environ.items() if "TRITON" not in name}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build/triton-cache" / version)
@@ -53,14 +53,14 @@ def compiled(target: str, algorithm: str, *options: str) -> Document:
 
 
 def kernels(document: Document) -> Iterator[tuple[Case, Kernel]]:
-    """Every kernel with every case that needs it."""
+    """Every kernel with every case that uses it."""
     for case in document["cases"]:
         for number in case["kernels"]:
             yield case, document["kernels"][number]
 
 
 def label(case: Case, *names: str) -> str:
-    """A case, for the message of a failed test."""
+    """Name of a case in the message of a failed test."""
     words = [case["operands"], f"{case['tile']} tile {tuple(case['sizes'].values())}"]
     words += [f"{case['channels']} channels"]
     words += ["channels_last"] * case["channels_last"] + ["masked"] * case["masked"]
@@ -71,9 +71,9 @@ def label(case: Case, *names: str) -> str:
 
 
 def product(target: str, case: Case) -> str | None:
-    """The instruction that has to multiply."""
+    """Instruction for products; None without tensor cores."""
     if PRODUCTS[target] != "v_mfma" and case["operands"] == "fp32":
-        return None  # NVIDIA's tensor cores do not multiply float32 as IEEE wants it
+        return None  # NVIDIA's tensor cores have no IEEE product of float32
     if case["sizes"]["block_q"] < 64:
         return PRODUCT_OF_FEWER.get(target, PRODUCTS[target])
     return PRODUCTS[target]
@@ -84,7 +84,7 @@ def failures(document: Document) -> dict[str, str]:
 
 
 def spills(document: Document) -> dict[str, str]:
-    """To memory; AMD's scalars may be kept in lanes of a vector."""
+    """Registers spilled to memory; AMD's scalars may be spilled to lanes of a vector."""
     return {
         label(case, kernel["name"]): f"{kernel['local']} bytes, {kernel['registers']} registers"
         for case, kernel in kernels(document)
@@ -93,7 +93,7 @@ def spills(document: Document) -> dict[str, str]:
 
 
 def too_large(document: Document, target: str) -> dict[str, tuple[int, int]]:
-    """Kernels that take more shared or tensor memory than there is, or than is safe."""
+    """Kernels with more shared or tensor memory than the target has, or than is safe."""
     most = {"table": SHARED[target], "safe": min(SHARED[target], SHARED_SAFE)}
     return {
         label(case, kernel["name"]): (kernel["shared"], kernel["tensor_columns"])
@@ -103,7 +103,7 @@ def too_large(document: Document, target: str) -> dict[str, tuple[int, int]]:
 
 
 def wrong_products(document: Document, target: str, algorithm: str) -> dict[str, list[str]]:
-    """Kernels that multiply with another instruction than `product`; the slab's never do."""
+    """Kernels with other products than `product`; the slab's have none."""
     wrong = {}
     for case, kernel in kernels(document):
         multiplies = algorithm != "slab" and kernel["name"] == SEARCHES[algorithm]
@@ -117,7 +117,7 @@ def wrong_products(document: Document, target: str, algorithm: str) -> dict[str,
 
 
 def wrong_copies(document: Document, target: str) -> dict[str, bool]:
-    """Copies by descriptor are for the rolled search, where there are descriptors."""
+    """Kernels with unexpected copies: descriptors are for the rolled search alone."""
     return {
         label(case, kernel["name"]): kernel["copies_blocks"]
         for case, kernel in kernels(document)
@@ -127,7 +127,7 @@ def wrong_copies(document: Document, target: str) -> dict[str, bool]:
 
 
 def variants(document: Document) -> dict[str, int]:
-    """Kernels that another size of picture compiles anew: a folder of them would take long."""
+    """Kernels that compile again for another image size; a folder of images would take long."""
     too_many = {}
     for case in document["cases"]:
         counts = Counter(document["kernels"][number]["name"] for number in case["kernels"])
@@ -140,11 +140,11 @@ def variants(document: Document) -> dict[str, int]:
 @pytest.mark.parametrize("algorithm", SEARCHES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels(target: str, algorithm: str) -> None:
-    """All in one test: a target's kernels are compiled once, whatever worker a test goes to."""
+    """All in one test, so that a target's kernels are compiled once in any worker."""
     document = compiled(target, algorithm)
     for case in document["cases"]:
         names = {document["kernels"][number]["name"] for number in case["kernels"]}
-        assert case["error"] or {"pack_kernel", SEARCHES[algorithm], "finish_kernel"} <= names
+        assert case["error"] or {"pack_kernel", SEARCHES[algorithm], "rescore_kernel"} <= names
     faults = {
         "does not compile": failures(document),
         "spills": spills(document),
@@ -156,7 +156,7 @@ def test_kernels(target: str, algorithm: str) -> None:
     assert {name: fault for name, fault in faults.items() if fault} == {}
 
     compiled_tiles = [case["sizes"] for case in document["cases"] if case["tile"] == "table"]
-    places = {target, None} if target == "sm_100" else {target}  # which has no rows of its own
+    places = {target, None} if target == "sm_100" else {target}  # sm_100 has no rows of its own
     rows = [
         tile
         for (name, where, _), tile in document["table"]
@@ -166,8 +166,8 @@ def test_kernels(target: str, algorithm: str) -> None:
     assert {where for (_, where, _), _ in document["table"]} <= {None, *TARGETS}
 
 
-# On Hopper, of the kernels that multiply most: thread blocks on a multiprocessor at least, and
-# instructions of a thread per pair at most.
+# Kernels with the most products on Hopper: minimum of thread blocks per multiprocessor, maximum of
+# instructions of a thread per pair.
 LIMITS = {
     ("rolled", "fp16"): (1, 26),
     ("rolled", "fp16x3"): (1, 58),
@@ -179,7 +179,7 @@ LIMITS = {
 
 @pytest.mark.parametrize(("algorithm", "operands"), LIMITS)
 def test_cost_of_a_pair(algorithm: str, operands: str) -> None:
-    """Machine code alone tells it: registers decide how many blocks there are."""
+    """Occupancy and instructions, from machine code; registers limit the number of blocks."""
     document = compiled("sm_90", algorithm)
     blocks, limit = LIMITS[algorithm, operands]
     checked = 0
@@ -195,13 +195,13 @@ def test_cost_of_a_pair(algorithm: str, operands: str) -> None:
 
 
 def blocks_on_multiprocessor(kernel: Kernel) -> int:
-    """Of Hopper: registers are given to warps in units of 256, and a block takes 1 KiB more."""
+    """Thread blocks on Hopper: warps have registers in units of 256, a block has 1 KiB overhead."""
     registers = -(-kernel["registers"] * 32 // 256) * 256 * kernel["warps"]
     return min((1 << 16) // registers, 228 * KIB // (kernel["shared"] + KIB), 64 // kernel["warps"])
 
 
 def instructions_per_pair(algorithm: str, case: Case, kernel: Kernel) -> float:
-    """Of pairs in a tile, where no score improves on the best."""
+    """Instructions of a thread per pair of a tile, if no score improves."""
     tile = case["sizes"]
     steps = case["channels"] // 64 * (3 if case["dtype"].endswith("x3") else 1)
     turns = {"rolled": 3, "direct": 9, "slab": 0}[algorithm] * steps

@@ -36,7 +36,7 @@ for _schema in (
     f"int[] strides, {PATCH}, {_GRID}) -> ()",
     "cuda_gather_dot(Tensor value, Tensor grad, Tensor index, Tensor(a!) out, "
     f"int stride, {PATCH}, {_GRID}, bool check_index) -> ()",
-    f"cuda_slab_search({_SLAB}) -> ()",  # see kernels/slab_search.py
+    f"cuda_slab_search({_SLAB}) -> ()",  # see kernels/slab.py
     f"cuda_slab_argmax({_SLAB}) -> ()",
 ):
     LIBRARY.define(_schema)

@@ -27,7 +27,7 @@ def search(
     if query.is_cuda:
         library.load_cuda_library()  # one of the search's kernels is in CUDA, where that is at hand
     kernels = importlib.import_module("ttsr_fast.kernels.search")
-    kernels.search(query, key, key_mask, *match, *patch, *scoring, precision)
+    kernels.search(query, key, key_mask, match, patch, scoring, precision)
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

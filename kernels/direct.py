@@ -1,38 +1,33 @@
-"""The search as nine shifted products: any kernel size, and one launch for a whole batch.
+"""Direct search: nine shifted products, any kernel size, one launch for a whole batch.
 
-A program holds a tile of query patches and streams tiles of key patches past it, keeping the best
-of each query. The product of two tiles runs over all taps of a patch and all channels: a tap is the
-same tile, read a few rows further down the packed map (`pack.py`), so patches are never formed.
+A program keeps the running argmax of a tile of query patches over tiles of key patches. The product
+of two tiles runs over all taps of a patch and all channels. A tap is the same tile, a few rows
+further in the packed map (`pack.py`), so patches are never formed.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttsr_fast.kernels import tiles
-from ttsr_fast.kernels.best import NO_KEY, encode, first_of_row_maximum
-from ttsr_fast.kernels.operands import Operands, multiply_add
+from ttsr_fast.kernels import tile_configs
+from ttsr_fast.kernels.argmax import NO_KEY, Argmax, encode, first_argmax
+from ttsr_fast.kernels.key_scale import Score, image_stride, mask_stride, patch_scale, scaled_eps
 from ttsr_fast.kernels.pack import AMAX_BLOCKS, Packed
-from ttsr_fast.kernels.patch_norm import image_stride, key_scale, mask_stride, scaled_eps
-from ttsr_fast.kernels.tiles import LINE_BYTES, Tile
+from ttsr_fast.kernels.precision import multiply_add
+from ttsr_fast.kernels.tile_configs import TileConfig
 
-PROGRAMS = 528  # at least, if there are as many tiles: four for each multiprocessor of an H100
+PROGRAMS = 528  # minimum, tiles permitting: four for each multiprocessor of an H100
 
 
 def direct_search(
     query: Packed,
     key: Packed,
     key_mask: Tensor | None,  # [N or 1, HKo, WKo]
-    best: Tensor,  # [N, Ho, Wo], merged into
-    lost: Tensor,  # [N or 1], merged into
-    kernel_size: int,
-    normalize: bool,
-    eps: float,
-    add_eps: bool,
-    operands: Operands,
-    tile: Tile,
+    argmax: Argmax,  # merged into
+    scoring: Score,
+    tile: TileConfig,
 ) -> None:
-    n, q, k = query.images, query.layout, key.layout
+    n, q, k, precision = query.images, query.layout, key.layout, query.precision
     query_tiles = triton.cdiv(q.height * q.line, tile.block_q)
     key_tiles = triton.cdiv(k.height * k.line, tile.block_k)
     splits = min(key_tiles, triton.cdiv(PROGRAMS, n * query_tiles))
@@ -41,78 +36,56 @@ def direct_search(
     direct_search_kernel[(n * splits * query_tiles,)](
         query.rows,
         key.rows,
-        key.square,
+        key.squared_norm,
         key.amax,
         key_mask,
-        best,
-        lost,
+        *argmax,
         q.pixels,
         image_stride(key.images, k.pixels),
-        image_stride(key.images, AMAX_BLOCKS),
+        image_stride(key.images, AMAX_BLOCKS.value),
         mask_stride(key_mask),
-        image_stride(len(lost), 1),
-        q.line,
-        k.line,
-        q.height,
-        q.width,
-        k.height,
-        k.width,
-        query_tiles,
-        key_tiles,
-        splits,
-        tiles_per_split,
-        eps,
-        K=operands.multiplied * query.channels,
-        SECTIONS=len(operands.query_sections),
+        image_stride(len(argmax.first_nonfinite_key), 1),
+        *(q.line, k.line, q.height, q.width, k.height, k.width),
+        *(query_tiles, key_tiles, splits, tiles_per_split),
+        scoring.eps,
+        K=precision.products * query.channels,
+        SECTIONS=len(precision.query_sections),
         C=query.channels,
-        SCALED=operands.scaled,
-        INPUT_PRECISION=operands.input_precision,
-        KERNEL=kernel_size,
-        NORMALIZE=normalize,
-        ADD_EPS=add_eps,
+        SCALED=precision.scaled,
+        INPUT_PRECISION=precision.input_precision,
+        KERNEL=q.halo + 1,
+        NORMALIZE=scoring.normalize != "none",
+        ADD_EPS=scoring.add_eps,
         MASKED=key_mask is not None,
-        AMAX_BLOCKS=AMAX_BLOCKS,
-        LAZY=tiles.lazy(),
+        LAZY=tile_configs.lazy(),
         BLOCK_Q=tile.block_q,
         BLOCK_K=tile.block_k,
-        BLOCK_C=LINE_BYTES // operands.dtype.itemsize,
+        BLOCK_C=precision.block_c,
         **tile.options,
     )
 
 
 @triton.jit(
     do_not_specialize=[
-        "ROWS_Q",
-        "stride_key",
-        "stride_amax",
-        "stride_mask",
-        "stride_lost",
-        "WP",
-        "WKP",
-        "HO",
-        "WO",
-        "HKO",
-        "WKO",
-        "QUERY_TILES",
-        "KEY_TILES",
-        "SPLITS",
-        "TILES_PER_SPLIT",
+        *("ROWS_Q", "stride_key", "stride_amax", "stride_mask", "stride_nonfinite"),
+        *("WP", "WKP", "HO", "WO", "HKO", "WKO"),
+        *("QUERY_TILES", "KEY_TILES", "SPLITS", "TILES_PER_SPLIT"),
     ]
 )
 def direct_search_kernel(
     p_query,  # [N*ROWS_Q + slack, SECTIONS*C]
     p_key,  # [N*ROWS_K + slack, SECTIONS*C]
-    p_square,  # [N*ROWS_K + slack]
+    p_squared_norm,  # [N*ROWS_K + slack]
     p_amax,  # [N or 1, AMAX_BLOCKS]
     p_mask,  # [N or 1, HKO, WKO]
-    p_best,  # [N, HO, WO]
-    p_lost,  # [N or 1]
+    p_argmax,  # [N, HO, WO], merged into
+    p_first_nonfinite,  # [N or 1], merged into
     ROWS_Q,
     stride_key,  # of images, in rows
     stride_amax,
     stride_mask,
-    stride_lost,
-    WP,
+    stride_nonfinite,
+    WP,  # pixels of a line, padding included
     WKP,
     HO,
     WO,
@@ -123,7 +96,7 @@ def direct_search_kernel(
     SPLITS,
     TILES_PER_SPLIT,
     eps: tl.float32,
-    K: tl.constexpr,  # columns that are multiplied
+    K: tl.constexpr,  # columns in the product
     SECTIONS: tl.constexpr,
     C: tl.constexpr,
     SCALED: tl.constexpr,
@@ -132,8 +105,7 @@ def direct_search_kernel(
     NORMALIZE: tl.constexpr,
     ADD_EPS: tl.constexpr,
     MASKED: tl.constexpr,
-    AMAX_BLOCKS: tl.constexpr,
-    LAZY: tl.constexpr,  # as in `best.merge`
+    LAZY: tl.constexpr,  # as in `argmax.merge`
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -145,7 +117,7 @@ def direct_search_kernel(
     TAPS: tl.constexpr = KERNEL * KERNEL
     STEPS: tl.constexpr = C // BLOCK_C
     PER_TAP: tl.constexpr = (p_query.dtype.element_ty == tl.float32) & (INPUT_PRECISION == "ieee")
-    eps = scaled_eps(eps, p_amax + i_n * stride_amax, SCALED, AMAX_BLOCKS)
+    eps = scaled_eps(eps, p_amax + i_n * stride_amax, SCALED)
 
     o_c = tl.arange(0, BLOCK_C)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)  # first pixels, row-major in the padded map
@@ -153,7 +125,7 @@ def direct_search_kernel(
     p_q = p_query + (i_n * ROWS_Q + i_q * BLOCK_Q) * ROW
     o_qc = (tl.arange(0, BLOCK_Q) * ROW)[:, None] + o_c[None, :]  # [BLOCK_Q, BLOCK_C]
     o_kc = (tl.arange(0, BLOCK_K) * ROW)[None, :] + o_c[:, None]  # [BLOCK_C, BLOCK_K]
-    b_best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    b_score = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_index = tl.full([BLOCK_Q], NO_KEY, tl.int32)
     first_tile = i_s * TILES_PER_SPLIT
     for i_k in range(first_tile, tl.minimum(first_tile + TILES_PER_SPLIT, KEY_TILES)):
@@ -163,7 +135,7 @@ def direct_search_kernel(
         b_t = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         b_taps = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         for step in range(TAPS * (K // BLOCK_C)):
-            if PER_TAP:  # noqa: SIM102  # as 9 * C sums in one chain would lose too much
+            if PER_TAP:  # noqa: SIM102  # a chain of 9 * C sums would lose too much precision
                 if step % STEPS == 0:
                     b_taps += b_t
                     b_t = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
@@ -179,29 +151,20 @@ def direct_search_kernel(
         p_allowed = o_i
         if MASKED:
             p_allowed = p_mask + i_n * stride_mask + o_i
-        p_first = p_square + i_n * stride_key + o_k
-        b_scale = key_scale(
-            p_first,
-            p_allowed,
-            p_lost + i_n * stride_lost,
-            o_i,
-            m_k,
-            WKP,
-            eps,
-            KERNEL,
-            NORMALIZE,
-            ADD_EPS,
-            MASKED,
+        p_first = p_squared_norm + i_n * stride_key + o_k
+        p_nonfinite = p_first_nonfinite + i_n * stride_nonfinite
+        b_scale = patch_scale(
+            p_first, p_allowed, p_nonfinite, o_i, m_k, WKP, eps, KERNEL, NORMALIZE, ADD_EPS, MASKED
         )
         b_s = b_t * b_scale[None, :]
         b_m = tl.max(b_s, axis=1)
-        better = b_m > b_best  # keys come in ascending order: the first of equal ones stays
+        better = b_m > b_score  # keys ascend: the first of equal scores stays
         improved = True
         if LAZY:
             improved = tl.max(better.to(tl.int32), axis=0) > 0
         if improved:
-            b_i = first_of_row_maximum(b_s, b_m, o_i)
+            b_i = first_argmax(b_s, b_m, o_i)
             b_index = tl.where(better, b_i, b_index)
-            b_best = tl.where(better, b_m, b_best)
-    p_out = p_best + i_n * (HO * WO) + (o_q // WP * WO + o_q % WP)
-    tl.atomic_max(p_out, encode(b_best, b_index), mask=m_q, sem="relaxed")
+            b_score = tl.where(better, b_m, b_score)
+    p_out = p_argmax + i_n * (HO * WO) + (o_q // WP * WO + o_q % WP)
+    tl.atomic_max(p_out, encode(b_score, b_index), mask=m_q, sem="relaxed")

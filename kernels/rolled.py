@@ -1,9 +1,9 @@
-"""The search in one kernel, with 3 * C products per pair: for patches of 3x3.
+"""Rolled search: one kernel with 3 * C products per pair, for patches of 3x3.
 
-A program is a walk (`walk.py`) with one tile of query columns and one tile of key columns. The
-three taps along a row go into the product, the three rows are added up on the way. Nothing but the
-maximum leaves the program. Narrow images are laid out in bands (`layout.py`), so that tiles are
-full at any width.
+A program processes one diagonal (`layout.py`) for one tile of query columns and one tile of key
+columns. The three taps of a row are in the product; three rows are summed along the diagonal. Only
+the maximum leaves the program. Narrow images are laid out in bands, so that tiles are full at any
+width.
 """
 
 from functools import lru_cache
@@ -12,56 +12,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttsr_fast.kernels import tiles
-from ttsr_fast.kernels.best import merge
-from ttsr_fast.kernels.layout import Layout, column_of, size_names
-from ttsr_fast.kernels.operands import Operands, multiply_add
+from ttsr_fast.kernels import tile_configs
+from ttsr_fast.kernels.argmax import Argmax, merge
+from ttsr_fast.kernels.key_scale import image_stride, load_scale
+from ttsr_fast.kernels.layout import Layout, column_of, diagonal, size_names
 from ttsr_fast.kernels.pack import Packed
-from ttsr_fast.kernels.patch_norm import image_stride, load_scale
-from ttsr_fast.kernels.tiles import LINE_BYTES, Tile
-from ttsr_fast.kernels.walk import walk
+from ttsr_fast.kernels.precision import multiply_add
+from ttsr_fast.kernels.tile_configs import TileConfig
 
 HALO = 2
-LEAST_BAND = 12  # rows of a band: its halo is stored and multiplied again
-BANDS = 12  # at most
+MIN_BAND_HEIGHT = 12  # the halo of a band is stored and multiplied again
+MAX_BANDS = 12
 
 
 @lru_cache(maxsize=256)
 def layouts(
-    query: tuple[int, int], key: tuple[int, int], padding: int, tile: Tile
+    query: tuple[int, int], key: tuple[int, int], padding: int, tile: TileConfig
 ) -> tuple[Layout, Layout]:
-    """The bands of two grids of patches with which the fewest pairs are multiplied."""
-    options = [
-        [Layout(*grid, HALO, bands=n) for n in range(1, BANDS + 1) if n * LEAST_BAND <= grid[0]]
-        or [Layout(*grid, HALO)]
-        for grid in (query, key)
-    ]
+    """Bands of two grids of patches for the fewest multiplied pairs."""
+    bands = [max(1, min(MAX_BANDS, height // MIN_BAND_HEIGHT)) for height, _ in (query, key)]
+    queries, keys = (
+        [Layout(*grid, HALO, bands=n + 1) for n in range(most)]
+        for grid, most in zip((query, key), bands, strict=True)
+    )
     return min(
-        ((q, k) for q in options[0] for k in options[1]),
+        ((q, k) for q in queries for k in keys),
         key=lambda pair: multiplied_pairs(pair[0], pair[1], padding, tile),
     )
 
 
-def multiplied_pairs(query: Layout, key: Layout, padding: int, tile: Tile) -> int:
-    """Pairs of pixels of an image that are multiplied, fillings of tiles included."""
-    halo = HALO - _border(query, key, padding)
-    rows = query.band_height * key.band_height + halo * _walks(query, key)
+def multiplied_pairs(query: Layout, key: Layout, padding: int, tile: TileConfig) -> int:
+    """Multiplied pairs of pixels of one image, padding of tiles included."""
+    halo = HALO - _starts_in_padding(query, key, padding)
+    rows = query.band_height * key.band_height + halo * _diagonals(query, key)
     query_tiles, key_tiles = _tiles(query, key, tile)
     return rows * query_tiles * tile.block_q * key_tiles * tile.block_k
 
 
-def _walks(query: Layout, key: Layout) -> int:
+def _diagonals(query: Layout, key: Layout) -> int:
     return query.band_height + key.band_height - 1
 
 
-def _tiles(query: Layout, key: Layout, tile: Tile) -> tuple[int, int]:
-    """Of a line, as far as patches begin there."""
+def _tiles(query: Layout, key: Layout, tile: TileConfig) -> tuple[int, int]:
+    """Tiles of a line, up to its last patch."""
     ends = [x.line - x.piece + x.strip_width for x in (query, key)]
     return triton.cdiv(ends[0], tile.block_q), triton.cdiv(ends[1], tile.block_k)
 
 
-def _border(query: Layout, key: Layout, padding: int) -> bool:
-    """Whether the first row of every walk lies in the padding of one map."""
+def _starts_in_padding(query: Layout, key: Layout, padding: int) -> bool:
+    """The first row of every diagonal is padding in one map, so its products are zero."""
     return padding > 0 and query.bands == key.bands == 1
 
 
@@ -69,20 +68,20 @@ def rolled_search(
     query: Packed,
     key: Packed,
     scale: Tensor,  # [N or 1, 1, band height, slots]
-    best: Tensor,  # [N, Ho, Wo], merged into
+    argmax: Argmax,  # words are merged into
     padding: int,
-    operands: Operands,
-    tile: Tile,
+    tile: TileConfig,
 ) -> None:
-    descriptors = tiles.has_descriptors()
-    block_c = LINE_BYTES // operands.dtype.itemsize
+    precision = query.precision
+    descriptors = tile_configs.has_descriptors()
+    block_c = precision.block_c
     query_tiles, key_tiles = _tiles(query.layout, key.layout, tile)
-    walks = _walks(query.layout, key.layout)
-    rolled_search_kernel[(walks * query.images * query_tiles * key_tiles,)](
+    diagonals = _diagonals(query.layout, key.layout)
+    rolled_search_kernel[(diagonals * query.images * query_tiles * key_tiles,)](
         _rows(query, tile.block_q, block_c, descriptors),
         _rows(key, tile.block_k, block_c, descriptors),
         scale,
-        best,
+        argmax.words,
         query.images,
         image_stride(key.images, 1),
         image_stride(len(scale), 1),
@@ -91,13 +90,13 @@ def rolled_search(
         scale.shape[3],
         query_tiles,
         key_tiles,
-        int(_border(query.layout, key.layout, padding)),
-        K=operands.multiplied * query.channels,
-        SECTIONS=len(operands.query_sections),
+        int(_starts_in_padding(query.layout, key.layout, padding)),
+        K=precision.products * query.channels,
+        SECTIONS=len(precision.query_sections),
         C=query.channels,
-        INPUT_PRECISION=operands.input_precision,
+        INPUT_PRECISION=precision.input_precision,
         DESCRIPTORS=descriptors,
-        LAZY=tiles.lazy(),
+        LAZY=tile_configs.lazy(),
         BLOCK_Q=tile.block_q,
         BLOCK_K=tile.block_k,
         BLOCK_C=block_c,
@@ -106,6 +105,7 @@ def rolled_search(
 
 
 def _rows(packed: Packed, block: int, block_c: int, descriptors: bool):
+    """Rows of a packed map as a kernel takes them: a descriptor or a tensor."""
     if not descriptors:
         return packed.rows
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -141,10 +141,10 @@ def rolled_search_kernel(
     query,  # [N*LINES*LINE + slack, SECTIONS*C], a descriptor or a pointer
     key,  # [N*LINES_K*LINE_K + slack, SECTIONS*C], the same
     p_scale,  # [N or 1, BAND_HEIGHT_K, SLOTS]
-    p_best,  # [N, HEIGHT, WIDTH]
+    p_argmax,  # [N, HEIGHT, WIDTH], merged into
     N,
-    stride_key,  # 0 if one key serves all images, else 1
-    stride_scale,  # the same
+    stride_key,  # of images, 0 or 1
+    stride_scale,  # of images, 0 or 1
     HEIGHT,
     WIDTH,
     BAND_HEIGHT,
@@ -162,8 +162,8 @@ def rolled_search_kernel(
     SLOTS,
     QUERY_TILES,
     KEY_TILES,
-    FIRST,  # 1 if row 0 of a walk would add nothing
-    K: tl.constexpr,  # columns that are multiplied
+    FIRST,  # 1 if row 0 of a diagonal is zero
+    K: tl.constexpr,  # columns in the product
     SECTIONS: tl.constexpr,
     C: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -178,20 +178,20 @@ def rolled_search_kernel(
     i_k, i_q = i_p % KEY_TILES, i_p // KEY_TILES % QUERY_TILES
     i_p = i_p // (KEY_TILES * QUERY_TILES)
     i_n = (i_p % N).to(tl.int64)
-    offset, y_q, length = walk(i_p // N, BAND_HEIGHT, BAND_HEIGHT_K)
+    offset, y_q, length = diagonal(i_p // N, BAND_HEIGHT, BAND_HEIGHT_K)
     y_k = y_q + offset
 
     o_q, o_k = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q), i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     o_out = column_of(o_q, HEIGHT, WIDTH, BAND_HEIGHT, STRIP_WIDTH, PIECE)
     row_q = (i_n * LINES + y_q) * LINE + i_q * BLOCK_Q
     row_k = (i_n * stride_key * LINES_K + y_k) * LINE_K + i_k * BLOCK_K
-    p_best += i_n * HEIGHT * WIDTH
+    p_argmax += i_n * HEIGHT * WIDTH
     p_scale += i_n * stride_scale * BAND_HEIGHT_K * SLOTS
     b_last = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     b_pair = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for y in range(FIRST, length + 2):
         b_row = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-        # The three reads of the same channels follow each other, so that the cache serves two.
+        # Taps in the inner loop: two of three loads of the same channels hit the cache.
         for step in range(3 * (K // BLOCK_C)):
             dx, c = step % 3, step // 3 * BLOCK_C
             b_q = _load(query, row_q + y * LINE + dx, c, ROW, DESCRIPTORS, BLOCK_Q, BLOCK_C)
@@ -204,5 +204,5 @@ def rolled_search_kernel(
             y_out, y_key = y_q + y - 2, y_k + y - 2
             b_s = b_t * load_scale(p_scale + y_key * SLOTS + o_k)[None, :]
             m_q = o_out < (HEIGHT - y_out) * WIDTH
-            p_out = p_best + (o_out + y_out * WIDTH)
+            p_out = p_argmax + (o_out + y_out * WIDTH)
             merge(p_out, b_s, o_k, y_key * WIDTH_K, PIECE_K, BAND_HEIGHT_K * WIDTH_K, m_q, LAZY)
