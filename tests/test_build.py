@@ -223,7 +223,7 @@ def test_sources_of_the_repository() -> None:
     folder = Path(__file__).parent.parent / "csrc"
     assert build.source_folder() == folder
     together = {*build.sources(), *build.sources(cuda=True)}
-    assert {folder / "module.cpp", folder / "cuda/gather_fold_kernel.cu"} < together
+    assert {folder / "cpu/search.cpp", folder / "cuda/gather_fold_kernel.cu"} < together
     assert together == {path for path in folder.rglob("*.c*") if path.is_file()}
 
 

@@ -1,7 +1,7 @@
-"""The CUDA kernels of the transfer, run on the CPU thread by thread (see `emulated`).
+"""The CUDA kernels of the transfer on the CPU, emulated thread by thread (see `emulated`).
 
-The tests of `gather_fold` and of `SearchTransfer` with these kernels in place of those for the CPU,
-and what is theirs alone: the order in which threads run, long lists, indices outside the grid.
+The tests of `gather_fold` and `SearchTransfer`, with these kernels in place of the CPU kernels, and
+tests of CUDA alone: order of threads, long lists, indices outside the key grid.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import torch
 
 from tests import cases, checks
 from tests.checks import assert_no_worse
-from tests.test_gather_fold import (  # noqa: F401  # run here as well
+from tests.test_gather_fold import (  # noqa: F401  # run with the CUDA kernels
     oracle,
     test_adjoint_identity,
     test_empty_batch,
@@ -27,7 +27,7 @@ from tests.test_gather_fold import (  # noqa: F401  # run here as well
     test_uninitialised_workspace,
     test_weight_of_another_dtype,
 )
-from tests.test_modules import test_dtypes, test_equals_the_oracle  # noqa: F401  # the same
+from tests.test_modules import test_dtypes, test_equals_the_oracle  # noqa: F401  # likewise
 from ttsr_fast import gather_fold, reference
 from ttsr_fast.operators import cpp
 from ttsr_fast.operators.index import CHECK_INDEX_VARIABLE, InverseIndex
@@ -38,7 +38,7 @@ each = pytest.mark.parametrize
 
 @pytest.fixture
 def backend(emulator, monkeypatch):
-    """`cpp`, of which the transfer is that of the CUDA library."""
+    """Backend `cpp` with the transfer of the CUDA library."""
     monkeypatch.setattr(cpp, "gather_fold", cpp.cuda_gather_fold)
     monkeypatch.setattr(cpp, "_cpu_adjoint", cpp.cuda_gather_fold_adjoint)
     monkeypatch.setattr(torch.ops.ttsr_fast, "cpp_gather_dot", cpp.cuda_gather_dot)
@@ -77,7 +77,7 @@ def test_result_does_not_depend_on_the_order_of_threads(backend, emulator, dtype
 @each("stride", [1, 4])
 @each("dtype", cases.DTYPES, ids=str)
 def test_long_lists_beside_short_ones(backend, dtype, stride, layout):
-    """Of the blocks side by side that share a thread block, some are shared out and some not."""
+    """Neighbouring blocks of one thread block, some with lists that all warps share."""
     value = cases.LAYOUTS[layout](torch.randn(1, 8, 3 * stride, 13 * stride).to(dtype))
     index = torch.randint(39, (3, 10, 12))
     index[:, ::2] = 6
@@ -93,7 +93,7 @@ def test_long_lists_beside_short_ones(backend, dtype, stride, layout):
 
 @each(("query", "key"), list(itertools.product([(1, 1), (1, 2), (2, 1), (2, 2)], [(1, 2), (2, 2)])))
 def test_every_index_of_small_grids(backend, query, key):
-    """All of them, as the images of a batch: forward, and the gradient to the value."""
+    """Every index is one image of a batch. Forward, and the gradient of the value."""
     keys, queries = key[0] * key[1], query[0] * query[1]
     index = torch.tensor(list(itertools.product(range(keys), repeat=queries))).view(-1, *query)
     value = torch.randn(len(index), 4, *key, dtype=torch.float64, requires_grad=True)
@@ -107,9 +107,9 @@ def test_every_index_of_small_grids(backend, query, key):
 
 @each("outside", [-1, 12, 2**40, -(2**40), 2**63 - 1, -(2**63)])
 def test_index_outside_the_grid(backend, monkeypatch, outside):
-    """On a GPU it is the kernel that stops; unchecked the patch adds nothing."""
+    """The check stops the kernel. Without it the patch adds nothing."""
     value = cases.LAYOUTS["surrounded"](torch.randn(1, 3, 4, 4)).permute(0, 3, 1, 2)
-    assert value.stride(1) == 1, "read where it is, with NaN around"
+    assert value.stride(1) == 1, "read in place, with NaN around"
     index = torch.randint(12, (1, 2, 5))
     index[0, 1, 2] = outside
     out, weight = torch.empty(1, 4, 2, 5), (index != outside).double()
@@ -129,32 +129,38 @@ def test_index_outside_the_grid(backend, monkeypatch, outside):
 
 
 def test_arguments_that_would_reach_outside(backend):
-    """What the checks above the operators never let through."""
+    """Calls that the Python layers reject earlier."""
     value, index = torch.randn(1, 4, 9, 9), torch.zeros(1, 9, 9, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="kernel_size must be 1, 3, 5 or 7, got 9"):
         torch.ops.ttsr_fast.gather_fold([value], index, None, [1], 9, 4, "area", backend)
     maps = value.contiguous(memory_format=torch.channels_last)
-    begin, order = InverseIndex(index).csr(81, 1)
+    offsets, indices = InverseIndex(index).csr(81, 1)
     run, end = torch.ops.ttsr_fast.cuda_gather_fold_adjoint, (3, 1, 9, 9, "area")
     out = torch.empty_like(value)
-    run([maps], index, begin, order, None, [out], [1], *end)
+    run([maps], index, offsets, indices, None, [out], [1], *end)
     torch.testing.assert_close(out, checks.adjoint(value, index, None, [1, 4, 9, 9]))
     for broken, message in (
-        ((index, begin[:-1], order, None, [out], [1]), r"begin must be \[82\], got \[81\]"),
-        ((index, begin.long(), order, None, [out], [1]), "begin must be Int, got Long"),
-        ((index, begin, order[:-1], None, [out], [1]), r"order must be \[81\], got \[80\]"),
-        ((index[:, 1:], begin, order, None, [out], [1]), "must be contiguous|gradient must be"),
-        ((index, begin, order, torch.ones(1, 1, 1), [out], [1]), "weight must be"),
-        ((index, begin, order, None, [out.double()], [1]), "must be Double, got Float"),
-        ((index, begin, order, None, [out, out], [1]), "for every level, got 2, 1 and 1"),
+        (
+            (index, offsets[:-1], indices, None, [out], [1]),
+            r"csr_offsets must be \[82\], got \[81\]",
+        ),
+        ((index, offsets.long(), indices, None, [out], [1]), "csr_offsets must be Int, got Long"),
+        (
+            (index, offsets, indices[:-1], None, [out], [1]),
+            r"csr_indices must be \[81\], got \[80\]",
+        ),
+        ((index[:, 1:], offsets, indices, None, [out], [1]), "must be contiguous|gradient must be"),
+        ((index, offsets, indices, torch.ones(1, 1, 1), [out], [1]), "weight must be"),
+        ((index, offsets, indices, None, [out.double()], [1]), "must be Double, got Float"),
+        ((index, offsets, indices, None, [out, out], [1]), "for every level, got 2, 1 and 1"),
     ):
         with pytest.raises(RuntimeError, match=message):
             run([maps], *broken, *end)
-    # Numbers that do not belong to the index add nothing from elsewhere.
+    # Invalid offsets and indices add nothing and read nothing outside.
     for wrong in (-(2**31), 2**31 - 1):
-        run([maps], index, begin.clone().fill_(wrong), order, None, [out], [1], *end)
+        run([maps], index, offsets.clone().fill_(wrong), indices, None, [out], [1], *end)
         assert torch.equal(out, torch.zeros_like(out))
-        run([maps], index, begin, order.clone().fill_(wrong), None, [out], [1], *end)
+        run([maps], index, offsets, indices.clone().fill_(wrong), None, [out], [1], *end)
         assert torch.equal(out, torch.zeros_like(out))
 
 

@@ -1,6 +1,6 @@
-"""The library in CUDA as it was compiled, without a GPU: machine code, symbols, and that it loads.
+"""The compiled CUDA library, without a GPU: machine code, symbols, loading.
 
-The machine code is shown by cuobjdump, of which Triton's wheel has a copy.
+Triton's wheel includes cuobjdump, which lists the machine code.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ from tests import sass
 from ttsr_fast.kernels import slab_search
 from ttsr_fast.operators import build
 
-LIBRARY = Path(build.__file__).with_name(build.CUDA_LIBRARY)
+LIBRARY = Path(build.__file__).parent.parent / build.CUDA_LIBRARY
 TARGETS = {f"sm_{number}" for number in build.ARCHITECTURES}
 KERNELS = {"gather_fold_kernel", "gather_fold_adjoint_kernel", "gather_dot_kernel"}
 BYTES = {"double": 8, "float": 4, "c10::Half": 2, "c10::BFloat16": 2}
-REGISTERS = 1 << 16  # of a multiprocessor, on every target; threads are given them in eights
-# What torch's own library for CUDA is to provide; a build of torch for the CPU has the rest.
+REGISTERS = 1 << 16  # of a multiprocessor, on every target; a thread gets a multiple of eight
+# Symbols from torch's CUDA library; a CPU build of torch has the rest.
 FROM_TORCH_CUDA = {
     "aoti_torch_get_current_cuda_stream",
     "torch_c10_cuda_check_msg",
@@ -46,15 +46,15 @@ pytestmark = pytest.mark.xdist_group("cuda_library")  # cuobjdump takes seconds
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one target; a vector is what it moves at once, in elements."""
+    """One kernel for one target. `vector`: elements of one load."""
 
     target: str
     name: str
     element: str
     vector: int
-    threads: int  # of a block, at most
+    threads: int  # most of a block
     registers: int
-    memory: int  # of a thread's own, in bytes: where registers are spilled to
+    memory: int  # bytes of a thread's local memory, where registers are spilled
     loads: Counter[str]
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ def cuobjdump(option: str) -> str:
 
 
 def functions(listing: str) -> dict[tuple[str, str], str]:
-    """What is listed of each function, by target and symbol."""
+    """The part of a listing about each function, by target and symbol."""
     found = {}
     _, *targets = re.split(r"\barch = (\w+)\n", listing)
     for target, listed in zip(targets[::2], targets[1::2], strict=True):
@@ -101,11 +101,11 @@ def listings() -> Listings:
 
 @pytest.fixture(scope="session")
 def kernels(listings: Listings) -> list[Kernel]:
-    """Those of the transfer."""
+    """The kernels of the transfer."""
     ptx = cuobjdump("-ptx")
     found = []
     for (target, demangled), (symbol, listed, text) in listings.items():
-        if "box_max_kernel" in demangled:
+        if "slab_argmax_kernel" in demangled:
             continue
         ((name, element, vector),) = re.findall(r"(\w+)<([\w:]+), (\d+)>", demangled)
         found.append(
@@ -123,14 +123,14 @@ def kernels(listings: Listings) -> list[Kernel]:
     return found
 
 
-def test_code_is_for_these_gpus_and_later_ones() -> None:
-    """Machine code for each target; of the newest also PTX, which later GPUs translate."""
+def test_targets() -> None:
+    """Machine code for each target, and PTX of the newest for later GPUs."""
     assert set(re.findall(r"\.(\w+)\.cubin", cuobjdump("--list-elf"))) == TARGETS
     newest = f"sm_{max(build.ARCHITECTURES)}"
     assert set(re.findall(r"\.(\w+)\.ptx", cuobjdump("--list-ptx"))) == {newest}
 
 
-def test_every_kernel_is_there_for_every_gpu(kernels: list[Kernel]) -> None:
+def test_every_kernel_for_every_target(kernels: list[Kernel]) -> None:
     found = [(kernel.target, kernel.name, kernel.element, kernel.vector) for kernel in kernels]
     assert Counter(found) == Counter(
         (target, name, element, vector)
@@ -142,14 +142,14 @@ def test_every_kernel_is_there_for_every_gpu(kernels: list[Kernel]) -> None:
 
 
 def test_registers_suffice(kernels: list[Kernel]) -> None:
-    """None is spilled, and a thread block of the largest size has enough of them."""
+    """No spills, and enough registers for a thread block of the largest size."""
     spilled = {str(kernel): kernel.memory for kernel in kernels if kernel.memory}
     assert spilled == {}
     taken = {str(kernel): -kernel.registers // 8 * -8 * kernel.threads for kernel in kernels}
     assert {name: count for name, count in taken.items() if count > REGISTERS} == {}
 
 
-def test_vectors_are_loaded_at_once(kernels: list[Kernel]) -> None:
+def test_vectors_are_one_load(kernels: list[Kernel]) -> None:
     wrong = {
         str(kernel): kernel.loads
         for kernel in kernels
@@ -158,22 +158,21 @@ def test_vectors_are_loaded_at_once(kernels: list[Kernel]) -> None:
     assert wrong == {}
 
 
-# Keys of a thread: instructions of a thread per pair at most, and thread blocks on a multiprocessor
-# at least.
-BOX_MAX = {8: (10, 3), 4: (11, 3)}
+# By keys of a thread: most instructions per pair, and fewest thread blocks on a multiprocessor.
+SLAB_ARGMAX = {8: (10, 3), 4: (11, 3)}
 
 
-@pytest.mark.parametrize("keys", BOX_MAX)
+@pytest.mark.parametrize("keys", SLAB_ARGMAX)
 def test_cost_of_a_pair_in_the_slab(listings: Listings, keys: int) -> None:
-    """Of a turn that takes three rows, where no score improves on the best."""
-    assert slab_search.KEYS in BOX_MAX
+    """Instructions of one iteration, three rows, in which no score improves."""
+    assert slab_search.KEYS in SLAB_ARGMAX
     found = {
         target: (listed, code)
         for (target, name), (_, listed, code) in listings.items()
-        if f"box_max_kernel<{keys}>" in name
+        if f"slab_argmax_kernel<{keys}>" in name
     }
     assert found.keys() == TARGETS
-    most, blocks = BOX_MAX[keys]
+    most, blocks = SLAB_ARGMAX[keys]
     for listed, code in found.values():
         assert number(r" STACK:(\d+)", listed) + number(r" LOCAL:(\d+)", listed) == 0
         registers = -number(r" REG:(\d+)", listed) // 8 * -8 * 128
@@ -197,7 +196,7 @@ def dynamic_symbols(option: str) -> list[tuple[str, str]]:
 
 
 def test_nothing_is_exported() -> None:
-    """But what the linker adds, and weak symbols of the C++ library, which every library has."""
+    """Except symbols of the linker and weak symbols of the C++ library."""
     exported = dynamic_symbols("--defined-only")
     strong = {name for kind, name in exported if kind not in "VWu"}
     assert strong <= {"_edata", "_end", "__bss_start", "_init", "_fini"}
@@ -223,7 +222,7 @@ def test_needs_the_stable_abi_and_the_system_alone() -> None:
 
 
 def test_loads_beside_the_library_of_torch(tmp_path: Path) -> None:
-    """Which is found because torch has loaded it, and so is a stand-in for it."""
+    """A stand-in for libtorch_cuda.so is found as well, because the process has loaded it."""
     stand_in = tmp_path / "stand_in.so"
     source = "\n".join(f'extern "C" int {name}() {{ return 0; }}' for name in FROM_TORCH_CUDA)
     command = ["c++", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", "-"]

@@ -1,4 +1,4 @@
-"""The slab search of the CUDA library, run on the CPU thread by thread (see `emulated`)."""
+"""The slab search of the CUDA library on the CPU, emulated thread by thread (see `emulated`)."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture
 def cuda(emulator, monkeypatch):
-    """The loop and the kernel of the library, with a product that PyTorch has on GPUs alone."""
+    """Loop and kernel of the CUDA library, with a CPU version of PyTorch's widening product."""
     monkeypatch.setattr(slab_search, "has_cuda_kernel", lambda x: True)
     monkeypatch.setattr(slab_search, "box_max", None)
     with torch.library._scoped_library("aten", "IMPL") as library:
@@ -43,8 +43,8 @@ def test_shapes(monkeypatch, name, precision, keys):
 
 @each("rows", [1, 3, 100])
 @each("together", [1, 2])
-def test_strips_blocks_and_walks(monkeypatch, together, rows):
-    """Blocks that overlap the ones before them, parts of walks, images in one product."""
+def test_strips_blocks_and_runs(monkeypatch, together, rows):
+    """Overlapping blocks, several warps for one row offset, several images in one product."""
     monkeypatch.setattr(slab_search, "ROWS", rows)
     monkeypatch.setattr(slab_search, "QUERY_WIDTH", 6)
     monkeypatch.setattr(slab_search, "KEY_WIDTH", 10)
@@ -61,7 +61,7 @@ def test_strips_blocks_and_walks(monkeypatch, together, rows):
 @each("garbage", [float("inf"), 3.4e38, float("nan")])
 @each(("query", "key"), [((2, 3, 5, 7), (2, 3, 6, 8)), ((1, 3, 5, 70), (1, 3, 6, 70))])
 def test_unwritten_memory_has_no_effect(monkeypatch, query, key, garbage):
-    """The ring is recycled memory, and walks read columns that no product wrote."""
+    """The ring is uninitialised, and the kernel reads columns that no product wrote."""
     query, key = maps(query, key)
     ring = slab_search.Blocks.ring
     monkeypatch.setattr(
@@ -110,7 +110,7 @@ def test_masked_and_not_finite(bad):
 
 
 def arguments():
-    """Of a search of two images, for the operator itself."""
+    """Arguments of the operator, for two images."""
     query, key = maps((2, 3, 5, 7), (1, 3, 6, 8))
     how = operands.operands(torch.float32, "fp32")
     q, k = (
@@ -152,7 +152,7 @@ WRONG = {
     "no strips": (10, lambda x: [*x[:2], 0, *x[3:]], "invalid layout of key"),
     "huge strips": (10, lambda x: [*x[:2], 2**62, *x[3:]], "invalid layout of key"),
     "keys of a thread": (11, lambda n: 16, "4 or 8 keys"),
-    "rows of a walk": (12, lambda n: 0, "at least one row"),
+    "rows of a walk": (12, lambda n: 0, "a warp at least one row"),
 }
 
 

@@ -127,7 +127,7 @@ def test_wheel_holds_the_package(wheel: Path) -> None:
     expected |= {f"ttsr_fast/{path}" for path in kernels}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
-    assert {"csrc/module.cpp", "csrc/cuda/gather_fold_kernel.cu", "kernels/search.py"} < kernels
+    assert {"csrc/cpu/search.cpp", "csrc/cuda/gather_fold_kernel.cu", "kernels/search.py"} < kernels
 
 
 def test_source_archive_holds_the_repository(archives: tuple[Path, Path]) -> None:

@@ -1,28 +1,26 @@
-// gather_fold and its adjoint: every destination block is a weighted sum of source blocks.
+// cpp_gather_fold and cpp_gather_fold_adjoint: every destination block is a weighted sum of source blocks.
 //
-// The two differ only in the list of where, for a band of destinations, the sources are: forward, the taps of
-// the patches that meet at an output block; backward, the taps of all patches that took a value block. One
-// writer per destination and a fixed order of addition: bit-equal results with any number of threads.
+// Forward, the sources of an output block are the value blocks under the taps of its query patches. Backward,
+// the sources of a value block are the gradient blocks under the taps of all query patches that chose its key
+// patches. Every destination has one writer and a fixed order of addition, so results are bit-equal with any
+// number of threads.
 
 #include <sys/mman.h>
 
-#include <vector>
-
-#include "../check.h"
-#include "../ops.h"
-#include "transfer.h"
+#include "../transfer.h"
+#include "parallel.h"
 #include "weighted_sum.h"
 
 namespace ttsr_fast {
 
 namespace {
 
-constexpr int64_t kSources = 1 << 19;  // listed at a time
-constexpr int64_t kDestinations = 64;  // whose sources are listed by a task
-constexpr int64_t kTasks = 16;         // per thread, so that all end together
-constexpr int64_t kPartial = 256;      // sources added up in one go
+constexpr int64_t kSources = 1 << 19;  // most sources that are listed at a time
+constexpr int64_t kDestinations = 64;  // of a task that lists sources
+constexpr int64_t kTasks = 16;         // per thread, for load balance
+constexpr int64_t kPartial = 256;      // most sources of a partial sum
 
-// The weight of every query patch of all images; ones where there is none.
+// The weight of every query patch, 1 by default.
 class PatchWeights {
  public:
   explicit PatchWeights(const std::optional<Tensor>& weight) {
@@ -31,7 +29,7 @@ class PatchWeights {
     values_.reserve(weight->numel());
     with_element(*weight, [&](auto element) {
       using T = decltype(element);
-      const T* data = static_cast<const T*>(weight->const_data_ptr());
+      const T* data = data_of<T>(*weight);
       for (int64_t j = 0; j < weight->numel(); ++j) {
         const int64_t n = j / (height * width), y = j / width % height, x = j % width;
         values_.push_back(
@@ -45,35 +43,46 @@ class PatchWeights {
   std::vector<double> values_;
 };
 
-// The query patches that chose each key patch, in ascending order (compressed rows).
-struct Choosers {
-  std::vector<int64_t> begin, patch;
+// The query patches of each key patch, in ascending order, as compressed sparse rows.
+struct Csr {
+  std::vector<int64_t> offsets, indices;
 
-  Choosers(const int64_t* index, int64_t patches, int64_t keys) : begin(keys + 1, 0), patch(patches) {
-    for (int64_t j = 0; j < patches; ++j) ++begin[index[j] + 1];
-    for (int64_t i = 0; i < keys; ++i) begin[i + 1] += begin[i];
-    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-    for (int64_t j = 0; j < patches; ++j) patch[next[index[j]]++] = j;
+  Csr(const int64_t* key_patch, int64_t queries, int64_t keys) : offsets(keys + 1, 0), indices(queries) {
+    for (int64_t j = 0; j < queries; ++j) ++offsets[key_patch[j] + 1];
+    for (int64_t i = 0; i < keys; ++i) offsets[i + 1] += offsets[i];
+    std::vector<int64_t> next(offsets.begin(), offsets.end() - 1);
+    for (int64_t j = 0; j < queries; ++j) indices[next[key_patch[j]]++] = j;
   }
 };
 
-// A block to be filled: the part of a list that holds its sources, and its offset in its map.
+// An output of a weighted sum: its range in the list of sources, and its offset in the map.
 struct Destination {
   int64_t begin, end, offset;
 };
+
+// Calls f(patch, a, b) for every patch with its tap (a, b) at a block.
+template <class F>
+void for_each_patch_at(const PatchGrid& side, Position block, int64_t kernel_size, const F& f) {
+  for (int64_t a = 0; a < kernel_size; ++a) {
+    for (int64_t b = 0; b < kernel_size; ++b) {
+      const Position patch = side.patch_of(block, a, b);
+      if (side.patches.contains(patch)) f(side.patches.index(patch), a, b);
+    }
+  }
+}
 
 template <class T>
 int64_t offset_of(const Maps<T>& map, int64_t stride, Position block) {
   return stride * (block.y * map.stride_h + block.x * map.stride_w);
 }
 
-// Sums the blocks of destinations in the map `out` from the map `in`.
+// Fills the destination blocks of `out` with weighted sums of blocks of `in`.
 template <class In, class S, class Out>
 void sum_each(const std::vector<Destination>& destinations, const std::vector<Source<S>>& sources,
               const Extent& block, const Blocks<const In>& in, const Blocks<Out>& out) {
   const int64_t planes = planes_at_a_time(block.columns), groups = (block.planes + planes - 1) / planes;
   const int64_t count = destinations.size(), tasks = kTasks * torch::stable::get_num_threads();
-  // A task is as large as that allows: results that lie together come from one thread.
+  // Large tasks, so that one thread writes neighbouring blocks.
   const int64_t chunks = std::clamp<int64_t>(tasks / std::max<int64_t>(groups, 1), 1, count);
   const double nanoseconds = 0.3 * double(sources.size()) * block.size();
   parallel_tasks(chunks * groups, nanoseconds, [&](int64_t task, int64_t) {
@@ -87,8 +96,8 @@ void sum_each(const std::vector<Destination>& destinations, const std::vector<So
   });
 }
 
-// The same, with long sums in parts, which are tasks of their own and lose less to rounding: flat areas send
-// many queries to one key. Parts have more than kPartial / 2 sources on average, so a band has few of them.
+// sum_each with long sums split into partial sums, for load balance and less rounding error: in flat areas
+// many queries choose one key. A partial sum has more than kPartial / 2 sources on average, so there are few.
 template <class In, class S, class Out>
 void sum_in_parts(std::vector<Destination>& destinations, const std::vector<Source<S>>& sources,
                   const Extent& block, const Blocks<const In>& in, const Blocks<Out>& out) {
@@ -103,20 +112,20 @@ void sum_in_parts(std::vector<Destination>& destinations, const std::vector<Sour
       partial.push_back({offset, 1});
     }
     wholes.push_back({first, int64_t(partial.size()), d.offset});
-    d.begin = d.end;  // zero, for the time being
+    d.begin = d.end;  // no sources, until the partial sums are known
   }
   sum_each(destinations, sources, block, in, out);
   if (parts.empty()) return;
-  // Neighbouring destinations share their sources: in this order these are still in a cache.
+  // In the order of sources, for the cache: neighbouring destinations share them.
   const auto source = [&](const Destination& part) { return sources[part.begin].offset; };
   std::sort(parts.begin(), parts.end(), [&](auto& a, auto& b) { return source(a) < source(b); });
   const Tensor memory = scratch(parts.size() * block.size() * sizeof(S));
-  const Blocks<S> sums{static_cast<S*>(memory.mutable_data_ptr()), block.rows * block.columns, block.columns};
+  const Blocks<S> sums{mutable_data_of<S>(memory), block.rows * block.columns, block.columns};
   sum_each(parts, sources, block, in, sums);
   sum_each(wholes, partial, block, Blocks<const S>{sums.data, sums.plane, sums.row}, out);
 }
 
-// Asks for huge pages under a result: to make small ones, one by one, takes longer than to fill them.
+// Requests huge pages for a result: page faults on small pages take longer than filling them.
 template <class T>
 void use_huge_pages([[maybe_unused]] const Maps<T>& map, [[maybe_unused]] int64_t count) {
 #ifdef MADV_HUGEPAGE
@@ -127,9 +136,9 @@ void use_huge_pages([[maybe_unused]] const Maps<T>& map, [[maybe_unused]] int64_
 #endif
 }
 
-// Fills image n of the map `out` from that of the map `in`, band after band.
-//   size_of(block): upper bound on a destination's sources
-//   list(block, add): calls add(offset, weight) for each
+// Fills image n of `out` from image n of `in`, one chunk of destinations at a time.
+//   size_of(block): upper bound on the sources of a destination
+//   list(block, add): calls add(offset, weight) for each source
 template <class T, class SizeOf, class List>
 void fill(const Maps<const T>& in, const Maps<T>& out, int64_t n, const Grid& blocks, int64_t stride,
           const SizeOf& size_of, const List& list) {
@@ -166,48 +175,54 @@ void fill(const Maps<const T>& in, const Maps<T>& out, int64_t n, const Grid& bl
   }
 }
 
-}  // namespace
-
-void gather_fold(const Tensor& value, const Tensor& index, const std::optional<Tensor>& weight, Tensor out,
-                 const GatherFoldOptions& o) {
-  check_level(out, value, index, o.stride, o);
+void cpp_gather_fold(const Tensor& value,                  // [N or 1, C, HV, WV]
+                     const Tensor& index,                  // [N, Ho, Wo]
+                     const std::optional<Tensor>& weight,  // [N, Ho, Wo]
+                     Tensor out,                           // [N, C, stride*H, stride*W]
+                     int64_t stride, int64_t kernel_size, int64_t padding, int64_t key_height,
+                     int64_t key_width, std::string divisor) {
+  const TransferOptions options{kernel_size, padding, key_height, key_width, divisor};
+  check_level(out, value, index, stride, options);
   check_weight(weight, index);
-  check_index(index, o.key_height * o.key_width);
-  const Transfer t = transfer_of(out, value, index, o);
+  check_index(index, key_height * key_width);
+  const Transfer t = transfer_of(out, value, index, stride, options);
   const PatchWeights weights(weight);
-  const int64_t* chosen = static_cast<const int64_t*>(index.const_data_ptr());
-  const int64_t patches = t.query.patches.size();
   with_element(value, [&](auto element) {
     using T = decltype(element);
     const Maps<const T> in(value);
     const Maps<T> to(out);
     use_huge_pages(to, out.numel());
     for (int64_t n = 0; n < index.size(0); ++n) {
+      const int64_t first = n * t.query.patches.size();
+      const int64_t* const key_patch = data_of<int64_t>(index) + first;
       fill(
-          in, to, n, t.query.blocks, o.stride, [&](Position) { return t.kernel_size * t.kernel_size; },
+          in, to, n, t.query.blocks, stride, [&](Position) { return kernel_size * kernel_size; },
           [&](Position block, const auto& add) {
             const double scale = t.scale(block);
-            for_each_patch_at(t.query, block, t.kernel_size, [&](int64_t j, int64_t a, int64_t b) {
-              const Position at = t.value_block(chosen[n * patches + j], a, b);
-              if (!t.key.blocks.holds(at)) return;
-              add(offset_of(in, o.stride, at), scale * weights[n * patches + j]);
+            for_each_patch_at(t.query, block, kernel_size, [&](int64_t j, int64_t a, int64_t b) {
+              const Position from = t.value_block(key_patch[j], a, b);
+              if (!t.key.blocks.contains(from)) return;
+              add(offset_of(in, stride, from), scale * weights[first + j]);
             });
           });
     }
   });
 }
 
-void gather_fold_adjoint(const Tensor& grad, const Tensor& index, const std::optional<Tensor>& weight,
-                         Tensor out, const GatherFoldOptions& o) {
-  check_level(grad, out, index, o.stride, o);
+void cpp_gather_fold_adjoint(const Tensor& grad,                   // [N, C, stride*H, stride*W]
+                             const Tensor& index,                  // [N, Ho, Wo]
+                             const std::optional<Tensor>& weight,  // [N, Ho, Wo]
+                             Tensor out,                           // [N or 1, C, HV, WV]
+                             int64_t stride, int64_t kernel_size, int64_t padding, int64_t key_height,
+                             int64_t key_width, std::string divisor) {
+  const TransferOptions options{kernel_size, padding, key_height, key_width, divisor};
+  check_level(grad, out, index, stride, options);
   check_weight(weight, index);
-  check_index(index, o.key_height * o.key_width);
-  const Transfer t = transfer_of(grad, out, index, o);
+  check_index(index, key_height * key_width);
+  const Transfer t = transfer_of(grad, out, index, stride, options);
   const PatchWeights weights(weight);
-  const int64_t* chosen = static_cast<const int64_t*>(index.const_data_ptr());
   const int64_t patches = t.query.patches.size();
-  // A value that serves a whole batch is one destination for all of it.
-  const int64_t images = index.size(0) / out.size(0);
+  const int64_t images = index.size(0) / out.size(0);  // that one value is for
   with_element(grad, [&](auto element) {
     using T = decltype(element);
     const Maps<const T> in(grad);
@@ -215,29 +230,36 @@ void gather_fold_adjoint(const Tensor& grad, const Tensor& index, const std::opt
     use_huge_pages(to, out.numel());
     for (int64_t n = 0; n < out.size(0); ++n) {
       const int64_t first = n * images * patches;
-      const Choosers choosers(chosen + first, images * patches, t.key.patches.size());
+      const Csr csr(data_of<int64_t>(index) + first, images * patches, t.key.patches.size());
       fill(
-          in, to, n, t.key.blocks, o.stride,
+          in, to, n, t.key.blocks, stride,
           [&](Position block) {
             int64_t size = 0;
-            for_each_patch_at(t.key, block, t.kernel_size, [&](int64_t i, int64_t, int64_t) {
-              size += choosers.begin[i + 1] - choosers.begin[i];
+            for_each_patch_at(t.key, block, kernel_size, [&](int64_t i, int64_t, int64_t) {
+              size += csr.offsets[i + 1] - csr.offsets[i];
             });
             return size;
           },
           [&](Position block, const auto& add) {
-            for_each_patch_at(t.key, block, t.kernel_size, [&](int64_t i, int64_t a, int64_t b) {
-              for (int64_t c = choosers.begin[i]; c < choosers.begin[i + 1]; ++c) {
-                const int64_t j = choosers.patch[c];
-                const Position at = t.output_block(j % patches, a, b);
-                if (!t.query.blocks.holds(at)) continue;
-                add(j / patches * in.stride_n + offset_of(in, o.stride, at),
-                    t.scale(at) * weights[first + j]);
+            for_each_patch_at(t.key, block, kernel_size, [&](int64_t i, int64_t a, int64_t b) {
+              for (int64_t c = csr.offsets[i]; c < csr.offsets[i + 1]; ++c) {
+                const int64_t j = csr.indices[c];
+                const Position from = t.output_block(j % patches, a, b);
+                if (!t.query.blocks.contains(from)) continue;
+                add(j / patches * in.stride_n + offset_of(in, stride, from),
+                    t.scale(from) * weights[first + j]);
               }
             });
           });
     }
   });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ttsr_fast, CPU, m) {
+  m.impl("cpp_gather_fold", TORCH_BOX(&cpp_gather_fold));
+  m.impl("cpp_gather_fold_adjoint", TORCH_BOX(&cpp_gather_fold_adjoint));
 }
 
 }  // namespace ttsr_fast

@@ -1,18 +1,14 @@
+// cpp_isa: the instruction set of the search kernel.
+
 #include "isa.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
-#include <string>
+
+#include "../common.h"
 
 namespace ttsr_fast {
-
-namespace baseline { void walk(const BoxMaxParams&, Element, int); }
-#ifdef TTSR_X86
-namespace avx2 { void walk(const BoxMaxParams&, Element, int); }
-namespace avx512 { void walk(const BoxMaxParams&, Element, int); }
-namespace avx512_bf16 { void walk(const BoxMaxParams&, Element, int); }
-#endif
 
 namespace {
 
@@ -30,11 +26,12 @@ const Isa& choose() {
   // Best first.
   static const Candidate candidates[] = {
 #ifdef TTSR_X86
-      {{"avx512_bf16", 64, true, avx512_bf16::walk}, avx512 && __builtin_cpu_supports("avx512bf16")},
-      {{"avx512", 64, false, avx512::walk}, avx512},
-      {{"avx2", 32, false, avx2::walk}, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {{"avx512_bf16", 64, true, avx512_bf16::search_kernel}, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {{"avx512", 64, false, avx512::search_kernel}, avx512},
+      {{"avx2", 32, false, avx2::search_kernel},
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {{"baseline", 16, false, baseline::walk}, true},
+      {{"baseline", 16, false, baseline::search_kernel}, true},
   };
   const char* wanted = std::getenv("TTSR_FAST_ISA");
   if (wanted && !*wanted) wanted = nullptr;
@@ -48,11 +45,15 @@ const Isa& choose() {
                            std::string(wanted) + "'");
 }
 
+std::string cpp_isa() { return best_isa().name; }
+
 }  // namespace
 
 const Isa& best_isa() {
   static const Isa& isa = choose();
   return isa;
 }
+
+STABLE_TORCH_LIBRARY_IMPL(ttsr_fast, CompositeExplicitAutograd, m) { m.impl("cpp_isa", TORCH_BOX(&cpp_isa)); }
 
 }  // namespace ttsr_fast

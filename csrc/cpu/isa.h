@@ -1,13 +1,13 @@
-// The instruction sets that the search kernel is compiled for, and the one to use here.
+// Instruction sets that the search kernel is compiled for.
 #pragma once
 
-#include "../box_max.h"
+#include "search_kernel.h"
 
 #if defined(__x86_64__)
 #define TTSR_X86
 #endif
 
-// Compiles what stands between them for another target than the rest of the library.
+// Compiles the code between them for another target than the rest of the library.
 #define TTSR_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define TTSR_TARGET_BEGIN(isa) \
@@ -20,8 +20,24 @@
 
 namespace ttsr_fast {
 
-// The best instruction set of this processor, or the one that TTSR_FAST_ISA names (avx512_bf16, avx512, avx2,
-// baseline); throws if the processor lacks it.
+using SearchKernel = void(const SearchKernelParams& params, Element element, int kernel_size);
+
+namespace baseline { SearchKernel search_kernel; }
+#ifdef TTSR_X86
+namespace avx2 { SearchKernel search_kernel; }
+namespace avx512 { SearchKernel search_kernel; }
+namespace avx512_bf16 { SearchKernel search_kernel; }
+#endif
+
+struct Isa {
+  const char* name;
+  int64_t vector_bytes;
+  bool bfloat16;  // it multiplies pairs of bfloat16
+  SearchKernel* search_kernel;
+};
+
+// The best instruction set of this processor, or the one that TTSR_FAST_ISA names. Throws if the processor
+// lacks that one.
 const Isa& best_isa();
 
 }  // namespace ttsr_fast

@@ -2,21 +2,20 @@
 
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 namespace ttsr_fast {
 
 namespace {
 
-// Widths of a tile in bytes of a row of products. What a group of walks touches stays in the L2 cache: its
-// partial sums (query tile x key tile x group x (kernel_size - 1)) and the pixels of a few rows.
+// Width of a tile, in bytes of a row of products. The working set of the kernel stays in the L2 cache:
+// partial sums (query tile x key tile x row offsets x (kernel_size - 1)) and the pixels of a few rows.
 int64_t tile_bytes(Side side, int kernel_size) {
   if (side == Side::kKey) return 768;
   return kernel_size <= 3 ? 256 : 512;  // the halo costs more
 }
 
-// What a band may take: beyond it, memory no longer grows with the image.
-constexpr int64_t kBandBytes = 128 << 20, kBandPatches = 1 << 18;
+// Limits of a chunk, so that memory does not grow with the image.
+constexpr int64_t kChunkBytes = 128 << 20, kChunkPatches = 1 << 18;
 
 int64_t element_bytes(Element e) { return e == Element::kDouble ? 8 : 4; }
 
@@ -56,7 +55,7 @@ Packed::Packed(Side side_, const Tensor& x, Element element_, int kernel_size_, 
   if (side == Side::kQuery) {  // equal tiles
     const int64_t halo = kernel_size - 1, count = (width - halo + widest - halo - 1) / (widest - halo);
     set_tiles(count > 1 ? (width - halo + count - 1) / count + halo : std::max<int64_t>(width, kernel_size));
-  } else {  // the whole number of vectors that wastes the fewest lanes, and of those the most
+  } else {  // whole vectors; the width with the fewest unused lanes, the widest of several
     const int64_t narrowest = round_up(kernel_size, lanes);
     int64_t best = narrowest;
     for (int64_t p = narrowest; p <= widest; p += lanes) {
@@ -66,14 +65,14 @@ Packed::Packed(Side side_, const Tensor& x, Element element_, int kernel_size_, 
   }
   for (int64_t t = 0; t < tiles; ++t) offset_.push_back(t ? offset_[t - 1] + stored_pixels(t - 1) : 0);
   const int64_t row_bytes = (offset_.back() + stored_pixels(tiles - 1)) * depth * element_bytes(element);
-  band = std::min(kBandBytes / row_bytes - kernel_size + 1, kBandPatches / grid_width);
-  band = std::clamp<int64_t>(band, 1, grid_height);
-  const int64_t image_rows = std::min(band + kernel_size - 1, height);
+  chunk_rows = std::min(kChunkBytes / row_bytes - kernel_size + 1, kChunkPatches / grid_width);
+  chunk_rows = std::clamp<int64_t>(chunk_rows, 1, grid_height);
+  const int64_t image_rows = std::min(chunk_rows + kernel_size - 1, height);
   rows_ = scratch(image_rows * row_bytes);
   squared_ = scratch(image_rows * width * sizeof(double));
 }
 
-// Cuts the columns into tiles of that many pixels, halo included; the pixels stored for a row.
+// Splits the columns into tiles of that many pixels, halo included. Returns the stored pixels of a row.
 int64_t Packed::set_tiles(int64_t pixels) {
   const int64_t halo = kernel_size - 1;
   tile_pixels = pixels;
@@ -92,8 +91,7 @@ Tile Packed::tile(int64_t t) const {
   const int64_t first = tile_begin(t) - padding, start = std::max<int64_t>(first, 0);
   tile.left = start - first;
   tile.pixels = std::min(width, stop - padding + kernel_size - 1) - start;
-  tile.rows = static_cast<const char*>(rows_.const_data_ptr()) +
-              offset_[t] * (row_end() - row_begin()) * depth * element_bytes(element);
+  tile.rows = data_of<char>(rows_) + offset_[t] * (row_end() - row_begin()) * depth * element_bytes(element);
   tile.row_stride = stored_pixels(t) * depth;
   return tile;
 }
@@ -105,7 +103,7 @@ int64_t Packed::stored_pixels(int64_t t) const {
 }
 
 double Packed::patch_norm(int64_t y, int64_t x) const {
-  const double* map = static_cast<const double*>(squared_.const_data_ptr());
+  const double* map = data_of<double>(squared_);
   double sum = 0;
   for (int64_t v = std::max<int64_t>(y - padding, 0); v < std::min(height, y - padding + kernel_size); ++v) {
     for (int64_t u = std::max<int64_t>(x - padding, 0); u < std::min(width, x - padding + kernel_size); ++u) {
@@ -155,7 +153,7 @@ void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y, const int
       }
     }
     std::copy(norm.begin(), norm.end(),
-              static_cast<double*>(squared_.mutable_data_ptr()) + (y - row_begin()) * width + start);
+              mutable_data_of<double>(squared_) + (y - row_begin()) * width + start);
 
     char* out = static_cast<char*>(const_cast<void*>(tile.rows)) +
                 (y - row_begin()) * tile.row_stride * element_bytes(element);

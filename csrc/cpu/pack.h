@@ -1,17 +1,15 @@
 // Copies of the features in the order in which the search kernel reads them.
 #pragma once
 
-#include <vector>
-
-#include "../common.h"
 #include "isa.h"
+#include "parallel.h"
 
 namespace ttsr_fast {
 
 enum class Side { kQuery, kKey };
 
-// A band of patch rows of one image, cut into column tiles and packed. The query is stored in panels
-// [depth][pixels of the panel], the key in vectors [depth][lanes], zero-padded.
+// A chunk of patch rows of one image, split into column tiles and packed. Query tiles are stored in panels
+// [depth][pixels of the panel], key tiles in zero-padded vectors [depth][lanes].
 struct Packed {
   Side side;
   Element element;
@@ -21,22 +19,22 @@ struct Packed {
   int64_t height, width;    // of the image
   int64_t grid_height, grid_width;
   int64_t tiles, tile_pixels;
-  int64_t band;                // patch rows that there is room for
-  int64_t begin = 0, end = 0;  // patch rows of the band
-  bool rounded;                // the features were rounded to bfloat16
+  int64_t chunk_rows;          // most patch rows of a chunk
+  int64_t begin = 0, end = 0;  // patch rows of the chunk
+  bool rounded;                // features are rounded to bfloat16
 
   Packed(Side side, const Tensor& x, Element element, int kernel_size, int64_t padding, const Isa& isa);
 
-  // Packs a band of image n, up to `stop`.
+  // Packs patch rows [begin, end) of image n; ends early if `stop` is set.
   void fill(const Tensor& x, int64_t n, int64_t begin, int64_t end, const int32_t* stop);
   Tile tile(int64_t t) const;
   int64_t tile_begin(int64_t t) const { return t ? padding + t * (tile_pixels - kernel_size + 1) : 0; }
-  double patch_norm(int64_t y, int64_t x) const;  // of the patch at a grid position, as packed
+  double patch_norm(int64_t y, int64_t x) const;  // of the packed values
 
  private:
-  std::vector<int64_t> offset_;  // of every tile, in pixels of a row as stored
-  Tensor rows_;                  // [tiles][image rows of the band], tiles of unlike width
-  Tensor squared_;               // [image rows of the band][width] double: squared norm of every pixel
+  std::vector<int64_t> offset_;  // of every tile, in pixels of a stored row
+  Tensor rows_;                  // [tiles][image rows][stored pixels of the tile]
+  Tensor squared_;               // [image rows, width] double: squared norm of every pixel
 
   int64_t row_begin() const { return std::max<int64_t>(begin - padding, 0); }
   int64_t row_end() const { return std::min(end - padding + kernel_size - 1, height); }

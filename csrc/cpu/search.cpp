@@ -1,66 +1,75 @@
-// search: packs a band of the query and a band of the key, walks their tiles on all threads, merges what the
-// threads found; band after band, image after image.
+// cpp_search: packs a chunk of the query and a chunk of the key, searches their tiles on all threads and
+// merges the argmax of the threads; chunk by chunk, image by image.
 
 #include <cmath>
 #include <limits>
 #include <tuple>
-#include <vector>
 
 #include "../check.h"
-#include "../ops.h"
 #include "pack.h"
 
 namespace ttsr_fast {
 
 namespace {
 
-// Row offsets walked together: key rows are read once for all of them, and their partial sums share the
+struct SearchOptions {
+  int kernel_size;
+  int64_t padding;
+  bool normalize_query, normalize_key;
+  double eps;
+  bool add_eps;
+  const int32_t* stop;  // another thread sets it to end the search with an error; may be null
+
+  double denominator(double norm) const { return add_eps ? norm + eps : std::max(norm, eps); }
+};
+
+// Row offsets of one call of the kernel: it reads key rows once for all, and their partial sums share the
 // cache.
-int64_t group_of(int kernel_size) { return kernel_size <= 3 ? 4 : 1; }
+int64_t offsets_per_call(int kernel_size) { return kernel_size <= 3 ? 4 : 1; }
 
 void check_not_stopped(const SearchOptions& o) {
   STD_TORCH_CHECK(!stopped(o.stop), "ttsr_fast: the search was interrupted");
 }
 
-// Factor and validity of every patch of a key band, in the tile layout of the kernel.
+// Factor and validity of every patch of a key chunk, in the tile layout of the kernel.
 template <class T>
-struct KeyWeights {
+struct KeyScale {
   using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   Tensor scale, valid;
   std::vector<int64_t> begin, stride;  // of every tile
-  int64_t first;                       // lowest valid key position, or none
+  int64_t first_valid;                 // lowest index of a valid key patch, or kNone
 
-  static constexpr int64_t none = std::numeric_limits<int64_t>::max();
+  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
-  explicit KeyWeights(const Packed& key) {
+  explicit KeyScale(const Packed& key) {
     int64_t size = 0;
     for (int64_t t = 0; t < key.tiles; ++t) {
       begin.push_back(size);
       stride.push_back(round_up(key.tile(t).columns, key.lanes));
-      size += stride[t] * key.band;
+      size += stride[t] * key.chunk_rows;
     }
     scale = scratch(size * sizeof(T));
     valid = scratch(size * sizeof(Bits));
   }
 
   void fill(const Packed& key, const std::optional<Tensor>& key_mask, int64_t n, const SearchOptions& o) {
-    const uint8_t* mask = nullptr;  // any byte but 0 is true, which is more than a bool may hold
-    if (key_mask) mask = static_cast<const uint8_t*>(key_mask->const_data_ptr()) + n * key_mask->stride(0);
-    std::atomic<int64_t> lowest{none};
+    const uint8_t* mask = nullptr;  // every byte but 0 is true; a C++ bool must be 0 or 1
+    if (key_mask) mask = data_of<uint8_t>(*key_mask) + n * key_mask->stride(0);
+    std::atomic<int64_t> lowest{kNone};
     const int64_t rows = key.end - key.begin;
     parallel_tasks(rows, 10.0 * rows * key.grid_width, [&](int64_t row, int64_t) {
       const int64_t y = key.begin + row;
       for (int64_t t = 0; t < key.tiles && !stopped(o.stop); ++t) {
-        T* scales = static_cast<T*>(scale.mutable_data_ptr()) + begin[t] + row * stride[t];
-        Bits* valids = static_cast<Bits*>(valid.mutable_data_ptr()) + begin[t] + row * stride[t];
+        T* scales = mutable_data_of<T>(scale) + begin[t] + row * stride[t];
+        Bits* valids = mutable_data_of<Bits>(valid) + begin[t] + row * stride[t];
         const int64_t columns = key.tile(t).columns;
         for (int64_t x = 0; x < stride[t]; ++x) {
           const int64_t column = key.tile_begin(t) + x;
-          const bool legal =
+          const bool allowed =
               x < columns && (!mask || mask[y * key_mask->stride(1) + column * key_mask->stride(2)]);
-          valids[x] = legal ? Bits(-1) : Bits(0);
+          valids[x] = allowed ? Bits(-1) : Bits(0);
           scales[x] = 0;
-          if (!legal) continue;
+          if (!allowed) continue;
           const double norm = key.patch_norm(y, column);
           scales[x] = T(!std::isfinite(norm) ? std::nan("") : o.normalize_key ? 1 / o.denominator(norm) : 1);
           const int64_t position = y * key.grid_width + column;
@@ -68,92 +77,95 @@ struct KeyWeights {
         }
       }
     });
-    first = lowest;
+    first_valid = lowest;
   }
 };
 
+// Argmax of every thread over one pair of chunks, and the workspace of its kernel.
 template <class T>
-struct Found {  // one thread's best in a band of query rows
-  T* score;
-  int64_t* index;
+class ThreadResults {
+ public:
+  ThreadResults(int64_t threads, int64_t patches, int64_t workspace)
+      : patches_(patches), workspace_bytes_(round_up(workspace * sizeof(T), 64)),
+        thread_bytes_(workspace_bytes_ + round_up(patches * (sizeof(T) + sizeof(int64_t)), 64)),
+        memory_(scratch(threads * thread_bytes_)), data_(mutable_data_of<char>(memory_)) {}
+
+  char* workspace(int64_t thread) const { return data_ + thread * thread_bytes_; }
+  int64_t* index(int64_t thread) const {
+    return reinterpret_cast<int64_t*>(workspace(thread) + workspace_bytes_);
+  }
+  T* score(int64_t thread) const { return reinterpret_cast<T*>(index(thread) + patches_); }
+
+ private:
+  int64_t patches_, workspace_bytes_, thread_bytes_;
+  Tensor memory_;
+  char* data_;
 };
 
-// The best keys of a band of the key for a band of the query, into score (before the query's norm) and index;
-// added to those of the key bands before, unless `fresh`.
+// Argmax of a query chunk over a key chunk, in `score` (not divided by the query's norm) and `index`. Merges
+// into the results of earlier key chunks unless `first`.
 template <class T>
-void search_band(const Packed& query, const Packed& key, const KeyWeights<T>& weights, const SearchOptions& o,
-                 const Isa& isa, bool fresh, T* score, int64_t* index) {
-  const int64_t patches = (query.end - query.begin) * query.grid_width;
-  const int64_t delta_begin = key.begin - query.end + 1, delta_end = key.end - query.begin;
-  const int64_t group = group_of(o.kernel_size), groups = (delta_end - delta_begin + group - 1) / group;
+void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& scale, const SearchOptions& o,
+                  bool first, T* score, int64_t* index) {
+  const Isa& isa = best_isa();
+  const int64_t rows = query.end - query.begin, patches = rows * query.grid_width;
+  const int64_t offset_begin = key.begin - query.end + 1, offset_end = key.end - query.begin;
+  const int64_t group = offsets_per_call(o.kernel_size);
   // A task is one query tile and one group of row offsets; keys ascend within a tile.
-  const int64_t tasks = groups * query.tiles;
-  const double pairs = double(query.end - query.begin) * query.width * (key.end - key.begin) * key.width;
+  const int64_t tasks = (offset_end - offset_begin + group - 1) / group * query.tiles;
+  const double pairs = double(rows) * query.width * (key.end - key.begin) * key.width;
   const double nanoseconds = pairs * (query.channels / 16.0 + 0.5);
   const int64_t threads = threads_for(tasks, nanoseconds);
-
-  const int64_t workspace =
-      round_up(WalkLayout(query.tile(0), key.tile(0), o.kernel_size, key.lanes).size(group) * sizeof(T), 64);
-  const int64_t per_thread = workspace + round_up(patches * (sizeof(T) + sizeof(int64_t)), 64);
-  const Tensor memory = scratch(threads * per_thread);
-  const auto workspace_of = [&](int64_t thread) {
-    return static_cast<char*>(memory.mutable_data_ptr()) + thread * per_thread;
-  };
-  const auto found_by = [&](int64_t thread) {
-    int64_t* indices = reinterpret_cast<int64_t*>(workspace_of(thread) + workspace);
-    return Found<T>{reinterpret_cast<T*>(indices + patches), indices};
-  };
+  const ThreadResults<T> results(threads, patches,
+                                 Workspace(query.tile(0), key.tile(0), o.kernel_size, key.lanes).size(group));
 
   parallel_tasks(threads, 5.0 * threads * patches, [&](int64_t thread, int64_t) {
-    const Found<T> found = found_by(thread);
     for (int64_t j = 0; j < patches; ++j) {
       const double norm = query.patch_norm(query.begin + j / query.grid_width, j % query.grid_width);
-      found.score[j] = std::isfinite(norm) ? -std::numeric_limits<T>::infinity() : T(std::nan(""));
-      found.index[j] = weights.first;
+      results.score(thread)[j] = std::isfinite(norm) ? -std::numeric_limits<T>::infinity() : T(std::nan(""));
+      results.index(thread)[j] = scale.first_valid;
     }
   });
 
   parallel_tasks(tasks, nanoseconds, [&](int64_t task, int64_t thread) {
     if (stopped(o.stop)) return;
     const int64_t q = task % query.tiles;
-    const Found<T> found = found_by(thread);
-    BoxMaxParams p;
+    SearchKernelParams p;
     p.depth = query.depth;
     p.padding = o.padding;
-    p.delta_begin = delta_begin + task / query.tiles * group;
-    p.delta_end = std::min(p.delta_begin + group, delta_end);
-    p.row_begin = query.begin;
-    p.row_end = query.end;
+    p.offset_begin = offset_begin + task / query.tiles * group;
+    p.offset_end = std::min(p.offset_begin + group, offset_end);
+    p.query_begin = query.begin;
+    p.query_end = query.end;
     p.key_begin = key.begin;
     p.key_end = key.end;
     p.query = query.tile(q);
-    p.score = found.score + query.tile_begin(q);
-    p.index = found.index + query.tile_begin(q);
+    p.score = results.score(thread) + query.tile_begin(q);
+    p.index = results.index(thread) + query.tile_begin(q);
     p.score_stride = query.grid_width;
-    p.workspace = workspace_of(thread);
+    p.workspace = results.workspace(thread);
     p.stop = o.stop;
     for (int64_t k = 0; k < key.tiles; ++k) {
       p.key = key.tile(k);
-      p.scale = static_cast<const T*>(weights.scale.const_data_ptr()) + weights.begin[k];
-      p.valid =
-          static_cast<const typename KeyWeights<T>::Bits*>(weights.valid.const_data_ptr()) + weights.begin[k];
-      p.scale_stride = weights.stride[k];
+      p.scale = data_of<T>(scale.scale) + scale.begin[k];
+      p.valid = data_of<typename KeyScale<T>::Bits>(scale.valid) + scale.begin[k];
+      p.scale_stride = scale.stride[k];
       p.index_begin = key.tile_begin(k);
       p.index_stride = key.grid_width;
-      isa.walk(p, key.element, o.kernel_size);
+      isa.search_kernel(p, key.element, o.kernel_size);
     }
   });
 
   check_not_stopped(o);
 
-  const int64_t rows = query.end - query.begin;
   parallel_tasks(rows, 3.0 * threads * patches, [&](int64_t row, int64_t) {
     for (int64_t j = row * query.grid_width; j < (row + 1) * query.grid_width; ++j) {
       for (int64_t thread = 0; thread < threads; ++thread) {
-        const Found<T> found = found_by(thread);
-        if ((fresh && thread == 0) || goes_before(found.score[j], found.index[j], score[j], index[j])) {
-          score[j] = found.score[j];
-          index[j] = found.index[j];
+        const T s = results.score(thread)[j];
+        const int64_t i = results.index(thread)[j];
+        if ((first && thread == 0) || ranks_before(s, i, score[j], index[j])) {
+          score[j] = s;
+          index[j] = i;
         }
       }
     }
@@ -163,30 +175,30 @@ void search_band(const Packed& query, const Packed& key, const KeyWeights<T>& we
 template <class T>
 void search_typed(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask,
                   const Tensor& score, const Tensor& index, const SearchOptions& o, Element element) {
-  const Isa& isa = best_isa();
-  Packed q(Side::kQuery, query, element, o.kernel_size, o.padding, isa);
-  Packed k(Side::kKey, key, element, o.kernel_size, o.padding, isa);
-  KeyWeights<T> weights(k);
-  const bool one_key = key.size(0) == 1 && (!key_mask || key_mask->size(0) == 1) && k.band == k.grid_height;
+  Packed q(Side::kQuery, query, element, o.kernel_size, o.padding, best_isa());
+  Packed k(Side::kKey, key, element, o.kernel_size, o.padding, best_isa());
+  KeyScale<T> scale(k);
+  const bool one_key =
+      key.size(0) == 1 && (!key_mask || key_mask->size(0) == 1) && k.chunk_rows == k.grid_height;
   for (int64_t n = 0; n < query.size(0); ++n) {
-    for (int64_t y_q = 0; y_q < q.grid_height; y_q += q.band) {
-      q.fill(query, n, y_q, std::min(y_q + q.band, q.grid_height), o.stop);
-      const int64_t at = (n * q.grid_height + y_q) * q.grid_width;
-      T* const scores = static_cast<T*>(score.mutable_data_ptr()) + at;
-      int64_t* const indices = static_cast<int64_t*>(index.mutable_data_ptr()) + at;
-      bool fresh = true;
-      for (int64_t y_k = 0; y_k < k.grid_height; y_k += k.band) {
+    for (int64_t y_q = 0; y_q < q.grid_height; y_q += q.chunk_rows) {
+      q.fill(query, n, y_q, std::min(y_q + q.chunk_rows, q.grid_height), o.stop);
+      const int64_t patch = (n * q.grid_height + y_q) * q.grid_width;
+      T* const scores = mutable_data_of<T>(score) + patch;
+      int64_t* const indices = mutable_data_of<int64_t>(index) + patch;
+      bool first = true;
+      for (int64_t y_k = 0; y_k < k.grid_height; y_k += k.chunk_rows) {
         check_not_stopped(o);
         if (!one_key || k.end == 0) {
-          k.fill(key, n, y_k, std::min(y_k + k.band, k.grid_height), o.stop);
-          weights.fill(k, key_mask, key_mask && key_mask->size(0) > 1 ? n : 0, o);
+          k.fill(key, n, y_k, std::min(y_k + k.chunk_rows, k.grid_height), o.stop);
+          scale.fill(k, key_mask, key_mask && key_mask->size(0) > 1 ? n : 0, o);
         }
         check_not_stopped(o);
-        if (weights.first == weights.none) continue;
-        search_band(q, k, weights, o, isa, fresh, scores, indices);
-        fresh = false;
+        if (scale.first_valid == scale.kNone) continue;
+        search_chunk(q, k, scale, o, first, scores, indices);
+        first = false;
       }
-      STD_TORCH_CHECK(!fresh, "ttsr_fast: key_mask must leave at least one key position True in every image");
+      STD_TORCH_CHECK(!first, "ttsr_fast: key_mask must leave at least one key position True in every image");
       if (!o.normalize_query) continue;
       for (int64_t j = 0; j < (q.end - q.begin) * q.grid_width; ++j) {
         const double norm = q.patch_norm(q.begin + j / q.grid_width, j % q.grid_width);
@@ -197,22 +209,25 @@ void search_typed(const Tensor& query, const Tensor& key, const std::optional<Te
 }
 
 void check_search(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask,
-                  const Tensor& score, const Tensor& index, const SearchOptions& o) {
-  check_patch(o.kernel_size, o.padding);
+                  const Tensor& score, const Tensor& index, int64_t kernel_size, int64_t padding) {
+  check_patch(kernel_size, padding);
   check_map(query, "query");
   check_map(key, "key");
   check_type(key, query.scalar_type(), "key");
   check_batch(key, query.size(0), "key");
   STD_TORCH_CHECK(key.size(1) == query.size(1), "ttsr_fast: key must have the channels of query ",
                   shape_of(query), ", got ", shape_of(key));
-  const auto grid = [&](const Tensor& x, int64_t axis, const char* name) {
-    return patches_of(x.size(axis), o.kernel_size, o.padding, name);
+  const auto patches = [&](const Tensor& x, int64_t axis, const char* name) {
+    const int64_t count = x.size(axis) + 2 * padding - kernel_size + 1;
+    STD_TORCH_CHECK(count > 0, "ttsr_fast: ", name, " is smaller than one patch");
+    return count;
   };
   for (const auto& [out, type, name] :
        {std::tuple{score, sum_type(query.scalar_type()), "score"}, {index, ScalarType::Long, "index"}}) {
-    check_result(out, type, {query.size(0), grid(query, 2, "query"), grid(query, 3, "query")}, name);
+    check_contiguous(out, type, {query.size(0), patches(query, 2, "query"), patches(query, 3, "query")},
+                     name);
   }
-  const int64_t height = grid(key, 2, "key"), width = grid(key, 3, "key");
+  const int64_t height = patches(key, 2, "key"), width = patches(key, 3, "key");
   if (!key_mask) return;
   check_type(*key_mask, ScalarType::Bool, "key_mask");
   STD_TORCH_CHECK(key_mask->dim() == 3, "ttsr_fast: key_mask must be [N or 1, ", height, ", ", width,
@@ -222,17 +237,32 @@ void check_search(const Tensor& query, const Tensor& key, const std::optional<Te
   check_memory(*key_mask, "key_mask");
 }
 
-}  // namespace
-
-void search(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask, Tensor score,
-            Tensor index, const SearchOptions& o) {
-  check_search(query, key, key_mask, score, index, o);
+void cpp_search(const Tensor& query,                    // [N, C, H, W]
+                const Tensor& key,                      // [N or 1, C, HK, WK]
+                const std::optional<Tensor>& key_mask,  // [N or 1, HKo, WKo]
+                Tensor score,                           // [N, Ho, Wo]
+                Tensor index,                           // [N, Ho, Wo]
+                int64_t kernel_size, int64_t padding, bool normalize_query, bool normalize_key, double eps,
+                bool add_eps, bool bfloat16, const std::optional<Tensor>& stop) {
+  if (stop) check_contiguous(*stop, ScalarType::Int, {1}, "stop");
+  check_search(query, key, key_mask, score, index, kernel_size, padding);
+  const SearchOptions options{int(kernel_size),
+                              padding,
+                              normalize_query,
+                              normalize_key,
+                              eps,
+                              add_eps,
+                              stop ? data_of<int32_t>(*stop) : nullptr};
   if (query.scalar_type() == ScalarType::Double) {
-    search_typed<double>(query, key, key_mask, score, index, o, Element::kDouble);
+    search_typed<double>(query, key, key_mask, score, index, options, Element::kDouble);
   } else {
-    const bool pairs = o.bfloat16 && best_isa().bfloat16;
-    search_typed<float>(query, key, key_mask, score, index, o, pairs ? Element::kBFloat16 : Element::kFloat);
+    const Element element = bfloat16 && best_isa().bfloat16 ? Element::kBFloat16 : Element::kFloat;
+    search_typed<float>(query, key, key_mask, score, index, options, element);
   }
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ttsr_fast, CPU, m) { m.impl("cpp_search", TORCH_BOX(&cpp_search)); }
 
 }  // namespace ttsr_fast

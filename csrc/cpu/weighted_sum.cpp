@@ -14,7 +14,7 @@ TTSR_INLINE void sum_fixed(const Blocks<const In>& map, const Source<S>* sources
   for (int64_t n = 0; n < count; ++n) {
     const In* block = map.data + sources[n].offset;
     const S weight = sources[n].weight;
-    // Compilers that see through the loop over sources go through several at once, element by element.
+    // Without it, compilers vectorise over the sources, element by element.
     asm volatile("" : "+r"(block));
     for (int p = 0; p < kPlanes; ++p) {
       for (int r = 0; r < kRows; ++r) {
@@ -29,7 +29,7 @@ TTSR_INLINE void sum_fixed(const Blocks<const In>& map, const Source<S>* sources
   }
 }
 
-// A block of as many rows as columns, in any number of planes.
+// A square block, in any number of planes.
 template <int kSide, class In, class S, class Out>
 TTSR_INLINE void sum_square(const Blocks<const In>& map, const Source<S>* sources, int64_t count,
                             int64_t planes, const Blocks<Out>& out) {

@@ -1,9 +1,10 @@
-// Weighted sums of blocks of a map, the inner loops of gather_fold, compiled for every instruction set.
+// Weighted sums of blocks of a map, the inner loops of gather_fold, for every instruction set.
 #pragma once
 
 #include "../common.h"
 
-// One copy of a function for every instruction set; the loader chooses. (The address sanitizer starts later.)
+// One copy of a function for every instruction set. The loader chooses, before the address sanitizer is
+// ready.
 #if defined(__x86_64__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
 #define TTSR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
@@ -18,14 +19,14 @@ struct Source {
   S weight;
 };
 
-// The size of a block. The columns of a row lie side by side.
+// The size of a block. Columns are contiguous.
 struct Extent {
   int64_t planes, rows, columns;
 
   int64_t size() const { return planes * rows * columns; }
 };
 
-// A map, as the place from which the offsets of its blocks count and the strides inside every block.
+// Blocks of a map: the address at offset 0, and the strides inside a block.
 template <class T>
 struct Blocks {
   T* data;
@@ -34,10 +35,10 @@ struct Blocks {
   Blocks at(int64_t p, int64_t r) const { return {data + p * plane + r * row, plane, row}; }
 };
 
-// How many planes of a narrow block are summed at a time, sharing the look at its sources.
+// Planes of a narrow block that are summed in one pass over its sources.
 constexpr int64_t planes_at_a_time(int64_t columns) { return columns < 8 ? 8 / columns : 1; }
 
-// The block at the beginning of `out` = sum over sources of weight * the block at their offset in `map`.
+// The block at `out` = sum over sources of weight * block of `map` at offset.
 #define TTSR_SUM_BLOCKS(In, Out)                                                              \
   void sum_blocks(const Blocks<const In>& map, const Source<Sum<In>>* sources, int64_t count, \
                   const Extent& block, const Blocks<Out>& out)

@@ -1,14 +1,14 @@
-// The search kernel: matrix product, diagonal box sum and running maximum, for one instruction set.
+// The search kernel for one instruction set: matrix product, box sum along the diagonal, running argmax.
 //
-// Included by box_max_<isa>.cpp, which sets the target of every function below and defines TTSR_ISA (a
-// namespace), TTSR_VECTOR_BYTES and TTSR_VECTORS (vectors of keys per register tile). Nothing here may call a
-// library function: its one copy in the library would be compiled for this instruction set.
+// search_kernel_<isa>.cpp includes it after setting the target of all functions below. It defines TTSR_ISA (a
+// namespace), TTSR_VECTOR_BYTES and TTSR_VECTORS (key vectors of a register tile). Nothing here may call a
+// function of the standard library: the linker keeps one copy, perhaps the one for this instruction set.
 //
 // A register tile is kPanel query pixels by TTSR_VECTORS vectors of key pixels. Every M(i, j) is summed over
-// the channels in the same order wherever it lies, so equal patches have bit-equal scores, and the lowest of
-// their indices wins.
+// the channels in the same order wherever it is computed. Equal patches thus have bit-equal scores, and the
+// lowest of their indices wins.
 
-#include "../box_max.h"
+#include "isa.h"
 
 namespace ttsr_fast {
 namespace TTSR_ISA {
@@ -36,9 +36,7 @@ struct Plain {  // one channel per packed element
   using Score = T;
   using Packed = T;
   using Vector = typename Simd<T>::Vector;
-  static inline __attribute__((always_inline)) void multiply_add(Vector& sum, T q, const Vector& k) {
-    sum += q * k;
-  }
+  static TTSR_INLINE void multiply_add(Vector& sum, T q, const Vector& k) { sum += q * k; }
 };
 
 #ifdef TTSR_BFLOAT16
@@ -46,7 +44,7 @@ struct BFloat16Pair {  // two channels per packed element
   using Score = float;
   using Packed = int32_t;
   using Vector = Simd<float>::Vector;
-  static inline __attribute__((always_inline)) void multiply_add(Vector& sum, int32_t q, const Vector& k) {
+  static TTSR_INLINE void multiply_add(Vector& sum, int32_t q, const Vector& k) {
     sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(q), (__m512bh)k);
   }
 };
@@ -119,12 +117,11 @@ void multiply_panel(const typename E::Packed* query, int64_t rows, const typenam
   }
 }
 
-// One query position against the key positions of a row: adds the diagonal taps of M to the partial sums of
-// the patch rows above; with `scores`, completes the patches and returns whether any exceeds the threshold or
-// is NaN.
+// One query patch against a row of key patches: adds the diagonal taps of M to the partial sums of the rows
+// above. With `scores`, completes the patches and returns true if any score exceeds the threshold or is NaN.
 template <class T, int kKernel>
-bool box_row(const T* product, int64_t product_stride, T* state, int64_t state_stride, int64_t vectors,
-             const T* scale, const void* valid, T threshold, T* scores) {
+bool box_sum_row(const T* product, int64_t product_stride, T* state, int64_t state_stride, int64_t vectors,
+                 const T* scale, const void* valid, T threshold, T* scores) {
   using Vector = typename Simd<T>::Vector;
   using Mask = typename Simd<T>::Mask;
   constexpr int64_t L = TTSR_VECTOR_BYTES / sizeof(T);
@@ -157,15 +154,15 @@ bool box_row(const T* product, int64_t product_stride, T* state, int64_t state_s
   return bits != 0;
 }
 
-// What a score must exceed, or be NaN, to be looked at by take_best: `best` if its index is lower than all
-// that are to come, else a number below it, so that equal scores count too.
+// A score that exceeds the threshold, or is NaN, can replace `best`. The threshold is `best` if its index is
+// lower than all that follow; else the next number below it, because an equal score may have a lower index.
 template <class T, class Bits>
 T threshold_of(T best, bool lower) {
   constexpr T infinity = sizeof(T) == 8 ? T(__builtin_inf()) : T(__builtin_inff());
   constexpr T least_normal = sizeof(T) == 8 ? T(__DBL_MIN__) : T(__FLT_MIN__);
   if (best != best) return infinity;
   if (lower || best == -infinity) return best;
-  if (best == 0) return -least_normal;  // what lies between may be flushed to zero
+  if (best == 0) return -least_normal;  // denormals may be flushed to zero
   union {
     T value;
     Bits bits;
@@ -174,12 +171,12 @@ T threshold_of(T best, bool lower) {
   return below.value;
 }
 
-// Replaces `best` by the first maximum of a row that goes before it.
+// Merges a row of scores into the best score and its index.
 template <class T, class Bits>
-void take_best(const T* scores, const Bits* valid, int64_t columns, int64_t index_begin, T& best,
-               int64_t& index) {
+void update_argmax(const T* scores, const Bits* valid, int64_t columns, int64_t index_begin, T& best,
+                   int64_t& index) {
   for (int64_t n = 0; n < columns; ++n) {
-    if (valid[n] && goes_before(scores[n], index_begin + n, best, index)) {
+    if (valid[n] && ranks_before(scores[n], index_begin + n, best, index)) {
       best = scores[n];
       index = index_begin + n;
     }
@@ -187,56 +184,56 @@ void take_best(const T* scores, const Bits* valid, int64_t columns, int64_t inde
 }
 
 template <class E, int kKernel>
-void walk_rows(const BoxMaxParams& p) {
+void search_tiles(const SearchKernelParams& p) {
   using T = typename E::Score;
   using P = typename E::Packed;
   using Bits = typename std::remove_reference<decltype(typename Simd<T>::Mask{}[0])>::type;
   constexpr int64_t L = lanes<E>();
-  const WalkLayout layout(p.query, p.key, kKernel, L);
+  const Workspace layout(p.query, p.key, kKernel, L);
   T* const product = (T*)p.workspace;
   T* const state = product + layout.product_size;
-  T* const scores = state + (p.delta_end - p.delta_begin) * layout.state_size;
+  T* const scores = state + (p.offset_end - p.offset_begin) * layout.state_size;
   const int64_t vectors = round_up(p.key.pixels, L) / L, box_vectors = layout.state_stride / L;
   const Panels panels(p.query.pixels);
   for (T* zero = product; zero < scores; ++zero) *zero = 0;
 
-  // Image rows of the query: a patch at grid row `row` ends at image row `row + reach`.
+  // y: image row of the query. The patches of grid row `row` end at image row `row + reach`.
   const int64_t reach = kKernel - 1 - p.padding;
-  const int64_t earliest = p.key_begin - p.delta_end + 1;
-  const int64_t first = (p.row_begin > earliest ? p.row_begin : earliest) - p.padding;
-  for (int64_t y = first < 0 ? 0 : first; y < p.row_end + reach && !stopped(p.stop); ++y) {
-    for (int64_t delta = p.delta_begin; delta < p.delta_end; ++delta) {
+  const int64_t earliest = p.key_begin - p.offset_end + 1;
+  const int64_t first = (p.query_begin > earliest ? p.query_begin : earliest) - p.padding;
+  for (int64_t y = first < 0 ? 0 : first; y < p.query_end + reach && !stopped(p.stop); ++y) {
+    for (int64_t offset = p.offset_begin; offset < p.offset_end; ++offset) {
       const int64_t row = y - reach;
-      const int64_t low = p.row_begin > p.key_begin - delta ? p.row_begin : p.key_begin - delta;
-      const int64_t high = p.row_end < p.key_end - delta ? p.row_end : p.key_end - delta;
-      if (y + delta < 0 || y < low - p.padding || row >= high) continue;
-      const bool inside = y < p.query.height && y + delta < p.key.height;
+      const int64_t low = p.query_begin > p.key_begin - offset ? p.query_begin : p.key_begin - offset;
+      const int64_t high = p.query_end < p.key_end - offset ? p.query_end : p.key_end - offset;
+      if (y + offset < 0 || y < low - p.padding || row >= high) continue;
+      const bool inside = y < p.query.height && y + offset < p.key.height;
       const bool complete = row >= low;
-      T* const sums = state + (delta - p.delta_begin) * layout.state_size;
-      const T* const scale = (const T*)p.scale + (row + delta - p.key_begin) * p.scale_stride;
-      const Bits* const valid = (const Bits*)p.valid + (row + delta - p.key_begin) * p.scale_stride;
-      T* const best = (T*)p.score + (row - p.row_begin) * p.score_stride;
-      int64_t* const index = p.index + (row - p.row_begin) * p.score_stride;
+      T* const sums = state + (offset - p.offset_begin) * layout.state_size;
+      const T* const scale = (const T*)p.scale + (row + offset - p.key_begin) * p.scale_stride;
+      const Bits* const valid = (const Bits*)p.valid + (row + offset - p.key_begin) * p.scale_stride;
+      T* const best = (T*)p.score + (row - p.query_begin) * p.score_stride;
+      int64_t* const index = p.index + (row - p.query_begin) * p.score_stride;
       int64_t m = 0;
       for (int64_t panel = 0; panel < (inside ? panels.count : 1); ++panel) {
-        int64_t ready = p.query.columns;  // positions whose pixels have all been multiplied
+        int64_t ready = p.query.columns;  // end of the patches with all products computed
         if (inside) {
           const int64_t begin = panels.begin(panel), end = panels.begin(panel + 1);
           multiply_panel<E>(
               (const P*)p.query.rows + (y - p.query.first_row) * p.query.row_stride + begin * p.depth,
-              end - begin, (const P*)p.key.rows + (y + delta - p.key.first_row) * p.key.row_stride, vectors,
+              end - begin, (const P*)p.key.rows + (y + offset - p.key.first_row) * p.key.row_stride, vectors,
               p.depth, product + (p.query.left + begin) * layout.product_stride + p.key.left,
               layout.product_stride);
           if (panel + 1 < panels.count) ready = p.query.left + end - (kKernel - 1);
         }
         for (; m < ready; ++m) {
-          const int64_t index_begin = p.index_begin + (row + delta) * p.index_stride;
+          const int64_t index_begin = p.index_begin + (row + offset) * p.index_stride;
           const T threshold = complete ? threshold_of<T, Bits>(best[m], index[m] < index_begin) : 0;
-          const bool beaten = box_row<T, kKernel>(
+          const bool improved = box_sum_row<T, kKernel>(
               inside ? product + m * layout.product_stride : nullptr, layout.product_stride,
               sums + m * (kKernel - 1) * layout.state_stride, layout.state_stride, box_vectors, scale, valid,
               threshold, complete ? scores : nullptr);
-          if (beaten) take_best(scores, valid, p.key.columns, index_begin, best[m], index[m]);
+          if (improved) update_argmax(scores, valid, p.key.columns, index_begin, best[m], index[m]);
         }
       }
     }
@@ -244,13 +241,23 @@ void walk_rows(const BoxMaxParams& p) {
 }
 
 template <class E>
-void walk_element(const BoxMaxParams& p, int kernel_size) {
+void search_elements(const SearchKernelParams& p, int kernel_size) {
   switch (kernel_size) {
-    case 1: return walk_rows<E, 1>(p);
-    case 3: return walk_rows<E, 3>(p);
-    case 5: return walk_rows<E, 5>(p);
-    case 7: return walk_rows<E, 7>(p);
+    case 1: return search_tiles<E, 1>(p);
+    case 3: return search_tiles<E, 3>(p);
+    case 5: return search_tiles<E, 5>(p);
+    case 7: return search_tiles<E, 7>(p);
   }
+}
+
+void search_kernel(const SearchKernelParams& p, Element element, int kernel_size) {
+#ifdef TTSR_BFLOAT16
+  if (element == Element::kBFloat16) return search_elements<BFloat16Pair>(p, kernel_size);
+  avx512::search_kernel(p, element, kernel_size);
+#else
+  if (element == Element::kDouble) return search_elements<Plain<double> >(p, kernel_size);
+  search_elements<Plain<float> >(p, kernel_size);
+#endif
 }
 
 }  // namespace TTSR_ISA

@@ -1,0 +1,81 @@
+// Parameters of the search kernel, and what the kernel shares with the code that calls it.
+//
+// M(i, j) is the inner product of key pixel i and query pixel j. The kernel takes one column tile of each map
+// and moves down both, one row at a time. At a fixed row offset, the kernel_size rows of M that a patch sums
+// belong to consecutive steps: partial sums are kept between steps, and every M(i, j) is computed once.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#define TTSR_INLINE inline __attribute__((always_inline))
+
+namespace ttsr_fast {
+
+enum class Element { kFloat, kDouble, kBFloat16 };  // kBFloat16: pairs of channels, summed in float
+
+// A column tile of one image, packed for the matrix product.
+struct Tile {
+  const void* rows;    // packed pixels, from image row `first_row` on
+  int64_t row_stride;  // elements: float, double, or a 32-bit pair of bfloat16
+  int64_t first_row;
+  int64_t height;   // of the image
+  int64_t columns;  // patch columns
+  int64_t pixels;   // image columns that the patches cover
+  int64_t left;     // zero columns before them
+};
+
+struct SearchKernelParams {
+  int64_t depth;  // packed elements per pixel
+  int64_t padding;
+  int64_t offset_begin, offset_end;  // key row - query row
+  int64_t query_begin, query_end;    // patch rows of the query chunk
+  int64_t key_begin, key_end;        // patch rows of the key chunk
+  Tile query, key;
+  const void* scale;  // [key_end - key_begin, scale_stride], factor of every key patch
+  const void* valid;  // [key_end - key_begin, scale_stride], all bits set or none
+  int64_t scale_stride;
+  int64_t index_begin;   // index of the key tile's first patch in row 0
+  int64_t index_stride;  // patches in a row of the key grid
+  void* score;           // [query_end - query_begin, score_stride], best score so far
+  int64_t* index;        // [query_end - query_begin, score_stride], its key
+  int64_t score_stride;
+  void* workspace;      // Workspace::size() elements of the score, aligned to 64 bytes
+  const int32_t* stop;  // another thread sets it to end the kernel early; may be null
+};
+
+TTSR_INLINE bool stopped(const int32_t* stop) { return stop && __atomic_load_n(stop, __ATOMIC_RELAXED) != 0; }
+
+// Order of candidates: NaN first, then the larger score, then the lower index.
+template <class T>
+TTSR_INLINE bool ranks_before(T score, int64_t index, T best, int64_t best_index) {
+  const bool nan = score != score, best_nan = best != best;
+  if (nan != best_nan) return nan;
+  if (!nan && score != best) return score > best;
+  return index < best_index;
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Most query pixels of a register tile; key vectors are its other side.
+constexpr int kPanel = 6;
+
+// Query pixels, split into panels of nearly equal size.
+struct Panels {
+  int64_t count, pixels;
+  explicit Panels(int64_t pixels_) : count((pixels_ + kPanel - 1) / kPanel), pixels(pixels_) {}
+  int64_t begin(int64_t p) const { return p * pixels / count; }
+};
+
+// Layout of the kernel's workspace, in elements of the score.
+struct Workspace {
+  int64_t product_stride, product_size, state_stride, state_size, row_size;
+  Workspace(const Tile& query, const Tile& key, int64_t kernel_size, int64_t lanes)
+      : product_stride(round_up(key.columns + kernel_size - 1, lanes) + lanes),
+        product_size((query.columns + kernel_size - 1) * product_stride),
+        state_stride(round_up(key.columns, lanes)),
+        state_size(query.columns * (kernel_size - 1) * state_stride), row_size(state_stride) {}
+  int64_t size(int64_t offsets) const { return product_size + offsets * state_size + row_size; }
+};
+
+}  // namespace ttsr_fast

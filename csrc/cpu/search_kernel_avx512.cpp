@@ -1,0 +1,12 @@
+// The search kernel for x86-64 with AVX-512.
+
+#include "isa.h"
+
+#ifdef TTSR_X86
+TTSR_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#define TTSR_ISA avx512
+#define TTSR_VECTOR_BYTES 64
+#define TTSR_VECTORS 4
+#include "search_kernel_body.h"
+TTSR_TARGET_END
+#endif
