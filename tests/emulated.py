@@ -1,4 +1,4 @@
-"""Compiles CUDA sources for the CPU, where `emulator/` runs their threads one after the other."""
+"""Compilation of CUDA sources for the CPU; `emulator/` runs the threads one after the other."""
 
 import fcntl
 import hashlib
@@ -27,11 +27,11 @@ FLAGS = (
     "-Wall",
     "-Wextra",
     "-Werror",
-    "-Wno-unknown-pragmas",  # nvcc unrolls loops where it is told to
+    "-Wno-unknown-pragmas",  # unroll, for nvcc
     f"-I{EMULATOR}",
     f"-isystem{TORCH / 'include'}",
 )
-# For kernels. What they find ends a launch: the emulator stands in for the sanitizer's library.
+# For kernels. A finding ends the launch: the emulator replaces the sanitizer's library.
 CHECKS = (
     "-fsanitize=alignment,bounds-strict,integer-divide-by-zero,null,shift,signed-integer-overflow",
     "-fno-sanitize-recover",
@@ -40,12 +40,12 @@ LINK = (f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
 
 
 def library(folder: Path = ROOT / "csrc/cuda") -> Path:
-    """The sources of a folder as a library, compiled unless these very ones have been before.
+    """The sources of a folder as a library, compiled once for the same sources.
 
-    Its function `emulator_set_order` says in which order threads run.
+    Its function `emulator_set_order` sets the order of threads.
 
     Raises:
-        RuntimeError: the compiler finds an error, or something to warn of.
+        RuntimeError: an error or a warning of the compiler.
     """
     sources = sorted([*folder.glob("*.cpp"), *folder.glob("*.cu"), EMULATOR / "emulator.cpp"])
     headers = sorted([*folder.glob("*.h"), *folder.parent.glob("*.h"), *EMULATOR.glob("*.h")])
@@ -56,7 +56,7 @@ def library(folder: Path = ROOT / "csrc/cuda") -> Path:
     target = ROOT / "build/emulated" / digest.hexdigest()[:16] / "emulated.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, others wait
         if not target.is_file():
             _compile(sources, target)
     return target

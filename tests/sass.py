@@ -1,6 +1,6 @@
-"""Reads listings of machine code for NVIDIA GPUs: which instructions a loop runs in a turn.
+"""Listings of machine code for NVIDIA GPUs: the instructions of a loop iteration.
 
-The tools are those of Triton's wheel, which need no GPU.
+The tools are part of Triton's wheel and need no GPU.
 """
 
 import re
@@ -17,7 +17,7 @@ ATOMICS = {"RED", "REDG", "ATOM", "ATOMG"}
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its address, whether a predicate guards it, its name, its operands."""
+    """One instruction. `guarded`: it has a predicate."""
 
     address: int
     guarded: bool
@@ -26,19 +26,19 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes, None for another instruction."""
+        """Target address of a branch, None for other instructions."""
         found = re.search(r"0x([0-9a-f]+)", self.operands)
         return int(found[1], 16) if self.name == "BRA" and found else None
 
 
 def run(tool: str, *arguments: str | Path) -> str:
-    """What cuobjdump or nvdisasm prints."""
+    """Output of cuobjdump or nvdisasm."""
     command = [TOOLS / tool, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def instructions(listing: str) -> list[Instruction]:
-    """Of one function."""
+    """Instructions of one function."""
     return [
         Instruction(int(address, 16), bool(guard), name, operands)
         for address, guard, name, operands in INSTRUCTION.findall(listing)
@@ -55,10 +55,10 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def usual_path(body: list[Instruction]) -> list[Instruction]:
-    """What a loop runs where no score improves on the best.
+    """Instructions of an iteration in which no score improves.
 
-    That is all but what a branch skips then: it has the atomic maximum and not the maximum of the
-    scores, which decides.
+    A branch then skips the code with the atomic maximum. Code with the maximum of the scores is
+    not skipped, since it decides.
     """
     path, end = [], 0
     for x in body:

@@ -1,4 +1,4 @@
-"""Calls that would reach outside of tensors end with an error; a long search can be interrupted."""
+"""Errors of calls that would reach outside of tensors; interruption of a long search."""
 
 import _thread
 import os
@@ -127,7 +127,7 @@ def test_memory_that_is_no_longer_there(name):
 
 
 def test_time_of_a_search_is_not_only_in_products(set_threads):
-    """Each takes seconds and must be interruptible."""
+    """Every one of these searches takes seconds and must be interruptible."""
     set_threads(1)
     for query, key in (
         ((1, 1, 211, 211), (1, 1, 211, 211)),
@@ -144,7 +144,7 @@ def test_time_of_a_search_is_not_only_in_products(set_threads):
 @each("wrong", [10**9, 64, -1, -1000])
 @each("operation", ["value", "weight", "search", "transfer"])
 def test_index_changed_behind_autograd(backend, operation, wrong):
-    """Through memory that autograd does not watch; torch.gather checks its index again, too."""
+    """Changes through `.data`, which autograd does not see. The backward pass checks again."""
     x, y = (rand(1, 4, 8, 8, requires_grad=True) for _ in range(2))
     if operation == "search":
         out, index = search(x, y, backend=backend)
@@ -169,7 +169,7 @@ def test_search_backward_checks_shapes(backend):
 
 
 def test_random_calls():
-    """A short form of the campaign."""
+    """A short run of the campaign."""
     ends = fuzz_operators.run(calls=60, broken=250, seed=torch.initial_seed() % 2**31)
     assert ends["right"] == 60
     assert sum(ends.values()) == 310
@@ -178,7 +178,7 @@ def test_random_calls():
 
 @pytest.fixture
 def handle() -> Iterator[Callable[..., None]]:
-    """Sets a handler of SIGUSR1."""
+    """Sets a handler of SIGUSR1 for one test."""
     before = signal.getsignal(signal.SIGUSR1)
     yield lambda handler: signal.signal(signal.SIGUSR1, handler)
     signal.signal(signal.SIGUSR1, before)
@@ -189,7 +189,7 @@ def send_soon() -> None:
 
 
 def test_interrupted_function_ends_before_the_exception_of_the_handler_is_raised(handle):
-    """However many signals arrive."""
+    """With any number of signals."""
 
     class Interrupt(BaseException):
         pass
@@ -214,7 +214,7 @@ def test_interrupted_function_ends_before_the_exception_of_the_handler_is_raised
     assert ended == [42]
 
 
-def test_function_goes_on_after_a_handler_that_returns(handle):
+def test_function_continues_after_a_handler_that_returns(handle):
     def wait_for_handler(stop: Tensor) -> None:
         deadline = time.monotonic() + 20
         send_soon()

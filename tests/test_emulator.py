@@ -1,4 +1,4 @@
-"""The emulator of CUDA: what threads tell each other, in every order, and which faults it finds."""
+"""The CUDA emulator: communication between threads, in every order, and detection of faults."""
 
 import ctypes
 from collections.abc import Callable
@@ -56,7 +56,7 @@ RESULTS = r"""
 constexpr unsigned kAll = 0xffffffff;
 static_assert(CUDART_VERSION >= 12000 && sizeof(uint4) == 16 && alignof(uint4) == 16);
 
-// On a grid of grids [z, y, x]: who each thread is, in digits.
+// Position of each thread in the grid [z, y, x], in decimal digits.
 __global__ void visit(const int*, int* out) {
   const dim3 at(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y,
                 blockIdx.z * blockDim.z + threadIdx.z);
@@ -87,7 +87,7 @@ EXPORT_RUN(block_sum_int64, int64_t, 2, 96, block_sum<int64_t>)
 EXPORT_RUN(block_sum_float32, float, 2, 96, block_sum<float>)
 EXPORT_RUN(block_sum_float64, double, 2, 96, block_sum<double>)
 
-// Sums of all values of a warp up to each, then what the lane at twice that place has.
+// Prefix sums of a warp, then the sum of the lane with twice the number.
 __global__ void scan(const int64_t* x, int64_t* out) {
   int64_t sum = x[threadIdx.x];
   for (unsigned step = 1; step < 32; step *= 2) {
@@ -112,7 +112,7 @@ __global__ void vote(const int64_t*, int64_t* out) {
 }
 EXPORT_RUN(vote, int64_t, 1, 32, vote)
 
-// Every thread takes its neighbour's value from shared memory.
+// Every thread reads the value of its neighbour from shared memory.
 template <bool kBarrier>
 __global__ void rotate(const float* x, float* out) {
   __shared__ float shared[64];
@@ -123,7 +123,7 @@ __global__ void rotate(const float* x, float* out) {
 EXPORT_RUN(rotate, float, 1, 64, rotate<true>)
 EXPORT_RUN(rotate_early, float, 1, 64, rotate<false>)
 
-// What the first thread finds in memory that nobody has written.
+// Values that the first thread reads from unwritten memory.
 template <class T>
 __device__ __noinline__ T unwritten() {
   __shared__ T shared[40];
@@ -177,9 +177,9 @@ SYNC, XOR, SHUFFLE = (
     f"wait for __{name} {AT}" for name in ("syncthreads", "shfl_xor_sync", "shfl_sync")
 )
 IN_THREAD = rf"{AT} in block \(1, 0, 0\), thread \("
-UNNAMED = f"a lane is needed that the mask does not name {IN_THREAD}"
+UNNAMED = f"a lane is needed that the mask does not include {IN_THREAD}"
 
-# What one of three blocks of 64 threads does before a shuffle and a barrier, and the message.
+# Code of one of three blocks of 64 threads before a shuffle and a barrier, and the message.
 FAULTS = {
     "an early end": ("if (t == 3) return;", f"{STUCK} 1 ended, 31 {XOR}, 32 {SYNC}$"),
     "lanes that end": ("if (t % 32 >= 24) return;", f"{STUCK} 16 ended, 48 {XOR}$"),
@@ -252,7 +252,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(params=ORDERS)
 def run(request: pytest.FixtureRequest, compiled: ctypes.CDLL) -> Run:
-    """Calls a function of the kernels with tensors and numbers; what a launch throws is raised."""
+    """Calls a function of the kernels with tensors and numbers; raises the error of a launch."""
     compiled.emulator_set_order(request.param)
 
     def call(name: str, *arguments: Tensor | int) -> None:
@@ -313,7 +313,7 @@ def test_barrier(run: Run) -> None:
 
 @pytest.mark.parametrize(("run", "early"), [(0, 63), (1, 1)], indirect=["run"])
 def test_missing_barrier_shows_in_some_order(run: Run, early: int) -> None:
-    """The number of threads that read before their neighbour has written depends on the order."""
+    """The order decides how many threads read before their neighbour writes."""
     x = torch.arange(64.0)
     out = torch.zeros(64)
     run("rotate_early", x, out)
@@ -347,7 +347,7 @@ def test_faults(run: Run, fault: str) -> None:
     x = torch.arange(8, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=FAULTS[fault][1]):
         run("faulty", 64, list(FAULTS).index(fault), x, torch.zeros(4, dtype=torch.int32))
-    check_sums(run, torch.float32)  # the next launch is none the worse
+    check_sums(run, torch.float32)  # the next launch is right
 
 
 def test_half_a_warp(run: Run) -> None:
@@ -358,7 +358,7 @@ def test_half_a_warp(run: Run) -> None:
 
 
 @pytest.mark.parametrize("run", [0], indirect=True)
-def test_launches_that_cuda_refuses(run: Run) -> None:
+def test_launches_that_cuda_rejects(run: Run) -> None:
     sizes = {"grid": [(0, 1, 1), (1, 65536, 1), (1, 1, 65536)], "block": [(1, 1, 65), (32, 33, 1)]}
     for name, each in sizes.items():
         for size in each:

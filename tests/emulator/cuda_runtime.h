@@ -1,9 +1,8 @@
-// The part of CUDA that the kernels use, for a C++ compiler: `emulator.cpp` runs their threads on the CPU.
+// The part of CUDA that the kernels use, for a C++ compiler. `emulator.cpp` runs their threads on the CPU.
 //
-// A source is compiled as it is; only the include path says which cuda_runtime.h it gets. What is not here
-// does not compile. The rules are stricter than those of a GPU: whatever waits for other threads is to be
-// reached by all of them, at the same place of the source; a launch is made under a DeviceGuard, on the
-// current stream; a library has no thread-local variables but those that `__shared__` makes.
+// Sources are compiled unchanged; the include path selects this file. The rules are stricter than on a GPU:
+// all threads that synchronise must do so at the same place of the source; a launch needs a DeviceGuard and
+// the current stream; a library has no thread-local variables except the ones of `__shared__`.
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -13,7 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <memory>  // says __noinline__ itself, so it comes first
+#include <memory>  // uses the name __noinline__, so it must come before the macro
 #include <source_location>
 #include <type_traits>
 
@@ -27,9 +26,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// One thread of the host runs a whole block. Thread-local, because that alone puts the variables of templates
-// and of plain functions next to each other, where every block finds them poisoned. An alignas comes before
-// it; __align__ may follow.
+// One thread of the host runs a whole block. Thread-local variables of templates and of plain functions are
+// in one place, so every block can poison them. An alignas comes before it; __align__ may follow.
 #define __shared__ static thread_local
 
 #undef CUDA_KERNEL_ASSERT
@@ -66,23 +64,23 @@ namespace emulator {
 
 using Site = std::source_location;
 
-// Ends the launch with an exception; for the code of kernels.
+// Ends the launch with an exception; for code of kernels.
 [[noreturn]] void fail(const char* what, const Site& site = Site::current());
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 
 struct Met {
-  uint64_t value;  // what the lane `source` brought
-  unsigned votes;  // the lanes that brought something else than zero
+  uint64_t value;  // of the lane `source`
+  unsigned votes;  // lanes with a value other than zero
 };
 
-// Waits for all lanes that the mask names.
+// Waits for all lanes in the mask.
 Met meet(const char* name, unsigned mask, uint64_t value, unsigned source, const Site& site);
 void meet_block(const char* name, const Site& site);
 
 unsigned lane();
 
-// All lanes of a warp: the only width there is.
+// The only width of a shuffle: all lanes of a warp.
 struct Width {
   consteval Width(int lanes) {
     if (lanes != 32) throw "the width of a shuffle is 32";
@@ -99,14 +97,14 @@ T shuffle(const char* name, unsigned mask, T value, unsigned source, const Site&
   return value;
 }
 
-// The pairs of types that CUDA compares: as wide as each other, and not narrower than int.
+// Pairs of types that CUDA compares: of equal width, not narrower than int.
 template <class A, class B>
 concept Comparable = std::integral<A> && std::integral<B> && sizeof(A) >= sizeof(int) &&
                      std::same_as<std::make_signed_t<A>, std::make_signed_t<B>>;
 
 }  // namespace emulator
 
-// As in CUDA, the arguments become the kernel's parameters once, and every thread has its copy.
+// As in CUDA, arguments are converted to parameters once, and every thread gets a copy.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {

@@ -1,7 +1,7 @@
-// Runs the threads of a block as fibers of one thread of the host: each has a stack of its own, runs until it
-// has to wait for others, and goes on when they have come.
+// Runs the threads of a block as fibers of one thread of the host. Each fiber has its own stack and runs
+// until it must wait for others.
 
-#undef _FORTIFY_SOURCE  // whose longjmp takes a jump to another stack for a fault
+#undef _FORTIFY_SOURCE  // its longjmp rejects a jump to another stack
 
 #include <link.h>
 #include <sys/mman.h>
@@ -30,12 +30,12 @@ dim3 blockDim, gridDim;
 namespace emulator {
 namespace {
 
-constexpr unsigned kThreads = 1024, kLanes = 32;  // at most, of a block and of a warp
+constexpr unsigned kThreads = 1024, kLanes = 32;  // most threads of a block, threads of a warp
 constexpr size_t kStack = 1 << 17, kGuard = 1 << 16;
 
 enum class State { kReady, kWaiting, kEnded };
 
-// In a source; as the compiler hands it to the functions of its sanitizer.
+// A place in a source, in the layout of the compiler's sanitizer.
 struct Place {
   const char* file;
   uint32_t line, column;
@@ -43,7 +43,7 @@ struct Place {
   bool operator==(const Place&) const = default;
 };
 
-// What a thread waits for, and where.
+// The call in which a thread waits.
 struct Wait {
   const char* name;
   unsigned mask;
@@ -60,7 +60,7 @@ struct Fiber {
   uint64_t value;
   unsigned source, votes;
   char* stack;   // kept for the next launch
-  bool entered;  // it can be continued at `context`
+  bool entered;  // `context` is valid
   jmp_buf context;
 };
 
@@ -78,7 +78,7 @@ std::mt19937 random_numbers;
 int guards;
 cudaError_t last_error = cudaSuccess;
 
-cudaStream_t current_stream() { return reinterpret_cast<cudaStream_t>(&order); }  // like no other
+cudaStream_t current_stream() { return reinterpret_cast<cudaStream_t>(&order); }  // unique
 
 std::string block_name() {
   return "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
@@ -110,8 +110,8 @@ std::string thread_name() {
          std::to_string(threadIdx.y) + ", " + std::to_string(threadIdx.z) + ")";
 }
 
-// In a kernel nothing is unwound: the launch leaves every fiber where it is. The compiler takes it for
-// granted that what it calls for its sanitizer does not throw.
+// No exception in a kernel: the compiler assumes that functions of its sanitizer do not throw. The launch
+// abandons all fibers.
 [[noreturn]] void fail_at(const char* what, const Place& place) {
   std::exception_ptr error = std::make_exception_ptr(
       std::runtime_error("CUDA emulator: " + (what + at(place)) + (current ? thread_name() : "")));
@@ -121,7 +121,7 @@ std::string thread_name() {
   __builtin_unreachable();
 }
 
-// The whole life of a fiber: it begins anew with every block.
+// The main function of a fiber. It runs the kernel again for every block.
 void live() {
   for (;;) {
     try {
@@ -150,8 +150,8 @@ void enter(Fiber& fiber) {
   setcontext(&context);
 }
 
-// Runs a thread until it waits or ends. Contexts enter a fiber and jumps continue it, because a change of
-// context asks the kernel of the system for the mask of signals.
+// Runs a thread until it waits or ends. A context enters a fiber; jumps continue it, because a change of
+// context makes a system call.
 void resume(Fiber& fiber) {
   current = &fiber;
   threadIdx = fiber.index;
@@ -186,7 +186,7 @@ std::span<char> shared_memory() {
   return search.found;
 }
 
-// Lets a warp run until all its threads wait or have ended, and says whether there was one that did not.
+// Runs a warp until all its threads wait or have ended. Returns false if they did before.
 bool run_warp(unsigned warp, const std::vector<uint64_t>& lanes) {
   bool any = false;
   for (bool again = true; again;) {
@@ -202,7 +202,7 @@ bool run_warp(unsigned warp, const std::vector<uint64_t>& lanes) {
   return any;
 }
 
-// Every warp runs as far ahead of the others as it can.
+// Every warp runs as far ahead of the others as possible.
 void run_block() {
   arrived = 0;
   for (unsigned i = 0; i < threads; ++i) {
@@ -254,7 +254,7 @@ Met meet(const char* name, unsigned mask, uint64_t value, unsigned source, const
   Fiber& self = *current;
   const unsigned lane = self.number % kLanes;
   if (((mask >> lane) & (mask >> source) & 1) == 0) {
-    fail("a lane is needed that the mask does not name", site);
+    fail("a lane is needed that the mask does not include", site);
   }
   self.state = State::kWaiting;
   self.wait = {name, mask, place_of(site)};
@@ -300,10 +300,10 @@ void meet_block(const char* name, const Site& site) {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
   const std::lock_guard lock(mutex);
-  const auto refuse = [](const char* why) { throw std::runtime_error(std::string("CUDA emulator: ") + why); };
-  if (config.dynamicSmemBytes != 0) refuse("there is no dynamic shared memory");
-  if (guards == 0) refuse("a launch without a DeviceGuard");
-  if (config.stream != current_stream()) refuse("a launch on another stream than the current one");
+  const auto reject = [](const char* why) { throw std::runtime_error(std::string("CUDA emulator: ") + why); };
+  if (config.dynamicSmemBytes != 0) reject("there is no dynamic shared memory");
+  if (guards == 0) reject("a launch without a DeviceGuard");
+  if (config.stream != current_stream()) reject("a launch on another stream than the current one");
   if (!fits(config.gridDim, config.blockDim)) return last_error = cudaErrorInvalidConfiguration;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
@@ -317,7 +317,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
   try {
     run_grid();
   } catch (...) {
-    for (Fiber& fiber : fibers) fiber.entered = false;  // leaves what they were at
+    for (Fiber& fiber : fibers) fiber.entered = false;
     throw;
   }
   return cudaSuccess;
@@ -336,10 +336,10 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 extern "C" {
 
-// In which order blocks, warps and lanes run: 0 ascending, 1 descending, more is the seed of a random one.
+// Order of blocks, warps and lanes: 0 ascending, 1 descending, else the seed of a random order.
 __attribute__((visibility("default"))) void emulator_set_order(int order) { emulator::order = order; }
 
-// Functions of PyTorch that one without CUDA lacks or refuses. They stay inside this library.
+// Functions that a CPU build of PyTorch lacks or rejects. They are local to this library.
 
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = emulator::current_stream();
@@ -350,7 +350,7 @@ int32_t torch_c10_cuda_check_msg(int32_t error, const char* file, const char*, u
                                  char** message) {
   *message = nullptr;
   if (error == cudaSuccess) return 0;
-  cudaGetLastError();  // has been reported
+  cudaGetLastError();  // clears the error
   const std::string text = std::string("CUDA error: ") + cudaGetErrorString(cudaError_t(error)) + " (" +
                            file + ":" + std::to_string(line) + ")";
   *message = strdup(text.c_str());
@@ -374,7 +374,7 @@ int32_t aoti_torch_delete_device_guard(void*) {
 
 int32_t aoti_torch_device_guard_set_index(void*, int32_t) { return 0; }
 
-// Where the compiler's undefined-behaviour sanitizer has found something.
+// Findings of the undefined-behaviour sanitizer.
 
 #define FAULT(name, what) \
   void __ubsan_handle_##name##_abort(const emulator::Place* place) { emulator::fail_at(what, *place); }
