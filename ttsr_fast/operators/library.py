@@ -31,8 +31,8 @@ for _schema in (
     "cuda_version() -> int",
     "cuda_gather_fold(Tensor[] values, Tensor index, Tensor? weight, Tensor(a!)[] outs, "
     f"int[] strides, {PATCH}, {_GRID}, bool check_index) -> ()",
-    "cuda_gather_fold_adjoint(Tensor[] grads, Tensor index, Tensor begin, Tensor order, "
-    f"Tensor? weight, Tensor(a!)[] outs, int[] strides, {PATCH}, {_GRID}) -> ()",
+    "cuda_gather_fold_adjoint(Tensor[] grads, Tensor index, Tensor csr_offsets, Tensor "
+    f"csr_indices, Tensor? weight, Tensor(a!)[] outs, int[] strides, {PATCH}, {_GRID}) -> ()",
     "cuda_gather_dot(Tensor value, Tensor grad, Tensor index, Tensor(a!) out, "
     f"int stride, {PATCH}, {_GRID}, bool check_index) -> ()",
     f"cuda_slab_search({_SLAB}) -> ()",  # see kernels/slab_search.py
