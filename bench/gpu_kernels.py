@@ -246,7 +246,7 @@ def first_block(bench: Bench, size: str, precision: str) -> tuple[list[int], dic
     if slab_search.has_cuda_kernel(ring):
         for keys, rows in ((8, 16), (4, 16), (8, 8), (8, 64)):  # of a thread, of a walk
             given = slab_search.cuda_arguments(query, key, scale, best, ring, how, blocks)
-            run = partial(torch.ops.ttsr_fast.cuda_box_max, *given[:-2], keys, rows)
+            run = partial(torch.ops.ttsr_fast.cuda_slab_argmax, *given[:-2], keys, rows)
             runs[f"{keys}x{rows}"] = run
     tile = tiles.tile("slab", how.name)
     runs["triton"] = partial(slab_search.box_max, ring, scale, best, block, tile)

@@ -37,7 +37,7 @@ if torch.version.cuda is None and stand_in:
 from ttsr_fast.operators import ops
 torch.ops.load_library(library)
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-for op in ("gather_fold", "gather_fold_adjoint", "gather_dot", "slab_search", "box_max"):
+for op in ("gather_fold", "gather_fold_adjoint", "gather_dot", "slab_search", "slab_argmax"):
     assert has_kernel(f"ttsr_fast::cuda_{op}", "CUDA"), op
 print(torch.ops.ttsr_fast.cuda_version())
 """

@@ -156,7 +156,7 @@ WRONG = {
 }
 
 
-@each("operator", ["cuda_slab_search", "cuda_box_max"])
+@each("operator", ["cuda_slab_search", "cuda_slab_argmax"])
 @each("name", WRONG)
 def test_arguments_are_checked(operator, name):
     place, change, message = WRONG[name]

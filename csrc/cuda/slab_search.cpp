@@ -194,7 +194,7 @@ void slab_search(const Tensor& query_rows,  // [N*pixels + slack, columns]
 
 STABLE_TORCH_LIBRARY_IMPL(ttsr_fast, TTSR_DISPATCH_KEY, m) {
   m.impl("cuda_slab_search", TORCH_BOX(&slab_search<true>));
-  m.impl("cuda_box_max", TORCH_BOX(&slab_search<false>));  // for tests and benchmarks
+  m.impl("cuda_slab_argmax", TORCH_BOX(&slab_search<false>));  // for tests and benchmarks
 }
 
 }  // namespace ttsr_fast

@@ -13,8 +13,8 @@ from ttsr_fast.operators.registry import LIBRARY
 _GRID = "int key_height, int key_width, str divisor"
 _SLAB = (
     "Tensor query_rows, Tensor key_rows, Tensor scale, Tensor(a!) best, Tensor(b!) ring, "
-    "int key_images, int depth, int together, int image_stride, int[] query, int[] key, int keys, "
-    "int walk_rows"
+    "int key_images, int depth, int batch, int batch_stride, int[] query_layout, int[] key_layout, "
+    "int keys_per_thread, int rows_per_warp"
 )
 # The operators with their results to fill; `csrc` implements them.
 for _schema in (
@@ -36,7 +36,7 @@ for _schema in (
     "cuda_gather_dot(Tensor value, Tensor grad, Tensor index, Tensor(a!) out, "
     f"int stride, {PATCH}, {_GRID}, bool check_index) -> ()",
     f"cuda_slab_search({_SLAB}) -> ()",  # see kernels/slab_search.py
-    f"cuda_box_max({_SLAB}) -> ()",
+    f"cuda_slab_argmax({_SLAB}) -> ()",
 ):
     LIBRARY.define(_schema)
 
