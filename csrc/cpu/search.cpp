@@ -85,9 +85,10 @@ struct KeyScale {
 template <class T>
 class ThreadResults {
  public:
-  ThreadResults(int64_t threads, int64_t patches, int64_t workspace)
-      : patches_(patches), workspace_bytes_(round_up(workspace * sizeof(T), 64)),
-        thread_bytes_(workspace_bytes_ + round_up(patches * (sizeof(T) + sizeof(int64_t)), 64)),
+  ThreadResults(const Packed& query, int64_t threads, int64_t workspace)
+      : query_(query), threads_(threads), patches_((query.end - query.begin) * query.grid_width),
+        workspace_bytes_(round_up(workspace * sizeof(T), 64)),
+        thread_bytes_(workspace_bytes_ + round_up(patches_ * (sizeof(T) + sizeof(int64_t)), 64)),
         memory_(scratch(threads * thread_bytes_)), data_(mutable_data_of<char>(memory_)) {}
 
   char* workspace(int64_t thread) const { return data_ + thread * thread_bytes_; }
@@ -96,8 +97,36 @@ class ThreadResults {
   }
   T* score(int64_t thread) const { return reinterpret_cast<T*>(index(thread) + patches_); }
 
+  // Initial values. A query patch that is not finite has score NaN with any key.
+  void initialise(int64_t first_valid_key) const {
+    parallel_tasks(threads_, 5.0 * threads_ * patches_, [&](int64_t thread, int64_t) {
+      for (int64_t j = 0; j < patches_; ++j) {
+        const double norm = query_.patch_norm(query_.begin + j / query_.grid_width, j % query_.grid_width);
+        score(thread)[j] = std::isfinite(norm) ? -std::numeric_limits<T>::infinity() : T(std::nan(""));
+        index(thread)[j] = first_valid_key;
+      }
+    });
+  }
+
+  // Merges all threads into `scores` and `indices`, or overwrites these if `first`.
+  void merge(bool first, T* scores, int64_t* indices) const {
+    parallel_tasks(query_.end - query_.begin, 3.0 * threads_ * patches_, [&](int64_t row, int64_t) {
+      for (int64_t j = row * query_.grid_width; j < (row + 1) * query_.grid_width; ++j) {
+        for (int64_t thread = 0; thread < threads_; ++thread) {
+          const T s = score(thread)[j];
+          const int64_t i = index(thread)[j];
+          if ((first && thread == 0) || ranks_before(s, i, scores[j], indices[j])) {
+            scores[j] = s;
+            indices[j] = i;
+          }
+        }
+      }
+    });
+  }
+
  private:
-  int64_t patches_, workspace_bytes_, thread_bytes_;
+  const Packed& query_;
+  int64_t threads_, patches_, workspace_bytes_, thread_bytes_;
   Tensor memory_;
   char* data_;
 };
@@ -108,25 +137,15 @@ template <class T>
 void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& scale, const SearchOptions& o,
                   bool first, T* score, int64_t* index) {
   const Isa& isa = best_isa();
-  const int64_t rows = query.end - query.begin, patches = rows * query.grid_width;
   const int64_t offset_begin = key.begin - query.end + 1, offset_end = key.end - query.begin;
   const int64_t group = offsets_per_call(o.kernel_size);
   // A task is one query tile and one group of row offsets; keys ascend within a tile.
   const int64_t tasks = (offset_end - offset_begin + group - 1) / group * query.tiles;
-  const double pairs = double(rows) * query.width * (key.end - key.begin) * key.width;
+  const double pairs = double(query.end - query.begin) * query.width * (key.end - key.begin) * key.width;
   const double nanoseconds = pairs * (query.channels / 16.0 + 0.5);
-  const int64_t threads = threads_for(tasks, nanoseconds);
-  const ThreadResults<T> results(threads, patches,
-                                 Workspace(query.tile(0), key.tile(0), o.kernel_size, key.lanes).size(group));
-
-  parallel_tasks(threads, 5.0 * threads * patches, [&](int64_t thread, int64_t) {
-    for (int64_t j = 0; j < patches; ++j) {
-      const double norm = query.patch_norm(query.begin + j / query.grid_width, j % query.grid_width);
-      results.score(thread)[j] = std::isfinite(norm) ? -std::numeric_limits<T>::infinity() : T(std::nan(""));
-      results.index(thread)[j] = scale.first_valid;
-    }
-  });
-
+  const Workspace layout(query.tile(0), key.tile(0), o.kernel_size, key.lanes);
+  const ThreadResults<T> results(query, threads_for(tasks, nanoseconds), layout.size(group));
+  results.initialise(scale.first_valid);
   parallel_tasks(tasks, nanoseconds, [&](int64_t task, int64_t thread) {
     if (stopped(o.stop)) return;
     const int64_t q = task % query.tiles;
@@ -155,21 +174,8 @@ void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& sca
       isa.search_kernel(p, key.element, o.kernel_size);
     }
   });
-
   check_not_stopped(o);
-
-  parallel_tasks(rows, 3.0 * threads * patches, [&](int64_t row, int64_t) {
-    for (int64_t j = row * query.grid_width; j < (row + 1) * query.grid_width; ++j) {
-      for (int64_t thread = 0; thread < threads; ++thread) {
-        const T s = results.score(thread)[j];
-        const int64_t i = results.index(thread)[j];
-        if ((first && thread == 0) || ranks_before(s, i, score[j], index[j])) {
-          score[j] = s;
-          index[j] = i;
-        }
-      }
-    }
-  });
+  results.merge(first, score, index);
 }
 
 template <class T>
