@@ -140,6 +140,13 @@ def test_commands_are_understood(path: Path) -> None:
                 command.make_context(name, rest, parent=context)
 
 
+def test_places_of_the_layout_exist() -> None:
+    rows = re.findall(r"^\|.+\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    places = re.findall(r"`([\w./]+/|[\w./]+/\w+\.py)`", "\n".join(rows))
+    assert len(places) > 30
+    assert [place for place in places if not (ROOT / place).exists()] == []
+
+
 @each_page
 def test_make_targets_exist(path: Path) -> None:
     known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
