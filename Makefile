@@ -12,12 +12,10 @@ OLDEST := .venv-oldest
 WITH_OLDEST := PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python
 LIBRARY := ttsr_fast/_C.abi3.so
 CUDA_LIBRARY := ttsr_fast/_C_cuda.abi3.so
-KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
-BUILD_FILES := ttsr_fast/operators/build.py $(wildcard csrc/*.*) $(ENVIRONMENT)
-CPU_FILES := $(BUILD_FILES) $(wildcard csrc/cpu/*.*)
-CUDA_FILES := $(BUILD_FILES) $(wildcard csrc/cuda/*.*)
+KERNELS := $(wildcard $(foreach folder,csrc csrc/*,$(addprefix $(folder)/,*.h *.cpp *.cu)))
+BUILD := $(BIN)/python ttsr_fast/operators/build.py
 
-# Looked for as in ttsr_fast/operators/build.py; nothing where there is none.
+# nvcc, found as by ttsr_fast/operators/build.py; empty where there is none.
 CUDACXX ?= $(shell PATH="$${CUDA_HOME:+$$CUDA_HOME/bin:}$$PATH:/usr/local/cuda/bin" command -v nvcc)
 CUDA_WARNINGS := -Xcompiler='$(WARNINGS)' $(if $(filter -Werror,$(WARNINGS)),-Werror=all-warnings)
 
@@ -31,7 +29,7 @@ WITH_SANITIZERS = LD_PRELOAD="$$($(SANITIZER) -print-file-name=libasan.so) $$($(
 SANITIZER_TESTS := tests/test_search.py tests/test_gather_fold.py tests/test_ops.py tests/test_broken_calls.py
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo train-demo test test-oldest-triton check format sanitize docs bench wheel clean
+.PHONY: help env build sanitized demo train-demo test test-oldest-triton check format sanitize docs bench wheel clean
 .PHONY: campaigns gpu-check-a gpu-check-b gpu-bundle
 
 help:  ## list the targets
@@ -46,13 +44,10 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 	@TTSR_FAST_BUILD=none $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-build: $(LIBRARY) $(if $(CUDACXX),$(CUDA_LIBRARY))  ## compile the kernels in place, in CUDA where nvcc is
-
-$(LIBRARY): $(CPU_FILES)
-	CXXFLAGS="$(WARNINGS) $$CXXFLAGS" $(BIN)/python ttsr_fast/operators/build.py $@
-
-$(CUDA_LIBRARY): $(CUDA_FILES)
-	NVCCFLAGS="$(CUDA_WARNINGS) $$NVCCFLAGS" $(BIN)/python ttsr_fast/operators/build.py $@
+# ninja knows what has changed.
+build: env  ## compile the kernels in place, in CUDA where nvcc is
+	@CXXFLAGS="$(WARNINGS) $$CXXFLAGS" NVCCFLAGS="$(CUDA_WARNINGS) $$NVCCFLAGS" \
+	$(BUILD) $(LIBRARY) $(if $(CUDACXX),$(CUDA_LIBRARY))
 
 demo: build  ## super-resolve a stereo pair, draw what matched, time the search
 	$(BIN)/python bench/demo.py
@@ -87,17 +82,17 @@ format: env  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(KERNELS)
 
-sanitize: $(SANITIZED)  ## run the tests of the operators under AddressSanitizer and UBSan
+sanitize: sanitized  ## run the tests of the operators under AddressSanitizer and UBSan
 	$(WITH_SANITIZERS) $(BIN)/python -m pytest --quiet --capture=no $(SANITIZER_TESTS)
 
-campaigns: build $(SANITIZED)  ## run the long random tests, the operators under the sanitizers; an hour
+campaigns: build sanitized  ## run the long random tests, the operators under the sanitizers; an hour
 	$(WITH_SANITIZERS) $(BIN)/python -m tests.campaigns.fuzz_operators --calls 4000 --broken 1000
 	$(BIN)/python -m tests.campaigns.mutate_images --tries 1500
 	$(BIN)/python -m tests.campaigns.damage_checkpoints --tries 300
 	$(BIN)/python -m tests.campaigns.kill_and_resume --kills 40
 
-$(SANITIZED): $(CPU_FILES)
-	CXX=$(SANITIZER) CXXFLAGS="$(SANITIZER_FLAGS)" $(BIN)/python ttsr_fast/operators/build.py $@
+sanitized: env
+	CXX=$(SANITIZER) CXXFLAGS="$(SANITIZER_FLAGS)" $(BUILD) $(SANITIZED)
 
 docs: env  ## build the user guide into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

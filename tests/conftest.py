@@ -3,9 +3,11 @@
 import ctypes
 import importlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ CPU_MODULES = {
     "test_bench_gpu",
     "test_bench_sharded",
     "test_build",
+    "test_build_changes",
     "test_checkpoint",
     "test_cli",
     "test_config",
@@ -68,7 +71,8 @@ CPU_MODULES = {
 
 # About what nvcc makes of the kernels, or a compiler of C++: left out where it cannot be used.
 NVCC_MODULES = {"test_cuda_library"}
-COMPILER_MODULES = {"test_build", "test_cuda_kernels", "test_cuda_slab", "test_emulator"}
+COMPILER_MODULES = {"test_build", "test_build_changes", "test_cuda_kernels", "test_cuda_slab"}
+COMPILER_MODULES |= {"test_emulator"}
 
 # What a module cannot be imported without; it is left out where that is missing or too old. Where
 # the tools of development are installed, of which mypy is one, that is an error.
@@ -214,6 +218,31 @@ def emulator() -> ctypes.CDLL:
     library = emulated.library()
     torch.ops.load_library(library)
     return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def write_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Writer of sources into an empty `csrc`; compiler, flags and cache are the test's own."""
+    folder = tmp_path / "a $folder" / "csrc"
+    for name in ("cpu", "cuda"):
+        (folder / name).mkdir(parents=True)
+    monkeypatch.setattr(build, "source_folder", lambda: folder)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    for variable in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME", "NVCCFLAGS"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def write(text: str, name: str = "module.cpp") -> None:
+        (folder / name).write_text(text)
+
+    return write
+
+
+@pytest.fixture(params=["ninja", "no ninja"])
+def ninja(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Presence of ninja: the test runs with it and without."""
+    if request.param == "no ninja":
+        monkeypatch.setattr(shutil, "which", lambda name, **_: None if name == "ninja" else name)
+    return request.param == "ninja"
 
 
 @pytest.fixture

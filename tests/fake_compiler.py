@@ -1,9 +1,9 @@
-"""Stands in for c++ and nvcc where a test asks how they are called: what it makes is that in words.
+"""Stand-in for c++ and nvcc that records how it is called: its output is that in words.
 
     python tests/fake_compiler.py compute_80 compute_90
 
-knows these architectures; the rest of its arguments are the compiler's. An object file is the
-command that made it, a library its own command after those of its objects.
+The leading words are the architectures that it knows, the others the compiler's arguments. An
+object file is the command that made it, a library the commands of its objects and its own.
 """
 
 import re
@@ -17,6 +17,7 @@ def main() -> None:
     arguments = sys.argv[1 + len(known) :]
     if "--list-gpu-arch" in arguments:
         sys.stdout.write("\n".join(known))
+    if "-o" not in arguments:  # a question
         return
     target = Path(arguments[arguments.index("-o") + 1])
     objects = [Path(word) for word in arguments if word.endswith(".o") and "-shared" in arguments]

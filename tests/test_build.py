@@ -1,6 +1,6 @@
-"""Compiling: flags and variables, errors, the cache; on a library of one line.
+"""Compilation: flags and variables, errors, the cache; on libraries of one line.
 
-What nvcc makes of the kernels in CUDA is in `test_cuda_library.py`; here it is only called.
+The output of nvcc is covered by `test_cuda_library.py`; here a stand-in records its calls.
 """
 
 import ctypes
@@ -17,22 +17,14 @@ from ttsr_fast.operators import build
 
 FAKE_COMPILER = shlex.join([sys.executable, str(Path(__file__).with_name("fake_compiler.py"))])
 ANSWER = '#define EXPORT extern "C" __attribute__((visibility("default")))\nEXPORT int answer() {'
+Write = Callable[..., None]
 
 
-@pytest.fixture
-def write_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes a program the only source; compiler, flags and cache are the test's own."""
-    folder = tmp_path / "csrc"
-    (folder / "cuda").mkdir(parents=True)
-    monkeypatch.setattr(build, "source_folder", lambda: folder)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    for variable in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME", "NVCCFLAGS"):
-        monkeypatch.delenv(variable, raising=False)
-
-    def write(text: str, name: str = "module.cpp") -> None:
-        (folder / name).write_text(text)
-
-    return write
+def write_program(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}")
+    path.chmod(0o755)
+    return path
 
 
 def answer_of(library: Path) -> int:
@@ -40,11 +32,11 @@ def answer_of(library: Path) -> int:
 
 
 def test_compiler_flags_of_the_user_win(
-    write_source: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_source: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ninja: bool
 ) -> None:
     write_source(f"{ANSWER} return NUMBER; }}")
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DNUMBER=1"))
-    monkeypatch.setenv("CXXFLAGS", "-UNUMBER -DNUMBER='40 + 2'")
+    monkeypatch.setenv("CXXFLAGS", "-UNUMBER -DNUMBER='40 + 2' -DUNUSED='$HOME: $$'")
     library = tmp_path / "new folder" / "answer.so"
     build.compile_library(library)
     assert answer_of(library) == 42
@@ -52,17 +44,33 @@ def test_compiler_flags_of_the_user_win(
 
 
 def test_error_in_a_source(
-    write_source: Callable[..., None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    write_source: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str], ninja: bool
 ) -> None:
+    """The command and the compiler's message are shown, and no library is there."""
     write_source(f"{ANSWER} return no_such_name; }}")
-    with pytest.raises(RuntimeError, match=r"compiler stopped with status 1: c\+\+ .*module\.cpp"):
+    with pytest.raises(RuntimeError, match="the compiler stopped with status 1: ") as error:
         build.build_library()
-    assert "no_such_name" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert "no_such_name" in shown
+    assert re.search(r"c\+\+ .*module\.cpp", shown if ninja else str(error.value))
     assert build.cached_library() is None
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_cache_belongs_to_the_sources(write_source: Callable[..., None]) -> None:
+def test_objects_of_an_installed_package_are_in_the_cache(
+    write_source: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the package, which may belong to another user."""
+    write_source(f"{ANSWER} return 1; }}")
+    package = build.source_folder().parent
+    monkeypatch.setattr(build, "PACKAGE", package)
+    library = build.build_library()
+    assert [path.name for path in package.iterdir()] == ["csrc"]
+    (objects,) = library.parent.glob("*/*.o")
+    assert objects.parent.stat().st_mode & 0o077 == 0
+
+
+def test_cache_belongs_to_the_sources(write_source: Write) -> None:
     write_source(f"{ANSWER} return 1; }}")
     assert build.cached_library() is None
     first = build.build_library()
@@ -74,6 +82,7 @@ def test_cache_belongs_to_the_sources(write_source: Callable[..., None]) -> None
     second = build.build_library()
     assert (answer_of(second), second != first) == (2, True)
 
+    second.unlink()
     second.write_bytes(b"damaged")
     assert build.build_library() == second
     assert second.read_bytes() != b"damaged"
@@ -99,16 +108,14 @@ def test_torch_is_found_without_its_import(
     (tmp_path / "torch" / "version.py").write_text(text)
     found = build.Torch(tmp_path / "torch", version, cuda)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("sysconfig.get_path", lambda name, vars: str(tmp_path))
+    monkeypatch.setattr("site.getsitepackages", lambda: [str(tmp_path)])
     assert build.find_torch() == found
     (tmp_path / "torch" / "version.py").write_text("")
     monkeypatch.setattr("site.ENABLE_USER_SITE", False)
     assert build.find_torch() is None
 
 
-def test_reasons(
-    write_source: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reasons(write_source: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_source(f"{ANSWER} return 1; }}")
     assert build.why_not() is None
     with monkeypatch.context() as patch:
@@ -133,20 +140,11 @@ def test_reasons(
 
 
 @pytest.fixture
-def cuda_source(
-    write_source: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def cuda_source(write_source: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A kernel, which no compiler will see, and a folder in which nvcc may be found."""
     write_source("", "cuda/answer_kernel.cu")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return tmp_path
-
-
-def write_program(path: Path, text: str = "") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}")
-    path.chmod(0o755)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -160,7 +158,7 @@ def write_program(path: Path, text: str = "") -> Path:
     ],
 )
 def test_code_for_the_gpus_that_nvcc_knows(
-    known: str, codes: str, cuda_source: Path, monkeypatch: pytest.MonkeyPatch
+    known: str, codes: str, cuda_source: Path, monkeypatch: pytest.MonkeyPatch, ninja: bool
 ) -> None:
     monkeypatch.setenv("CUDACXX", f"{FAKE_COMPILER} {known}")
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -171,7 +169,7 @@ def test_code_for_the_gpus_that_nvcc_knows(
     for command in (compiled, linked):
         assert re.findall(r",code=(\w+)", " ".join(command)) == codes.split()
         assert command.index("-O3") < command.index("-O0") == command.index("-DNUMBER=40 + 2") - 1
-    assert compiled[-4:-2] == ["-c", str(cuda_source / "csrc/cuda/answer_kernel.cu")]
+    assert compiled[-4:-2] == ["-c", str(build.source_folder() / "cuda/answer_kernel.cu")]
     assert linked.index("-shared") < linked.index("-ltorch_cuda") < linked.index("-ltorch_cpu")
 
 
@@ -200,7 +198,7 @@ def test_an_nvcc_without_the_standard_is_none(
 
 
 def test_each_library_has_sources_and_a_cache_of_its_own(
-    write_source: Callable[..., None], cuda_source: Path, monkeypatch: pytest.MonkeyPatch
+    write_source: Write, cuda_source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDACXX", f"{FAKE_COMPILER} compute_90")
     assert build.why_not() == "their sources (csrc) are not part of this installation"
@@ -228,7 +226,7 @@ def test_sources_of_the_repository() -> None:
 
 
 def test_a_library_that_others_can_write_is_neither_loaded_nor_built(
-    write_source: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    write_source: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_source(f"{ANSWER} return 1; }}")
     before = os.umask(0o002)  # where a group is a user's own by default

@@ -214,7 +214,12 @@ WITHOUT = "ttsr-fast: building without the kernels in "
     ],
 )
 def test_choice_of_kernels(
-    wanted: str, changed: dict[str, str], built: list[str] | None, line: str, tmp_path: Path
+    wanted: str,
+    changed: dict[str, str],
+    built: list[str] | None,
+    line: str,
+    tree: Path,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").touch()
@@ -222,7 +227,7 @@ def test_choice_of_kernels(
     environment = {"CXX": FAKE_COMPILER, "CUDACXX": FAKE_NVCC, "PYTHONPATH": str(tmp_path)}
     environment |= {"TTSR_FAST_BUILD": wanted, **changed}
     command = ("setup.py", "build_ext", "--build-lib", tmp_path / "built")
-    result = run(*command, cwd=ROOT, **environment)
+    result = run(*command, cwd=tree, **environment)
     libraries = [str(path.relative_to(tmp_path / "built")) for path in tmp_path.rglob("*.so")]
     assert (result.returncode, sorted(libraries)) == (built is None, built or []), result.stdout
     assert line in result.stdout

@@ -1,15 +1,15 @@
-"""Compiles the kernels in C++ and in CUDA, for `setup.py`, make and `ttsr-fast env`.
+"""Compilation of the kernels in C++ and in CUDA, for `setup.py`, make and `ttsr-fast env`.
 
-There is a library for the CPU, which chooses its instruction set when it runs, and one that holds
-code for several GPUs. Both are written against PyTorch's stable ABI and need nothing of Python's,
-so that one file serves every Python and every torch from `OLDEST_TORCH` on. This file imports
-nothing of the package, and no torch. It is a program, too:
+One library serves every CPU and selects its instruction set at run time, the other holds code for
+several GPUs. Both use PyTorch's stable ABI and nothing of Python's: one file fits every Python and
+every torch from `OLDEST_TORCH` on. This module imports neither the package nor torch. As a program:
 
     python -m ttsr_fast.operators.build   # for an installation without the kernels
     python ttsr_fast/operators/build.py ttsr_fast/_C.abi3.so   # in place
 """
 
 import argparse
+import filecmp
 import hashlib
 import importlib.util
 import os
@@ -20,7 +20,6 @@ import shutil
 import site
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = "_C.abi3.so"
 CUDA_LIBRARY = "_C_cuda.abi3.so"
 OLDEST_TORCH = (2, 10)
@@ -36,68 +36,51 @@ CXX_FLAGS = ("-fPIC", "-fvisibility=hidden")
 NVCC_FLAGS = (
     "-DUSE_CUDA",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "--cudart=static",  # torch may bring along another
+    "--cudart=static",  # torch may have another
     "--threads=0",
 )
 ARCHITECTURES = (80, 90, 100)  # A100, H100, B200
 SYSTEMS = ("Linux", "Darwin")
+STRING_VARIABLE = r"^(\w+)\b[^=\n]*= *['\"]([^'\"\n]+)['\"]"  # in Python code
 
 
 class Torch(NamedTuple):
-    """An installation of PyTorch.
+    """An installation of PyTorch."""
 
-    Attributes:
-        folder: of its package.
-        version: such as 2.13.0+cpu.
-        cuda: version of CUDA that it is built for.
-    """
+    folder: Path  # of its package
+    version: str  # such as 2.13.0+cpu
+    cuda: str | None  # version of CUDA for which it was compiled
 
-    folder: Path
-    version: str
-    cuda: str | None
+
+class Step(NamedTuple):
+    """One call of the compiler, with the files that it reads and writes."""
+
+    output: str
+    inputs: list[str]  # without headers
+    command: list[str]
 
 
 def find_torch() -> Torch | None:
     """The PyTorch of this Python, not imported.
 
-    Site-packages are searched as well, because pip's isolated builds hide them. By the stable ABI,
-    the headers of any PyTorch from `OLDEST_TORCH` on fit all others.
+    Site-packages are searched too, because pip's isolated builds hide them. By the stable ABI, the
+    headers of any PyTorch from `OLDEST_TORCH` on fit all others.
     """
     spec = importlib.util.find_spec("torch")
-    found = [] if spec is None else list(spec.submodule_search_locations or ())
-    roots = [{"base": sys.prefix, "platbase": sys.exec_prefix}]
-    if "include-system-site-packages = true" in _environment_settings():
-        roots.append({"base": sys.base_prefix, "platbase": sys.base_exec_prefix})
-    found += [
-        os.path.join(sysconfig.get_path(name, vars=root), "torch")
-        for root in roots
-        for name in ("platlib", "purelib")
-    ]
-    if site.ENABLE_USER_SITE:
-        found.append(os.path.join(site.getusersitepackages(), "torch"))
-    for folder in map(Path, found):
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    folders += [os.path.join(packages, "torch") for packages in [*site.getsitepackages(), *user]]
+    for folder in map(Path, folders):
         if (folder / "version.py").is_file():
             text = (folder / "version.py").read_text(errors="replace")
-            version, cuda = (_value(name, text) for name in ("__version__", "cuda"))
-            if version is not None:
-                return Torch(folder, version, cuda)
+            strings = dict(re.findall(STRING_VARIABLE, text, re.MULTILINE))
+            if "__version__" in strings:
+                return Torch(folder, strings["__version__"], strings.get("cuda"))
     return None
 
 
-def _environment_settings() -> str:
-    """The file that makes a folder a virtual environment; empty elsewhere."""
-    file = Path(sys.prefix, "pyvenv.cfg")
-    return file.read_text(errors="replace").lower() if file.is_file() else ""
-
-
-def _value(name: str, source: str) -> str | None:
-    """The string that Python code assigns to a variable; None for anything else."""
-    found = re.search(rf"^{name}\b[^=\n]*= *['\"]([^'\"\n]+)['\"]", source, re.MULTILINE)
-    return None if found is None else found[1]
-
-
 def why_not(*, cuda: bool = False) -> str | None:
-    """Why the kernels cannot be compiled here, for the CPU or in CUDA; None if they can."""
+    """The reason why the kernels cannot be compiled here, None if they can."""
     if platform.system() not in SYSTEMS:
         return f"they are for Linux and macOS, this is {platform.system()}"
     if not sources(cuda=cuda):
@@ -105,10 +88,8 @@ def why_not(*, cuda: bool = False) -> str | None:
     compiler = _compiler(cuda)[0]
     if shutil.which(compiler) is None:
         language, variable = ("CUDA", "CUDACXX") if cuda else ("C++", "CXX")
-        return (
-            f"there is no {language} compiler {compiler!r}: install one, or name another in the "
-            f"variable {variable}"
-        )
+        missing = f"there is no {language} compiler {compiler!r}"
+        return f"{missing}: install one, or name another in the variable {variable}"
     if cuda and not _architectures():
         names = ", ".join(f"sm_{number}" for number in ARCHITECTURES)
         return f"{compiler} compiles C++20 for none of {names}"
@@ -117,7 +98,7 @@ def why_not(*, cuda: bool = False) -> str | None:
 
 
 def why_not_under(torch_version: str) -> str | None:
-    """Why the kernels do not run under a version of PyTorch, None if they do."""
+    """The reason why the kernels do not run under a version of PyTorch, None if they do."""
     found = re.match(r"(\d+)\.(\d+)", torch_version)
     if found is None or tuple(map(int, found.groups())) >= OLDEST_TORCH:
         return None
@@ -126,17 +107,16 @@ def why_not_under(torch_version: str) -> str | None:
 
 
 def remedy(*, cuda: bool = False) -> str:
-    """Advice for an installation without the library: a command, and what it lacks to work."""
+    """Advice for an installation without the library: a command, and the reason against it."""
     command = f"`{shlex.quote(sys.executable)} -m ttsr_fast.operators.build` compiles it"
     reason = why_not(cuda=cuda)
     return command if reason is None else f"{command}, but not yet: {reason}"
 
 
 def source_folder() -> Path:
-    """`csrc`: inside the package where that is installed, beside it in the repository."""
-    package = Path(__file__).resolve().parent.parent
-    installed = package / "csrc"
-    return installed if installed.is_dir() else package.parent / "csrc"
+    """`csrc`: inside an installed package, beside it in a checkout."""
+    installed = PACKAGE / "csrc"
+    return installed if installed.is_dir() else PACKAGE.parent / "csrc"
 
 
 def sources(*, cuda: bool = False) -> list[Path]:
@@ -146,50 +126,111 @@ def sources(*, cuda: bool = False) -> list[Path]:
 
 
 def compile_library(library: Path, *, cuda: bool = False) -> None:
-    """Compile the sources into `library`, all at the same time.
+    """Compile the sources into `library`; with ninja, only the changed ones.
 
-    The environment variables CXX, CXXFLAGS and LDFLAGS are respected; for CUDA it is CUDACXX,
-    CUDA_HOME, NVCCFLAGS and what nvcc itself reads. Where CXXFLAGS or NVCCFLAGS differ from the
-    flags above, they win. Messages of the compiler go to the terminal.
+    The environment variables CXX, CXXFLAGS and LDFLAGS are respected, for CUDA CUDACXX, CUDA_HOME,
+    NVCCFLAGS and those of nvcc. CXXFLAGS and NVCCFLAGS override the flags above. Messages of the
+    compiler go to stderr.
 
     Raises:
         RuntimeError: `why_not` has a reason, or the compiler finds an error.
     """
+    import fcntl  # missing on Windows, where the package imports this module too
+
     reason = why_not(cuda=cuda)
     if reason is not None:
         raise RuntimeError(f"the kernels cannot be compiled here: {reason}")
     torch = find_torch()
-    assert torch is not None  # or there would be a reason
-    compiler = [*_compiler(cuda), *FLAGS, "-isystem", str(torch.folder / "include")]
-    here = f"-fmacro-prefix-map={source_folder()}/="  # messages name a source, not its folder
-    compiler += (
-        [*NVCC_FLAGS, f"-Xcompiler={here}", *_architectures()] if cuda else [*CXX_FLAGS, here]
-    )
-    compiler += shlex.split(os.environ.get("NVCCFLAGS" if cuda else "CXXFLAGS", ""))
-    link = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    assert torch is not None  # `why_not` has checked it
+    names = f"-fmacro-prefix-map={source_folder()}/="  # messages name a source without its folder
+    flags = [*NVCC_FLAGS, f"-Xcompiler={names}", *_architectures()] if cuda else [*CXX_FLAGS, names]
+    flags += shlex.split(os.environ.get("NVCCFLAGS" if cuda else "CXXFLAGS", ""))
+    compiler = [*_compiler(cuda), *FLAGS, "-isystem", f"{torch.folder}/include", *flags]
+
+    # Ninja sees changes of sources, headers and commands. The name covers the rest.
+    version = _output([*_compiler(cuda), "--version"])
+    environment = sorted(item for item in os.environ.items() if item[0].startswith("NVCC_"))
+    name = f"objects-{_digest(compiler, version, environment, torch)}"
+    root = source_folder().parent
+    folder = (library.parent if root == PACKAGE else root / "build") / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # no objects of other users
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _run_steps(_steps(f"{folder}/{library.name}", compiler, torch, cuda=cuda), folder)
+        _replace(library, folder / library.name)
+
+
+def _steps(library: str, compiler: list[str], torch: Torch, *, cuda: bool) -> list[Step]:
+    """A step for each source, and the link of `library` as the last one."""
+    folder, steps = os.path.dirname(library), []
+    for source in map(str, sources(cuda=cuda)):
+        name = os.path.relpath(source, source_folder()).replace("/", "-")
+        output = f"{folder}/{name}.o"
+        command = [*compiler, "-MMD", "-MF", f"{output}.d", "-c", source, "-o", output]
+        steps.append(Step(output, [source], command))
+    objects = [step.output for step in steps]
+    link = [f"-L{torch.folder}/lib", "-ltorch_cpu", "-lc10"]
+    if cuda:
+        # Functions of torch's libtorch_cuda.so are found only if the library lists that name as
+        # needed. The linker takes the name from any file, so a CPU build of torch suffices.
+        empty = f"{folder}/libtorch_cuda.so"
+        options = ["-shared", "-Xlinker=-soname=libtorch_cuda.so", "-x", "c++", "/dev/null"]
+        steps.append(Step(empty, [], [*_compiler(cuda), *options, "-o", empty]))
+        link = [f"-L{folder}", "-Xlinker=--no-as-needed", "-ltorch_cuda", *link]
+    else:
+        link += shlex.split(os.environ.get("LDFLAGS", ""))
+    command = [*compiler, "-shared", *objects, *link, "-o", library]
+    return [*steps, Step(library, [step.output for step in steps], command)]
+
+
+def _run_steps(steps: list[Step], folder: Path) -> None:
+    """Run the outdated steps by ninja, all of them where it is missing."""
+    folders = [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
+    ninja = shutil.which("ninja", path=os.pathsep.join(folders))
+    if ninja is None:
+        (folder / ".ninja_log").unlink(missing_ok=True)  # ninja did not make what follows
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, [step.command for step in steps[:-1]]))
+        _run(steps[-1].command)
+    else:
+        file = folder / "build.ninja"
+        file.write_text(_ninja_file(steps, str(folder)))
+        _run([ninja, "-f", str(file)])
+
+
+def _ninja_file(steps: list[Step], folder: str) -> str:
+    def escaped(path: str) -> str:
+        return re.sub(r"[$ :]", r"$\g<0>", path)
+
+    lines = [f"builddir = {escaped(folder)}", "rule call", "  command = $call"]
+    for output, inputs, command in steps:
+        lines.append(f"build {escaped(output)}: call {' '.join(map(escaped, inputs))}")
+        lines.append(f"  description = {os.path.basename(output)}")
+        lines.append(f"  call = {shlex.join(command).replace('$', '$$')}")
+        if "-MF" in command:
+            lines += [f"  depfile = {escaped(output)}.d", "  deps = gcc"]
+    return "\n".join([*lines, ""])
+
+
+def _run(command: list[str]) -> None:
+    status = subprocess.run(command, stdout=2).returncode
+    if status != 0:
+        raise RuntimeError(f"the compiler stopped with status {status}: {shlex.join(command)}")
+
+
+def _replace(library: Path, compiled: Path) -> None:
+    """Replace `library` as a whole, unless it has the same content."""
+    if library.is_file() and filecmp.cmp(compiled, library, shallow=False):
+        return
     library.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-        objects = [f"{folder}/{number}.o" for number in range(len(sources(cuda=cuda)))]
-        commands = [
-            [*compiler, "-c", str(source), "-o", target]
-            for source, target in zip(sources(cuda=cuda), objects, strict=True)
-        ]
-        list(pool.map(_run, commands))
-        if cuda:
-            link = [*_stand_in_for_torch_cuda(folder), *link]
-        else:
-            link += shlex.split(os.environ.get("LDFLAGS", ""))
-        linked = f"{folder}/{library.name}"
-        _run([*compiler, "-shared", *objects, *link, "-o", linked])
-        os.chmod(linked, 0o755)  # nobody else may change what is loaded
-        os.replace(linked, library)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
+        copy = shutil.copyfile(compiled, os.path.join(folder, library.name))
+        os.chmod(copy, 0o755)  # nobody else may change a library that is loaded
+        os.replace(copy, library)
 
 
 def build_libraries() -> Iterator[str]:
-    """`build_library` for the CPU, and for CUDA where PyTorch has it; lines that say what was done.
+    """`build_library` for the CPU, and for CUDA where PyTorch has it; a line for each library.
 
     Raises:
         RuntimeError: as `build_library`, for the CPU.
@@ -198,20 +239,18 @@ def build_libraries() -> Iterator[str]:
     torch = find_torch()
     if torch is not None and torch.cuda is not None:
         reason = why_not(cuda=True)
-        if reason is not None:
-            yield f"left out the kernels in CUDA: {reason}"
-        else:
-            yield f"compiled {build_library(cuda=True)}"
+        left_out = f"left out the kernels in CUDA: {reason}"
+        yield left_out if reason else f"compiled {build_library(cuda=True)}"
 
 
 def build_library(*, cuda: bool = False) -> Path:
     """Compile the kernels into torch's cache of extensions, for an installation without them.
 
     Returns:
-        The library, where `cached_library` finds it from then on.
+        The library, which `cached_library` finds from then on.
 
     Raises:
-        RuntimeError: as `compile_library`; or other users can write to that place.
+        RuntimeError: as `compile_library`; or other users can write to the cache.
     """
     library = _cache_path(cuda)
     for folder in (library.parent.parent, library.parent):
@@ -224,9 +263,9 @@ def build_library(*, cuda: bool = False) -> Path:
 
 
 def cached_library(*, cuda: bool = False) -> Path | None:
-    """What `build_library` has compiled from these very sources.
+    """The result of `build_library` from these very sources.
 
-    None if it has not, or if other users can write to the file or its folders, with a warning:
+    None if there is none, or, with a warning, if other users can write to the file or its folders:
     loading a library runs its code.
     """
     library = _cache_path(cuda)
@@ -240,12 +279,10 @@ def cached_library(*, cuda: bool = False) -> Path | None:
 
 
 def _why_not_trusted(library: Path) -> str | None:
-    """Why a library in the cache may be the work of another user, None if it cannot be."""
+    """The reason why a cached library may be the work of another user, None if it cannot be."""
     if not hasattr(os, "getuid"):
         return None
-    for path in (library.parent.parent, library.parent, library):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (library.parent.parent, library.parent, library)):
         status = path.stat()
         if status.st_uid not in (0, os.getuid()):
             return f"{path} belongs to another user"
@@ -257,30 +294,24 @@ def _why_not_trusted(library: Path) -> str | None:
 def _cache_path(cuda: bool) -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch_extensions")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default).expanduser()
-    how: tuple[str, ...] = (
-        platform.machine(),
-        *FLAGS,
-        *CXX_FLAGS,
-        *NVCC_FLAGS,
-        *map(str, ARCHITECTURES),
-    )
     torch = find_torch()
-    if cuda and torch is not None:
-        how = (*how, str(torch.cuda))
-    digest = hashlib.sha256(" ".join(how).encode())
-    for file in sorted(source_folder().rglob("*.[ch]*")):
-        digest.update(file.read_bytes())
+    flags = (platform.machine(), FLAGS, CXX_FLAGS, NVCC_FLAGS, ARCHITECTURES)
+    version = torch.cuda if cuda and torch is not None else None
+    files = [file.read_bytes() for file in sorted(source_folder().rglob("*.[ch]*"))]
     name = CUDA_LIBRARY if cuda else LIBRARY
-    return root / "ttsr_fast" / digest.hexdigest()[:16] / name
+    return root / "ttsr_fast" / _digest(flags, version, files) / name
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _compiler(cuda: bool) -> list[str]:
     named = os.environ.get("CUDACXX" if cuda else "CXX")
     if named or not cuda:
         return shlex.split(named or "c++")
-    folders = [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
-    if os.environ.get("CUDA_HOME"):
-        folders.insert(0, os.path.join(os.environ["CUDA_HOME"], "bin"))
+    home, path = os.environ.get("CUDA_HOME"), os.environ.get("PATH", os.defpath)
+    folders = [*([f"{home}/bin"] if home else []), path, "/usr/local/cuda/bin"]
     return [shutil.which("nvcc", path=os.pathsep.join(folders)) or "nvcc"]
 
 
@@ -289,30 +320,14 @@ def _architectures() -> list[str]:
 
     Later GPUs translate the PTX. An nvcc without C++20 knows none.
     """
-    question = [*_compiler(cuda=True), FLAGS[0], "--list-gpu-arch"]
-    known = subprocess.run(question, capture_output=True, text=True).stdout.split()
+    known = _output([*_compiler(cuda=True), FLAGS[0], "--list-gpu-arch"]).split()
     numbers = [number for number in ARCHITECTURES if f"compute_{number}" in known]
     code = [(number, "sm") for number in numbers] + [(number, "compute") for number in numbers[-1:]]
     return [f"-gencode=arch=compute_{number},code={kind}_{number}" for number, kind in code]
 
 
-def _stand_in_for_torch_cuda(folder: str) -> list[str]:
-    """Flags that link with an empty library of the name of torch's for CUDA, made in `folder`.
-
-    A process that has torch has loaded libtorch_cuda.so, but not for others to see: a library gets
-    at its functions only by naming it among those that it needs. The linker believes that name
-    of any file that bears it, so that a CPU build of torch will do to link with.
-    """
-    name = "libtorch_cuda.so"
-    make = [*_compiler(cuda=True), "-shared", f"-Xlinker=-soname={name}", "-x", "c++", "/dev/null"]
-    _run([*make, "-o", f"{folder}/{name}"])
-    return [f"-L{folder}", "-Xlinker=--no-as-needed", "-ltorch_cuda"]
-
-
-def _run(command: list[str]) -> None:
-    status = subprocess.run(command).returncode
-    if status != 0:
-        raise RuntimeError(f"the compiler stopped with status {status}: {shlex.join(command)}")
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":
@@ -320,19 +335,15 @@ if __name__ == "__main__":
         prog="python -m ttsr_fast.operators.build",
         description="Compile the kernels for this user, in CUDA where PyTorch has it.",
     )
-    parser.add_argument(
-        "library",
-        type=Path,
-        nargs="?",
-        help=f"compile this file instead: {LIBRARY} or {CUDA_LIBRARY}, in any folder",
-    )
-    target = parser.parse_args().library
-    if target is not None and target.name not in (LIBRARY, CUDA_LIBRARY):
-        parser.error(f"the library must be named {LIBRARY} or {CUDA_LIBRARY}, got {target.name}")
+    text = f"compile these files instead: {LIBRARY} or {CUDA_LIBRARY}, in any folder"
+    parser.add_argument("libraries", type=Path, nargs="*", metavar="library", help=text)
+    libraries = parser.parse_args().libraries
+    for name in {library.name for library in libraries} - {LIBRARY, CUDA_LIBRARY}:
+        parser.error(f"the library must be named {LIBRARY} or {CUDA_LIBRARY}, got {name}")
     try:
-        if target is not None:
-            compile_library(target, cuda=target.name == CUDA_LIBRARY)
-        for line in build_libraries() if target is None else ():
+        for library in libraries:
+            compile_library(library, cuda=library.name == CUDA_LIBRARY)
+        for line in () if libraries else build_libraries():
             print(line)
     except (RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
