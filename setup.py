@@ -1,17 +1,16 @@
-"""Adds the compiled kernels to the package; everything else is in pyproject.toml.
+"""Installation with compiled kernels; everything else is in pyproject.toml.
 
-By default those in C++ become part of it wherever torch and a compiler are at hand, and those in
-CUDA where torch is a build for CUDA and nvcc is there. Without them, or if compiling fails, the
-package works in plain PyTorch and warns of it when it is used.
-TTSR_FAST_BUILD=cpu insists on C++ alone, TTSR_FAST_BUILD=cuda on both, whatever the torch, and
-TTSR_FAST_BUILD=none leaves both out.
+By default the kernels in C++ are included where torch and a compiler are found, and the kernels in
+CUDA where that torch has CUDA and nvcc is found. Without them, or if compiling fails, the package
+works in plain PyTorch and warns at its first use. TTSR_FAST_BUILD=cpu requires C++ alone,
+TTSR_FAST_BUILD=cuda both with any torch. TTSR_FAST_BUILD=none leaves both out.
 """
 
 import os
 import runpy
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -22,10 +21,10 @@ LANGUAGES = {"ttsr_fast._C": "C++", "ttsr_fast._C_cuda": "CUDA"}
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
-        library.unlink(missing_ok=True)  # of an earlier build, in case that this one fails
+        library.unlink(missing_ok=True)  # no library of an earlier build if this one fails
         try:
             BUILD["compile_library"](library, cuda=LANGUAGES[ext.name] == "CUDA")
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise CompileError(str(error)) from error  # an optional one is left out
 
 
@@ -60,16 +59,7 @@ def why_left_out(language: str, wanted: str) -> str | None:
 
 setup(
     packages=[
-        "ttsr_fast",
-        "ttsr_fast.cli",
-        "ttsr_fast.compat",
-        "ttsr_fast.distributed",
-        "ttsr_fast.evaluation",
-        "ttsr_fast.images",
-        "ttsr_fast.model",
-        "ttsr_fast.operators",
-        "ttsr_fast.training",
-        "ttsr_fast.upscaling",
+        *find_packages(include=["ttsr_fast", "ttsr_fast.*"]),
         "ttsr_fast.kernels",
         "ttsr_fast.csrc",
     ],

@@ -33,12 +33,8 @@ CUDA_LIBRARY = "_C_cuda.abi3.so"
 OLDEST_TORCH = (2, 10)
 FLAGS = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000")  # OLDEST_TORCH
 CXX_FLAGS = ("-fPIC", "-fvisibility=hidden")
-NVCC_FLAGS = (
-    "-DUSE_CUDA",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "--cudart=static",  # torch may have another
-    "--threads=0",
-)
+# Static, because torch may have another version of the CUDA runtime.
+NVCC_FLAGS = ("-DUSE_CUDA", f"-Xcompiler={','.join(CXX_FLAGS)}", "--cudart=static", "--threads=0")
 ARCHITECTURES = (80, 90, 100)  # A100, H100, B200
 SYSTEMS = ("Linux", "Darwin")
 STRING_VARIABLE = r"^(\w+)\b[^=\n]*= *['\"]([^'\"\n]+)['\"]"  # in Python code
@@ -205,7 +201,7 @@ def _ninja_file(steps: list[Step], folder: str) -> str:
     lines = [f"builddir = {escaped(folder)}", "rule call", "  command = $call"]
     for output, inputs, command in steps:
         lines.append(f"build {escaped(output)}: call {' '.join(map(escaped, inputs))}")
-        lines.append(f"  description = {os.path.basename(output)}")
+        lines.append(f"  description = {escaped(os.path.basename(output))}")
         lines.append(f"  call = {shlex.join(command).replace('$', '$$')}")
         if "-MF" in command:
             lines += [f"  depfile = {escaped(output)}.d", "  deps = gcc"]
@@ -213,7 +209,7 @@ def _ninja_file(steps: list[Step], folder: str) -> str:
 
 
 def _run(command: list[str]) -> None:
-    status = subprocess.run(command, stdout=2).returncode
+    status = subprocess.run(command, stdout=2).returncode  # stdout is for results
     if status != 0:
         raise RuntimeError(f"the compiler stopped with status {status}: {shlex.join(command)}")
 
