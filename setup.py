@@ -69,6 +69,7 @@ setup(
         "ttsr_fast.training": ["presets/*.yaml"],
         "ttsr_fast.csrc": ["*.cpp", "*.h", "*/*.cpp", "*/*.h", "*/*.cu"],
     },
+    exclude_package_data={"ttsr_fast.csrc": ["*.md"]},  # for developers
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
