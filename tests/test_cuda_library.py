@@ -34,7 +34,7 @@ import ctypes, sys, torch
 library, *stand_in = sys.argv[1:]
 if torch.version.cuda is None and stand_in:
     ctypes.CDLL(stand_in[0])
-from ttsr_fast.operators import ops
+import ttsr_fast.operators.library
 torch.ops.load_library(library)
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 for op in ("gather_fold", "gather_fold_adjoint", "gather_dot", "slab_search", "slab_argmax"):
