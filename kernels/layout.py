@@ -10,7 +10,6 @@ sequence are the product of patches: `total(y) = row(y) + row(y + 1) + row(y + 2
 twice. The sum has one order on every diagonal, so equal patches have bit-equal scores.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -26,12 +25,9 @@ class Patch(Protocol):
     def kernel_size(self) -> int: ...
     @property
     def padding(self) -> int: ...
-
-
-def grid(shape: Sequence[int], patch: Patch) -> tuple[int, int]:
-    """Rows and columns of patches in a map of shape [..., H, W]."""
-    height, width = (n + 2 * patch.padding - patch.kernel_size + 1 for n in shape[-2:])
-    return height, width
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches in a map."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ttsr_fast.kernels import rolled, slab, tile_configs
 from ttsr_fast.kernels.argmax import Argmax
 from ttsr_fast.kernels.direct import direct_search
 from ttsr_fast.kernels.key_scale import Score, allocate_scale, key_scale
-from ttsr_fast.kernels.layout import Layout, Patch, grid
+from ttsr_fast.kernels.layout import Layout, Patch
 from ttsr_fast.kernels.pack import allocate, pack
 from ttsr_fast.kernels.precision import Precision, precision_for
 from ttsr_fast.kernels.rescore import rescore
@@ -130,16 +130,16 @@ def _check(
         and query.dtype == key.dtype
         and query.shape[1] == key.shape[1] > 0
         and key.shape[0] in (1, query.shape[0])
-        and min(*grid(query.shape, patch), *grid(key.shape, patch)) > 0
+        and min(*patch.grid(*query.shape[2:]), *patch.grid(*key.shape[2:])) > 0
         and (index.dtype, score.dtype) == (torch.int64, torch.float32)
         and index.is_contiguous()
         and score.is_contiguous()
-        and score.shape == index.shape == (query.shape[0], *grid(query.shape, patch))
+        and score.shape == index.shape == (query.shape[0], *patch.grid(*query.shape[2:]))
     )
     if valid and key_mask is not None:
         valid = (
             key_mask.dtype == torch.bool
-            and key_mask.shape[1:] == grid(key.shape, patch)
+            and key_mask.shape[1:] == patch.grid(*key.shape[2:])
             and key_mask.shape[0] in (1, query.shape[0])
         )
     tensors = [x for x in (query, key, key_mask, score, index) if x is not None]
@@ -159,7 +159,7 @@ def layouts(
     tile: TileConfig,
 ) -> tuple[Layout, Layout]:
     """Layouts of both packed maps."""
-    queries, keys = grid(query, patch), grid(key, patch)
+    queries, keys = patch.grid(*query[2:]), patch.grid(*key[2:])
     if algorithm == "slab":
         return slab.layouts(queries, keys)
     if algorithm == "rolled":
