@@ -62,7 +62,7 @@ CPU_MODULES = {
     "test_resize",
     "test_resume",
     "test_table",
-    "test_team",
+    "test_ranks",
     "test_train_demo",
     "test_training",
     "test_upscale",

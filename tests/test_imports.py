@@ -46,6 +46,22 @@ LAW: dict[str, set[str]] = {
 LAW["evaluation"] |= {"numpy", "torch", "upscaling", "visualize"}
 LAW["training"] |= {"PIL", "accelerate", "numpy", "optional", "torch"}
 LAW["cli"] = {*LAW, "PIL", "numpy", "rich", "torch", "typer"}
+# Inside `operators`: an operator uses another, backends are reached through their selection.
+OPERATORS: dict[str, set[str]] = {
+    "build": set(),
+    "registry": set(),
+    "patch": set(),
+    "index": set(),
+    "library": {"build", "patch", "registry"},
+    "triton": {"library", "patch"},
+    "cpp": {"index", "library", "patch", "triton"},
+    "pytorch": {"index", "patch"},
+    "oracle": {"index", "patch"},
+    "backends": {"build", "cpp", "library", "oracle", "pytorch", "triton"},
+    "gather_fold": {"backends", "index", "patch", "registry"},
+    "search": {"backends", "gather_fold", "index", "patch", "registry"},
+    "__init__": set(),
+}
 # What `import ttsr_fast` leaves alone: it has to be quick, and to work without these.
 LEFT_ALONE = {"PIL", "faiss", "matplotlib", "ninja", "pykeops", "rich", "setuptools", "skimage"}
 LEFT_ALONE |= {"imagecodecs", "safetensors", "tifffile", "triton", "typer"}
@@ -91,6 +107,30 @@ def imported_layer(module: str) -> str:
     if root != "ttsr_fast":
         return root
     return rest[0] if rest and rest[0] in LAW else "__init__"
+
+
+@each("path", sorted((ROOT / "ttsr_fast" / "operators").glob("*.py")), ids=name)
+def test_operators_obey_theirs(path: Path) -> None:
+    prefix = "ttsr_fast.operators."
+    inside = {m.removeprefix(prefix) for m in imports(path) if m.startswith(prefix)}
+    assert {module.partition(".")[0] for module in inside} <= OPERATORS[path.stem]
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Between files, the ones inside functions included."""
+    modules = {name(path).removesuffix(".py").replace("/", "."): path for path in PACKAGE}
+    uses = {
+        module: {
+            prefix
+            for target in imports(path)
+            for prefix in (target, target.rpartition(".")[0])
+            if prefix in modules and prefix != module
+        }
+        for module, path in modules.items()
+    }
+    while leaves := {module for module, used in uses.items() if not used}:
+        uses = {m: used - leaves for m, used in uses.items() if m not in leaves}
+    assert uses == {}
 
 
 @each("path", PACKAGE, ids=name)
