@@ -211,6 +211,43 @@ sys.exit(" ".join(loaded & %r) or 0)
     assert (result.stdout, result.stderr.strip(), result.returncode) == ("", "", 0)
 
 
+FORMER_NAMES = """
+import warnings
+import ttsr_fast
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from ttsr_fast.bank import ReferenceBank
+    from ttsr_fast.pairs import Pair, find_pairs
+    from ttsr_fast import backends, build, pictures, plan
+    from ttsr_fast.training.datasets import Draws, PairDataset
+    from ttsr_fast.upscale import upscale
+print(*(str(warning.message).partition(" is now ")[2] for warning in caught))
+import ttsr_fast.datasets, ttsr_fast.operators.build, ttsr_fast.upscaling
+assert Pair is ttsr_fast.datasets.Pair and build.remedy is ttsr_fast.operators.build.remedy
+assert ReferenceBank is ttsr_fast.ReferenceBank and upscale is ttsr_fast.upscaling.upscale
+try:
+    ttsr_fast.upscale("no.png", "ref.png")
+except FileNotFoundError:
+    pass
+"""
+
+
+def test_former_names_are_importable_with_a_warning() -> None:
+    command = [sys.executable, "-c", FORMER_NAMES]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.stderr == ""
+    assert result.stdout.split() == [
+        "ttsr_fast.upscaling.bank",
+        "ttsr_fast.datasets",
+        "ttsr_fast.operators.backends",
+        "ttsr_fast.operators.build",
+        "ttsr_fast.visualize",
+        "ttsr_fast.upscaling.plan",
+        "ttsr_fast.training.data",
+        "ttsr_fast.upscaling",
+    ]
+
+
 HEAVY = ("torch", "numpy", "PIL", "omegaconf", "accelerate")
 LIGHT = """
 import sys

@@ -17,38 +17,53 @@ NEW_NAMES = {
     "ttsr_fast.pictures": "ttsr_fast.visualize",
     "ttsr_fast.plan": "ttsr_fast.upscaling.plan",
     "ttsr_fast.training.datasets": "ttsr_fast.training.data",
+    "ttsr_fast.upscale": "ttsr_fast.upscaling",
 }
 NEW_ATTRIBUTES = {"Draws": "EpochSampler"}
 
 
-class _Moved(MetaPathFinder, Loader):
-    """Finder and loader of the former names: each module forwards every attribute."""
+class _Moved(ModuleType):
+    """A module that forwards every attribute, and calls of itself to the one of its own name.
+
+    `ttsr_fast.upscale` was a module and is a function: importing it as a module puts this in the
+    function's place.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        new = importlib.import_module(NEW_NAMES[self.__name__])
+        return getattr(new, NEW_ATTRIBUTES.get(name, name))
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        function = getattr(self, self.__name__.rpartition(".")[2])
+        return function(*arguments, **options)
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finder and loader of the former names."""
 
     def find_spec(
         self, name: str, path: Any, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(name, _Moved()) if name in NEW_NAMES else None
+        return ModuleSpec(name, self) if name in NEW_NAMES else None
 
-    def create_module(self, spec: ModuleSpec) -> None:
-        """An ordinary module."""
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        _warn(spec.name)
+        return _Moved(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        new = importlib.import_module(_new_name(module.__name__))
-        module.__getattr__ = lambda name: getattr(  # type: ignore[method-assign]
-            new, NEW_ATTRIBUTES.get(name, name)
-        )
+        """Attributes are looked up when they are needed."""
 
     def get_code(self, name: str) -> CodeType | None:
         """For `python -m`."""
-        spec = importlib.util.find_spec(_new_name(name))
+        _warn(name)
+        spec = importlib.util.find_spec(NEW_NAMES[name])
         return spec.loader.get_code(spec.name)  # type: ignore[union-attr]
 
 
-def _new_name(name: str) -> str:
+def _warn(name: str) -> None:
     warnings.warn(f"{name} is now {NEW_NAMES[name]}", FutureWarning, stacklevel=2)
-    return NEW_NAMES[name]
 
 
 def install() -> None:
     """Make the former names importable."""
-    sys.meta_path.append(_Moved())
+    sys.meta_path.append(_Finder())
