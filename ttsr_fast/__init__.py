@@ -29,12 +29,12 @@ _moved.install()
 
 
 def _is_program() -> bool:
-    """Whether this process is `ttsr-fast`, or `python -m` of a module in this package."""
+    """True in `ttsr-fast`, and in `python -m` of a module in this package."""
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
     return program == "-m" or os.path.basename(program) in ("ttsr-fast", "ttsr-fast.exe")
 
 
-if TYPE_CHECKING or not _is_program():  # whose --help needs no PyTorch
+if TYPE_CHECKING or not _is_program():  # its --help needs no PyTorch
     from ttsr_fast.certify import certified
     from ttsr_fast.functional import Match, gather_fold, search
     from ttsr_fast.model import TTSR, load_model

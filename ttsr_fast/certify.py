@@ -1,4 +1,4 @@
-"""Proof that choices of a low-precision search are those of an exact one."""
+"""Proof that a low-precision search chose as an exact one would."""
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ def certified(
     .. math::
         \arccos s - \max_i \theta_i - \theta_j > \arccos b + \theta_{\text{index}_j} + \theta_j.
 
-    `certified(...).float().mean()` is the share of certain queries. A query whose two best keys are
-    equal is not certain, nor is one whose score is NaN.
+    `certified(...).float().mean()` is the share of certain queries. A query with two equal best
+    keys is not certain, nor is one with score NaN.
 
     Args:
         query: `[N, C, H, W]`, as given to `search`.

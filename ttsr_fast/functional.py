@@ -63,7 +63,7 @@ def search(
 
     Args:
         query: `[N, C, H, W]`, float64, float32, float16 or bfloat16, any strides.
-        key: `[N, C, HK, WK]`, or `[1, C, HK, WK]` to serve a whole batch; dtype and device of
+        key: `[N, C, HK, WK]`, or `[1, C, HK, WK]` for the whole batch; dtype and device of
             `query`.
         kernel_size: side of a patch: 1, 3, 5 or 7.
         padding: zeros around both maps, 0 to `kernel_size // 2` (the default, which gives one patch
@@ -76,31 +76,31 @@ def search(
         add_eps: divide by `norm + eps` instead, as C2-Matching (arXiv 2106.01863) does.
         key_mask: bool, `[N or 1, *key grid]`; a key position that is False is never matched. Every
             mask needs at least one True, which is checked on the CPU.
-        precision: what the choice is allowed to cost, as a contract on values:
+        precision: allowed error of the choice, as a contract on values:
 
             - `"fp32"` (default for float32): the score is within 1e-6 of the exact maximum.
             - `"fp16"`, `"bf16"` (default for inputs of that dtype and under autocast): the features
-              may be rounded to that type for the choice, whose exact score is then within 2**-9
-              (fp16) or 2**-6 (bf16) of the maximum times the norms that `normalize` leaves; the
-              score returned is that of the features as given, in float32.
+              may be rounded to that type for the choice. Its exact score is within 2**-9 (fp16) or
+              2**-6 (bf16) of the maximum, times the norms that `normalize` leaves. The score
+              returned is computed from the features as given, in float32.
             - `"fp16x3"`: float32 features as two float16 parts and three products of them. The
-              score is within 1e-6 of the maximum for patches whose root mean square is at least
+              score is within 1e-6 of the maximum for patches with a root mean square of at least
               2**-18 of the largest feature of their image, and less accurate in proportion below.
-            - `"tf32"`: the choice by float32 features of which the product reads 10 bits, on GPUs;
+            - `"tf32"`: on GPUs, products of float32 features read 10 bits of them; the choice is
               within 2**-8 of the maximum. The score returned is exact as above.
 
             A backend may be more accurate than asked: on the CPU only `"bf16"` differs from
-            `"fp32"`, where the processor multiplies bfloat16 (AVX512-BF16). `certified` tells which
-            choices rounding cannot have changed. float64 inputs are always searched in float64.
+            `"fp32"`, where the processor multiplies bfloat16 (AVX512-BF16). `certified` marks the
+            choices that rounding cannot have changed. float64 inputs are searched in float64.
         backend: None chooses the fastest that can run; `"cpp"` (CPU), `"triton"` (CUDA and ROCm,
-            not float64), `"torch"` or `"reference"` asks for that one and raises if it cannot run.
+            not float64), `"torch"` or `"reference"` is used or raises an error if it cannot run.
             The environment variable `TTSR_FAST_BACKEND` does the same.
 
     Returns:
         `Match(score, index)` on the query grid. Equal scores go to the lowest key index. A NaN or
         an infinity anywhere in a query patch gives NaN there, and in an unmasked key patch NaN
-        everywhere; so does a norm whose square overflows (features of 1e17 or more in float32).
-        On a GPU, where it is not waited for, a mask without a True gives NaN as well.
+        everywhere; so does a norm with a square that overflows (features of 1e17 or more in
+        float32). On a GPU, where checking would synchronise, a mask without a True gives NaN too.
 
     Differentiable once, in query and key, through the two chosen patches and their norms, in
     reverse and in forward mode (`torch.func.jvp`, `torch.autograd.forward_ad`). The index is a
@@ -109,9 +109,9 @@ def search(
     Cost: `2 * C` FLOP per (query, key) pair instead of `2 * C * kernel_size**2` on the CPU; two,
     six or 18 times C on a GPU, where the algorithm depends on the size. Above inputs and outputs
     the CPU takes one copy of the inputs and at most 16 MiB per thread, a GPU one copy (one and a
-    half for `"bf16"` of float32 features) and at most 64 MiB. Nothing waits for the device: a
+    half for `"bf16"` of float32 features) and at most 64 MiB. Nothing synchronises: a
     search can be captured in a CUDA graph. A long search on the CPU ends within a second of Ctrl-C,
-    or of another signal whose handler raises.
+    or of another signal with a handler that raises.
 
     Raises:
         TypeError: an argument is no tensor, or has another dtype than asked for.
@@ -166,23 +166,24 @@ def gather_fold(
         T[p] = \frac{1}{k^2} \sum_{d} w_{p-d} \; V[\text{index}_{p-d} + d]
 
     over the offsets d of a `kernel_size x kernel_size` patch for which p - d lies on the query
-    grid. Blocks outside the value are zero. Patches are never formed: memory is that of the output.
+    grid. Blocks outside the value are zero. Patches are never formed: memory is linear in
+    the output.
 
     Args:
-        value: `[N, C, HV, WV]`, or batch 1 to serve all; float64, float32, float16 or bfloat16. The
-            key grid is `HV // stride x WV // stride`; the up to `stride - 1` rows and columns
+        value: `[N, C, HV, WV]`, or batch 1 for all images; float64, float32, float16 or bfloat16.
+            The key grid is `HV // stride x WV // stride`; the up to `stride - 1` rows and columns
             beyond it are read by the patches that reach them.
         index: `[N, H, W]`, int64, positions on the key grid as `search` returns them.
         stride: value pixels per key position at this level, 1 or more (TTSR: 1, 2, 4).
         kernel_size: side of a patch in key positions, odd, 1 to 7.
         padding: as given to `search`; default `kernel_size // 2`. The output grid is
-            `H + kernel_size - 1 - 2 * padding` blocks high, and the key grid shrinks likewise.
+            `H + kernel_size - 1 - 2 * padding` blocks high, and the key grid shrinks by as much.
         weight: `[N, H, W]`, a factor for every patch, any float dtype; differentiable.
         divisor: `"area"` divides by `kernel_size**2` everywhere, borders included, as TTSR does;
             `"overlap"` by the number of patches that meet at a block; `"none"` by nothing.
         backend: None chooses the fastest that can run; `"cpp"` (CPU and CUDA), `"torch"` or
-            `"reference"` asks for that one and raises if it cannot run. `"triton"`, which names a
-            search, is as None.
+            `"reference"` is used or raises an error if it cannot run. `"triton"`, which has only a
+            search, is treated as None.
 
     Returns:
         `[N, C, stride*H, stride*W]`, dtype and memory format of `value`; accumulated in float32 for
@@ -191,10 +192,10 @@ def gather_fold(
     Differentiable once, in value and weight, in reverse and in forward mode. Cost: `kernel_size**2`
     reads and one write per output.
 
-    On CUDA a value whose channels do not lie side by side is copied to channels last first. Nothing
-    waits for the device: an index outside the key grid is found by the kernel, which stops with an
-    assertion; under `TTSR_FAST_CHECK_INDEX=0` such a patch adds nothing, and its gradient may
-    be added to that of another key.
+    On CUDA a value without contiguous channels is copied to channels last first. Nothing
+    synchronises: the kernel finds an index outside the key grid and stops with an assertion. Under
+    `TTSR_FAST_CHECK_INDEX=0` such a patch adds nothing, and its gradient may be added to the
+    gradient of another key.
 
     Raises:
         TypeError: an argument is no tensor, or has another dtype than asked for.

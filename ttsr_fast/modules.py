@@ -51,8 +51,8 @@ class SearchTransfer(nn.Module):
             `T_lv2` `[N, C2, 2*H, 2*W]`, `T_lv1` `[N, C1, 4*H, 4*W]` (dtype of their values).
 
         Raises:
-            ValueError: a reference map whose size does not fit the key grid; and all that `search`
-                and `gather_fold` raise.
+            ValueError: a reference map of a size that does not fit the key grid.
+            TypeError, ValueError, RuntimeError: as `search` and `gather_fold`.
         """
         # The level with the most work comes first, so that none is left with it at the end.
         match, (t_lv1, t_lv2, t_lv3) = search_transfer(

@@ -13,7 +13,7 @@ _BAND = 2**16  # key positions that are brought over to another device at a time
 
 
 class ReferenceMatch(NamedTuple):
-    """The best key patch of every query patch among those of several references.
+    """The best key patch of every query patch in several references.
 
     Attributes:
         score: `[N, H, W]`, as in `Match`.
@@ -54,7 +54,7 @@ def search_references(
         `ReferenceMatch(score, index, reference)` on the query grid. Equal scores go to the first
         reference, and there to the lowest index. NaN as in `search`: one in a reference spoils all.
 
-    Differentiable as `search` is, in query and keys. Cost: that of `search` in each of `keys`.
+    Differentiable as `search` is, in query and keys. Cost: one `search` in each of `keys`.
 
     Raises:
         ValueError: no keys, as many masks as no keys, a mask that leaves none; and all that
@@ -131,7 +131,7 @@ def gather_fold_references(
         values: one for each reference, `[N, C, HV, WV]` or `[1, C, HV, WV]`, of any sizes, without
             NaN and infinities: a patch that was not chosen is multiplied by 0.
         index: as `search_references` returns it.
-        reference: likewise.
+        reference: as `search_references` returns it.
         weight: `[N, H, W]`, a factor for every patch, as for `gather_fold`.
         options: as for `gather_fold`.
 
@@ -215,7 +215,7 @@ def search_band(
 
     Returns:
         As `search`, with positions in the whole key grid. In float32 and float64 every score of the
-        backend "cpp" is bit-equal to that of a search in the whole key; of "torch" the last bit
+        backend "cpp" is bit-equal to a search in the whole key; with "torch" the last bit
         depends on the shape of a product. A band that the mask bars wholly scores -inf.
     """
     patch = _patch(options)

@@ -24,7 +24,7 @@ def feature_match_index(
 ) -> tuple[Tensor, Tensor]:  # [Ho, Wo] int64, [Ho, Wo]
     """For every patch of the input, the position and the similarity of the best reference patch.
 
-    In `mmsr/models/archs/corres_generation_arch.py` of C2-Matching, and likewise in DATSR's
+    In `mmsr/models/archs/corres_generation_arch.py` of C2-Matching, and in DATSR's
     `datsr/models/archs/flow_similarity_corres_generation_arch.py` and MRefSR's
     `basicsr/archs/corres_generation_arch.py`:
 
@@ -41,16 +41,16 @@ def feature_match_index(
     Args:
         feat_input: `[C, H, W]`, float64, float32, float16 or bfloat16. The callers divide every
             pixel by its norm first.
-        feat_ref: `[C, HK, WK]`, likewise and of the same dtype.
+        feat_ref: `[C, HK, WK]`, of the dtype of `feat_input`.
         patch_size: side of a patch, 1 or more.
         input_stride: pixels from one patch to the next. At stride 1 with a `patch_size` of 1, 3, 5
             or 7 no patch is formed; otherwise the patches of both maps are, which takes
             (patch_size / stride)**2 times the memory of each map.
-        ref_stride: likewise, in the reference.
+        ref_stride: the same in the reference.
         is_norm: divide a reference patch by its norm plus 1e-5.
         norm_input: divide an input patch by its norm plus 1e-5. Changes no choice.
         precision: as for `ttsr_fast.search`.
-        backend: likewise.
+        backend: as for `ttsr_fast.search`.
 
     Returns:
         `max_idx`: the best reference patch, counted row by row in the reference's grid (which these

@@ -33,12 +33,12 @@ def search_org(
 
     Args:
         lr: blocks of features, each with a margin of one pixel.
-        reflr: where to look for them, likewise.
+        reflr: the same of the reference.
         ks: 3, for which alone MASA's own search works.
         pd: of no effect, as in MASA: the margin stands in for padding.
-        stride: 1, likewise.
+        stride: 1, for which alone MASA's own search works.
         precision: as for `ttsr_fast.search`.
-        backend: likewise.
+        backend: as for `ttsr_fast.search`.
 
     Returns:
         The cosine similarity (dtype of `lr`), differentiable once in both maps, and the position

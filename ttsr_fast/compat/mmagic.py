@@ -21,7 +21,7 @@ class SearchTransformer(nn.Module):
 
     Args:
         precision: as for `ttsr_fast.SearchTransfer`.
-        backend: likewise.
+        backend: as for `ttsr_fast.SearchTransfer`.
     """
 
     def __init__(self, *, precision: str | None = None, backend: str | None = None) -> None:
@@ -38,8 +38,8 @@ class SearchTransformer(nn.Module):
         """Search `img_lq` in `ref_lq` and carry the textures of `refs` over.
 
         Args:
-            img_lq: features of the picture to match.
-            ref_lq: those of the picture to match it with.
+            img_lq: features of the image to match.
+            ref_lq: features of the image to search.
             refs: tuple or list of the features to take, from the smallest level to the largest, any
                 number of them; level i may have up to 2**i - 1 more rows and columns.
 

@@ -1,7 +1,7 @@
 """The processes of a torch.distributed group in one call: agreement and reductions.
 
-Built so that no process waits in vain. Before anything large is reduced, every process has said
-whether its own share went well, and that it was called as the others were.
+No process waits in vain: before anything large is reduced, every process has reported success or
+failure of its own share, and a checksum of its arguments.
 """
 
 import time
@@ -95,7 +95,7 @@ class Ranks:
                 )
 
     def run_on_all(self, step: Callable[[], T]) -> T:
-        """What `step` computes, or an error in every process if it raises in one."""
+        """The result of `step`, or an error in every process if it raises in one."""
         done: list[T] = []
 
         def run() -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""`search` and `gather_fold` in a reference whose rows are shared out among processes.
+"""`search` and `gather_fold` in a reference with its rows divided among processes.
 
-Every process of a torch.distributed group serves some rows of the key grid and holds the rows of
-the maps that their patches read, so that a reference may be larger than any one memory. The query,
+Every process of a torch.distributed group owns some rows of the key grid and holds the rows of the
+maps that their patches read, so that a reference may be larger than any one memory. The query,
 the index and the results are whole in every process:
 
     import torch.distributed as dist
@@ -18,10 +18,10 @@ in a program that is started by `torchrun --nproc-per-node 2 program.py`. No pro
 `key` or `value`: each can read, or compute, its own rows alone. On GPUs each first makes its own
 one current (`torch.cuda.set_device`).
 
-Every process of the group has to make the same calls. None waits in vain: an error in one process,
-or arguments that differ, raise in all, and the group can be used again. Where a process has ended
-or does not answer, the others raise, and the group is lost. They wait `timeout` seconds and, as a
-slow process cannot be told from a silent one, the time that their own share took.
+Every process of the group has to make the same calls. An error in one process, or arguments that
+differ, raise in all, and the group can be used again. If a process has ended or does not answer,
+the others raise, and the group is unusable. They wait for `timeout` seconds plus the time that
+their own share took, since a slow process looks like a silent one.
 """
 
 from functools import partial
@@ -52,7 +52,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Shard(NamedTuple):
-    """What one process serves. All in rows, ends exclusive; a process without rows has only zeros.
+    """The rows of one process, ends exclusive; all zero for a process without rows.
 
     Attributes:
         first: row of the key grid from which on patches are matched here.
@@ -82,7 +82,7 @@ def shard_rows(
     padding: int | None = None,
     group: "dist.ProcessGroup | None" = None,
 ) -> Shard:
-    """The rows that this process serves: contiguous, ascending with its rank, balanced to one row.
+    """The rows of this process: contiguous, ascending with its rank, balanced to one row.
 
     Where there are more processes than rows of the key grid, some get none; they make the same
     calls with maps of no rows.
@@ -121,18 +121,18 @@ def search_sharded(
     timeout: float = TIMEOUT,
     **options: Any,
 ) -> Match:
-    """`search` in a key map whose rows are shared out among the processes of a group.
+    """`search` in a key map with its rows divided among the processes of a group.
 
-    Each process searches the patches that it serves. A float32 score, as an integer of the same
+    Each process searches the patches at its rows. A float32 score, as an integer of the same
     order, and the complement of its index make one int64, so that one all-reduce of the maximum
     finds the best score and the lowest index that has it. In float64 it takes two: of the scores,
     then of the indices that have the best.
 
     Args:
-        query: as for `search`, the same in every process bit for bit: where it is computed in each,
-            broadcast that of one.
+        query: as for `search`, the same in every process bit for bit: broadcast it if each process
+            computes its own.
         key_rows: rows `[top, bottom)` of the key map, as `shard_rows(height)` says.
-        height: rows of the whole key map, whose grid has fewer than 2**32 positions.
+        height: rows of the whole key map; its grid has fewer than 2**32 positions.
         key_mask: as for `search`, of the whole key grid, the same in every process.
         group: of processes, by default all. A group of one will do.
         timeout: seconds to wait for processes that do not answer, and the time that the search took
@@ -148,7 +148,7 @@ def search_sharded(
 
     Not differentiable. Cost: each process searches its rows of the key grid and up to `2 * padding`
     more, which are masked; 8 bytes for every query position are reduced, 16 in float64, after
-    some hundred bytes for the checks. All wait for their devices.
+    some hundred bytes for the checks. Every process synchronises its device.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `search`.
@@ -204,10 +204,9 @@ def gather_fold_sharded(
     group: "dist.ProcessGroup | None" = None,
     timeout: float = TIMEOUT,
 ) -> Tensor:  # [N, C, stride*H, stride*W]
-    """`gather_fold` from a value map whose rows are shared out among the processes of a group.
+    """`gather_fold` from a value map with its rows divided among the processes of a group.
 
-    Each process adds up the patches of the key positions that it serves; one all-reduce of the sum
-    finishes.
+    Each process sums the patches at its key positions; one all-reduce adds these sums.
 
     Args:
         value_rows: rows `[top, bottom)` of the value map, as
@@ -231,7 +230,7 @@ def gather_fold_sharded(
         in float32. 16-bit values are added in float32 and rounded once.
 
     Not differentiable. Cost: each process computes and reduces a whole result, in float32 at least,
-    and copies its `value_rows`. All wait for their devices.
+    and copies its `value_rows`. Every process synchronises its device.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gather_fold`.
@@ -296,7 +295,7 @@ def _search_rows(
     key_mask: Tensor | None,  # [N or 1, HKo, WKo]
     options: dict[str, Any],
 ) -> Match:
-    """The best match among the patches served here; -inf where there is none."""
+    """The best match among the patches of this process; -inf where there is none."""
     if shard.first < shard.last:
         rows = (shard.first, shard.last, height)
         return search_band(query, key_rows, *rows, key_mask=key_mask, **options)
@@ -314,10 +313,10 @@ def _fold_rows(
     shard: Shard,
     options: dict[str, Any],
 ) -> Tensor:  # [N, C, stride*H, stride*W]
-    """The sum of the patches served here.
+    """The sum of the patches of this process.
 
-    Below the rows given there are zeros, which serve as patches for the queries of others: weights
-    of zero would make NaN of an infinite value.
+    Zeros below the rows given are the patches of all other queries: weights of zero would make NaN
+    of an infinite value.
     """
     stride, patch = options["stride"], Patch.of(options["kernel_size"], options["padding"])
     rows = F.pad(value_rows, [0, 0, 0, (patch.kernel_size + 1) * stride])
@@ -368,7 +367,7 @@ def _check_no_gradient(**tensors: Tensor | None) -> None:
 
 
 def _check_rows(name: str, x: Tensor, top: int, bottom: int) -> None:
-    """That a map holds the rows [top, bottom) of the whole one, of which there may be none."""
+    """Check that a map holds the rows [top, bottom) of the whole one; there may be none."""
     if not (isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == 0):
         check_map(name, x)
     if x.shape[2] != bottom - top:
