@@ -6,7 +6,7 @@ WARNINGS ?= -Wall -Wextra
 
 BIN := .venv/bin
 ENVIRONMENT := .venv/installed
-PEERS := .venv/installed-peers
+BASELINES := .venv/installed-baselines
 OLDEST_TRITON := 3.6.0
 OLDEST := .venv-oldest
 WITH_OLDEST := PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python
@@ -50,11 +50,11 @@ build: env  ## compile the kernels in place, in CUDA where nvcc is
 	$(BUILD) $(LIBRARY) $(if $(CUDACXX),$(CUDA_LIBRARY))
 
 demo: build  ## super-resolve a stereo pair, draw what matched, time the search
-	$(BIN)/python bench/demo.py
+	$(BIN)/python docs/demo.py
 	$(BIN)/python bench/search.py --quick
 
 train-demo: build  ## train a narrow TTSR from scratch on free photographs; a quarter of an hour
-	$(BIN)/python bench/train_demo.py
+	$(BIN)/python docs/train_demo.py
 
 test: build  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadgroup
@@ -97,12 +97,13 @@ sanitized: env
 docs: env  ## build the user guide into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-bench: build $(PEERS)  ## measure everything into bench/results; takes long
+bench: build $(BASELINES)  ## measure everything into bench/results, plots into docs/images; takes long
 	$(BIN)/python bench/search.py --out bench/results
 	$(BIN)/python bench/transfer.py --out bench/results
-	$(BIN)/python bench/transfer.py --size '9*40x40' --out bench/results
+	$(BIN)/python bench/transfer.py --sizes '9*40x40' --out bench/results
 	$(BIN)/python bench/model.py --out bench/results
 	$(BIN)/python bench/highres.py --out bench/results
+	$(BIN)/python docs/draw/plots.py bench/results/search.json bench/results/transfer*.json bench/results/model.json
 
 # Without an environment of its own: a machine with a GPU has a torch that fits it. FROM names the step to go on from.
 gpu-check-a:  ## kernels on a CUDA GPU with PYTHON as it is: right or wrong, times, ceilings, profiles
@@ -114,7 +115,7 @@ gpu-check-b:  ## the same for benchmarks, tests and memcheck
 gpu-bundle:  ## compile for a GPU that is elsewhere, with PYTHON as it is, into gpu-bundle
 	PYTHONPATH="bench/uninstalled:.:$$PYTHONPATH" $(PYTHON) bench/gpu_bundle.py make
 
-$(PEERS): $(ENVIRONMENT)
+$(BASELINES): $(ENVIRONMENT)
 	TTSR_FAST_BUILD=none $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[peers]"
 	touch $@
 

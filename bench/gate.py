@@ -1,4 +1,4 @@
-"""The correctness gate: results are held against float64 ground truth before anything is timed."""
+"""The correctness gate: results are held against float64 ground truth before they are timed."""
 
 import math
 from collections.abc import Iterable
@@ -11,14 +11,14 @@ STRIP_BYTES = 256 << 20  # float64 keys and scores held at a time
 
 
 class WrongResult(Exception):
-    """A contender's result is not the right one; the message says how far off it is."""
+    """A result outside its tolerance; the message gives the error."""
 
 
 class SearchTruth:
     """Float64 ground truth of a 3x3 cosine search for a random subset of the queries.
 
-    The computation of `ttsr_fast.reference.search` on some of its columns, in strips of keys, so
-    that it fits at any size; on the device of the maps, and the same queries on every device.
+    `ttsr_fast.reference.search` on some of its columns, in strips of keys that fit at any size. The
+    queries are the same on every device.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SearchTruth:
         self.best, self.index = (torch.cat(parts) for parts in zip(*found, strict=True))
 
     def _search_image(self, n: int) -> tuple[Tensor, Tensor]:  # [m], [m]
-        """Maximum and its key, of the queries that were chosen in an image."""
+        """Maximum and its key, of the chosen queries of an image."""
         patches = self._patches[self._split(self.positions)[0] == n]  # [m, C*9]
         best = torch.full(patches.shape[:1], -math.inf, dtype=torch.float64, device=patches.device)
         index = torch.zeros_like(best, dtype=torch.int64)
@@ -67,14 +67,8 @@ class SearchTruth:
     ) -> dict[str, float]:
         """Hold a search's score and index against the truth.
 
-        Args:
-            result: score and index of every query.
-            tolerance: by how much the chosen key may score below the maximum.
-            score_tolerance: by how much a score may differ from that of the key chosen.
-
-        Returns:
-            `max_abs_error` of the scores, `max_loss` (how far the true score of a chosen key lies
-            below the maximum), `index_agreement` and `checked_queries`.
+        The chosen key may score below the maximum by `tolerance`; a score may differ from the score
+        of its own key by `score_tolerance`. Returns the measured errors.
 
         Raises:
             WrongResult: the shape, a chosen key or a score is wrong.

@@ -24,18 +24,18 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import devices
-import harness
+import machine
 import torch
+from machine import ROOT
+from registry import Declined
 
 from ttsr_fast.operators import backends, build
 
-ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / "gpu-bundle"
 LARGEST = 30 << 20  # bytes
 TARGET = 90  # compute capability
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-LOAD = "import sys; from ttsr_fast.operators import backends; sys.exit(backends.{}())"
+LOAD = "import sys; from ttsr_fast.operators import library; sys.exit(library.{}())"
 LIBRARIES = {
     "CPU": (build.LIBRARY, "TTSR_FAST_LIBRARY", LOAD.format("load_library")),
     "CUDA": (build.CUDA_LIBRARY, "TTSR_FAST_CUDA_LIBRARY", LOAD.format("load_cuda_library")),
@@ -88,15 +88,15 @@ def find_library(kind: str) -> tuple[Path | None, str]:
 
 def versions(out: Path, *, tiny: bool) -> int:
     """Write machine, clocks and the environment of later steps; 1 if something is missing."""
-    machine = harness.machine()
-    named = {"python": machine["python"], "torch": torch.__version__}
-    named["triton"] = machine["versions"]["triton"]
+    facts = machine.facts()
+    named = {"python": facts["python"], "torch": torch.__version__}
+    named["triton"] = facts["versions"]["triton"]
     lines = [", ".join(f"{name} {version}" for name, version in named.items())]
-    data = {"machine": machine, "why_not": None if tiny else why_not(), "lines": lines}
+    data = {"machine": facts, "why_not": None if tiny else why_not(), "lines": lines}
     missing = [] if data["why_not"] is None else [data["why_not"]]
-    harness.write_json(out, data)
+    machine.write_json(out, data)
     if not missing:
-        data["device"] = devices.describe(devices.pick("cpu" if tiny else "cuda"))
+        data["device"] = machine.describe(machine.pick("cpu" if tiny else "cuda"))
         data["environment"], data["clocks"] = {}, clocks()
         lines.append(f"{data['device']['name']}; {data['clocks']}")
         for kind in ("CPU",) if tiny else LIBRARIES:
@@ -104,7 +104,7 @@ def versions(out: Path, *, tiny: bool) -> int:
             lines.append(f"{kind} library: {text}")
             missing += [] if path else lines[-1:]
             data["environment"] |= {LIBRARIES[kind][1]: str(path)} if path else {}
-        harness.write_json(out, data)
+        machine.write_json(out, data)
     print("; ".join(missing or lines))
     return int(bool(missing))
 
@@ -120,13 +120,9 @@ def why_not() -> str | None:
 
 
 def clocks() -> str:
-    """As nvidia-smi reads them now."""
-    command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"no clocks: {error}"
-    return f"{CLOCKS}: {answer.stdout.splitlines()[0]}"
+    """Clocks and power now, by nvidia-smi."""
+    answer = machine.output("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader")
+    return f"{CLOCKS}: {answer.splitlines()[0]}" if answer else "no clocks: nvidia-smi fails"
 
 
 # --- kernels ---
@@ -163,7 +159,7 @@ def compile_share(number: int, of: int, tiny: bool) -> list[tuple[str, bool]]:
             launchers[kernel.hash] = CudaLauncher(kernel.src, kernel.metadata)
         return kernel
 
-    bench = gpu_kernels.Bench(torch.device("meta"), compiling=True)
+    bench = gpu_kernels.Lab(torch.device("meta"), compiling=True)
     parts = [gpu_kernels.PARTS[name](bench) for name in ("check", "times", "ceilings")]
     others = ("540x960 slab", "270x480 slab")  # no kernels of their own
     jobs = [job for part in parts for job in part if not job[0].startswith(others)]
@@ -172,7 +168,7 @@ def compile_share(number: int, of: int, tiny: bool) -> list[tuple[str, bool]]:
         for name, job in jobs[number : 1 if tiny else None : of]:
             try:
                 job()
-            except harness.Declined:
+            except Declined:
                 continue
             except Exception as error:  # of the compiler; the others are compiled
                 print(f"{name} was not compiled: {error}", flush=True)
@@ -202,7 +198,7 @@ def make_bundle() -> int:
         build.compile_library(BUNDLE / name, cuda=kind == "CUDA")
     os.environ["TRITON_CACHE_DIR"] = str(BUNDLE / "triton-cache")
     failed = compile_kernels()
-    harness.write_json(BUNDLE / "bundle.json", {**digests(), "machine": harness.machine()})
+    machine.write_json(BUNDLE / "bundle.json", {**digests(), "machine": machine.facts()})
     size = sum(file.stat().st_size for file in BUNDLE.rglob("*") if file.is_file())
     print(f"gpu-bundle: {size / (1 << 20):.1f} MiB of at most {LARGEST >> 20}")
     return int(failed or size > LARGEST)

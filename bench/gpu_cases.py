@@ -1,47 +1,48 @@
-"""Small cases of every kernel of the transfer, and a kernel that reads the L2 cache.
+"""Small cases of every kernel of the transfer, held to the oracle in float64."""
 
-Every case is held to the oracle in float64.
-"""
-
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
+import model
+import model_candidates
 import torch
 import transfer
-import triton
-import triton.language as tl
 from gate import check_close
-from harness import Contender
-from model_runs import make_features, module_run
-from sizes import Size
+from registry import Size
 
 from ttsr_fast import gather_fold, reference
 from ttsr_fast.operators import backends
 
 SIZE = Size((9, 11), (6, 5), 2)
+Jobs = Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]
 
 
-def jobs(device: torch.device, few: bool) -> Iterator[tuple[str, Any]]:
-    """All of them by name, or those in one type."""
+def jobs(device: torch.device, few: bool) -> Jobs:
+    """All of them by name, or the ones in one type."""
     backends.can_run("cpp", device, "gather_fold", raise_error=True)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)[: 1 if few else None]:
-        for case, contenders in transfer.cases({"all three": ["cpp"]}, SIZE, dtype, device):
-            words = (case[name] for name in ("operation", "layout", "index"))
-            name = " ".join([*words, str(dtype).removeprefix("torch.")])
-            yield name, partial(check_case, contenders["cpp"])
+    kinds = product(transfer.DTYPES, transfer.INDICES, transfer.LAYOUTS, transfer.OPERATIONS)
+    for dtype, index, layout, operation in kinds:
+        if dtype == "float32" or not few:
+            place = (operation, transfer.TOGETHER, layout, index, SIZE, transfer.DTYPES[dtype])
+            name = " ".join((operation, layout, index, dtype))
+            yield name, partial(check_transfer, place, device)
     yield "gradient of weights", partial(check_weights, device)
-    for operation in ("SearchTransfer", "with gradients"):
+    for operation in model_candidates.MODULE:
         yield f"SearchTransfer {operation}", partial(check_module, device, operation)
 
 
-def check_case(contender: Contender) -> list[dict[str, Any]]:
-    contender.check(contender.run())
+def check_transfer(place: tuple[Any, ...], device: torch.device) -> list[dict[str, Any]]:
+    candidate = transfer.CANDIDATES["cpp"]
+    case = transfer.case(place, Namespace(device=device, candidates=["cpp"], named=True), None)
+    case.check(candidate, candidate.prepare(*transfer.inputs(*place, device))())
     return []
 
 
 def check_weights(device: torch.device) -> list[dict[str, Any]]:
-    """`gather_dot`, on values with blocks that are not whole."""
+    """`gather_dot`, on values with partial blocks."""
     generator = torch.Generator("cpu").manual_seed(0)
     value = torch.randn(2, 40, 13, 11, generator=generator, device="cpu").to(device)
     weight = torch.randn(2, *SIZE.query, generator=generator, device="cpu").to(device)
@@ -59,21 +60,8 @@ def check_weights(device: torch.device) -> list[dict[str, Any]]:
 
 
 def check_module(device: torch.device, operation: str) -> list[dict[str, Any]]:
-    """`SearchTransfer`, where one launch serves all three levels."""
-    inputs = make_features(Size((5, 6), (6, 5), 2))
+    """`SearchTransfer`, with one launch for all three levels."""
+    place = (operation, Size((5, 6), (6, 5), 2), device)
     name = "cpp" if device.type == "cpu" else "default"
-    found = module_run(name, operation, *([x.to(device) for x in xs] for xs in inputs))()
-    truth = module_run("reference", operation, *([x.double() for x in xs] for xs in inputs))()
-    names = [f"result {n}" for n in range(len(truth))]
-    check_close(names, [x.detach().cpu() for x in found], truth, 1e-5)
+    model.module_check(*place)(model_candidates.CANDIDATES[name].prepare(*place)())
     return []
-
-
-@triton.jit
-def read_kernel(p_x, p_sum, BLOCKS, REPEATS, BLOCK: tl.constexpr):
-    """Reads all blocks REPEATS times, past the first-level cache."""
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    for i_b in range(tl.program_id(0), BLOCKS * REPEATS, tl.num_programs(0)):
-        p_block = p_x + i_b % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-        b_sum += tl.load(p_block, cache_modifier=".cg")
-    tl.store(p_sum + tl.program_id(0), tl.sum(b_sum))

@@ -40,17 +40,17 @@ PREPARATIONS = ("versions", "compile")  # repeated in every call: the machine ma
 OPTIONS = {  # of a benchmark on a GPU, and in a rehearsal
     "search": (
         "--sizes 540x960 270x480 125x185 9*40x40 --seconds 0.1 --limit 2 "
-        "--backends triton-fp16 triton-fp16x3 triton-fp32 --peers unfold unfold-fp16 chunked",
-        "--sizes 2x3 --channels 8 --seconds 0.001 --backends direct-fp16 --peers unfold",
+        "--candidates triton-fp16 triton-fp16x3 triton-fp32 unfold unfold-fp16 chunked",
+        "--sizes 2x3 --channels 8 --seconds 0.001 --candidates direct-fp16 unfold",
     ),
     "transfer": (
-        "--size 9*40x40 --levels 'all three' --seconds 0.05 "
-        "--peers reference grid_sample index_add",
-        "--size 4x5 --quick --seconds 0.001 --no-memory",
+        "--sizes 9*40x40 --levels 'all three' --seconds 0.05 "
+        "--candidates cpp cpp-graph torch reference grid_sample index_add",
+        "--sizes 4x5 --quick --seconds 0.001 --no-memory",
     ),
     "model": (
         "--sizes 9*40x40 88x125:92x125 --seconds 0.1 --limit 2 "
-        "--backends default fp16x3 default-graph reference",
+        "--candidates default fp16x3 default-graph reference",
         "--sizes 4x5 --pair 4x5:16x20 --patch 4x5 --batch 1 --quick --seconds 0.001 --no-memory",
     ),
 }
@@ -94,7 +94,7 @@ def steps(part: str, work: Path, tiny: bool) -> list[Step]:
         found.append(Step("ncu", profile, 90, *(() if tiny else wrapper)))
     else:
         for name, limit in (("search", 100), ("transfer", 50), ("model", 60)):
-            options = f"--no-plot --device {device} {out}{name} {OPTIONS[name][tiny]}"
+            options = f"--device {device} {out}{name} {OPTIONS[name][tiny]}"
             found.append(Step(name, f"bench/{name}.py {options}", limit, "rich"))
     names = ["table"] if tiny else TESTS[part]
     tests = " ".join(["-m pytest -q -p no:cacheprovider", *(f"tests/test_{n}.py" for n in names)])

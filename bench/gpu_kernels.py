@@ -3,9 +3,9 @@
     python bench/gpu_kernels.py check | times | ceilings | profile
 
 `--out FILE` is rewritten after every job. If a job leaves CUDA unusable or
-hangs, the process starts again with the next one. Nothing is timed whose result
-is wrong. `--tiny` runs at a few pixels, on the CPU with TRITON_INTERPRET=1.
-`profile` shows a profiler one launch of each kernel.
+hangs, the process starts again with the next one. A wrong result is not timed.
+`--tiny` runs at a few pixels, on the CPU with TRITON_INTERPRET=1. `profile`
+shows a profiler one launch of each kernel.
 """
 
 import argparse
@@ -16,37 +16,38 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 from unittest import mock
 
-import devices
 import gpu_cases
-import harness
-import peers
+import machine
+import measure
 import torch
 import transfer
-import transfer_peers
-from devices import Run
+import triton
+import triton.language as tl
 from gate import SearchTruth, WrongResult, check_close
-from sizes import Size
+from gpu_cases import Jobs
+from registry import Declined, Run, Size
+from rooflines import copy_run, gemm_run
+from search_candidates import PRECISIONS, choice_tolerance, launches, maps
 
 from ttsr_fast.operators import library
-from ttsr_fast.operators.patch import Patch, Score
 
 Cells = list[dict[str, Any]]
-Jobs = Iterator[tuple[str, Callable[[], Cells]]]
-CASES = ("2*9x37:11x35", "40x42:70x13")  # widths that fill no tile, bands and strips
+CASES = ("2*9x37:11x35", "40x42:70x13")  # widths that fill no tile, band or strip
 SIZES, BATCH, TINY = ("540x960", "270x480", "125x185", "160x160"), "9*40x40", "2x3"
 RINGS = (8, 16, 32, 64)  # MiB
 DEFAULT = "128x128/8/4"
 TILES = (DEFAULT, "128x128/8/3", "64x128/4/3", "128x64/4/3", "64x64/4/4", "not lazy")
-LAUNCHES, LONG = 20, 0.1  # launches timed together, and seconds that they may take
-HANGING = 40.0  # seconds that a job may take
+LAUNCHES, LONG = 20, 0.1  # launches timed together, and their longest time in seconds
+HANGING = 40.0  # seconds, the limit of a job
 
 
 class Times(NamedTuple):
@@ -56,7 +57,7 @@ class Times(NamedTuple):
     graph_s: float
 
 
-class Bench:
+class Lab:
     """The device with its clocks. When `compiling`, kernels are launched and nothing else."""
 
     def __init__(self, device: torch.device, tiny=False, few=False, compiling=False) -> None:
@@ -65,42 +66,37 @@ class Bench:
         self.batch, self.precisions = TINY if tiny else BATCH, ("fp16", "fp16x3")[: 2 - tiny]
         self.tiles, self.rings = (TILES[::5], RINGS[:1]) if tiny else (TILES, RINGS)
         channels = 8 if tiny else 256
-        self.maps = cache(lambda size: peers.maps(Size.parse(size), channels, device))
+        self.maps = cache(lambda size: maps(replace(Size.parse(size), channels=channels), device))
         self.truth = cache(lambda size: SearchTruth(*self.maps(size), limit=256))
 
     def check(self, check: Run) -> None:
         if not self.compiling:
-            devices.synchronize(self.device)
+            measure.synchronize(self.device)
             check()
 
     def times(self, run: Run) -> Times:
-        """Of a launch that has run before; a long one is timed once, by events."""
+        """Times of a launch that has run before; a long one is timed once, by events."""
         if self.compiling:
             return Times(1.0, 1.0)
-        first = devices.timed(run, self.device)
+        first = measure.timed(run, self.device)
         if first > LONG or self.tiny:
             return Times(first, first)
         count = min(LAUNCHES, int(LONG / first))
-        several = partial(repeat, run, count)
-        runs = (several, devices.graph_run(several))
-        events, graph = (min(devices.timed(r, self.device) for _ in range(2)) for r in runs)
+        several = partial(measure.repeat, run, count)
+        runs = (several, measure.graph_run(several))
+        events, graph = (min(measure.timed(r, self.device) for _ in range(2)) for r in runs)
         return Times(events / count, graph / count)
 
     def host(self, run: Run) -> float:
-        """Seconds of CPU time of a launch."""
+        """CPU seconds of a launch."""
         count = 1 if self.tiny or self.compiling else 50
         run()
-        devices.synchronize(self.device)
+        measure.synchronize(self.device)
         start = time.perf_counter()
-        repeat(run, count)
+        measure.repeat(run, count)
         taken = (time.perf_counter() - start) / count
-        devices.synchronize(self.device)
+        measure.synchronize(self.device)
         return taken
-
-
-def repeat(run: Run, count: int) -> None:
-    for _ in range(count):
-        run()
 
 
 def cell(table: str, row: str, column: str, text: str, **numbers: Any) -> dict[str, Any]:
@@ -110,56 +106,54 @@ def cell(table: str, row: str, column: str, text: str, **numbers: Any) -> dict[s
 # --- the search ---
 
 
-def prepare(bench: Bench, size: str, algorithm: str, precision: str, label: str) -> tuple:
-    """The launches of a search by name, once its result is right; and the pairs it multiplies."""
+def prepare(lab: Lab, size: str, algorithm: str, precision: str, label: str) -> tuple:
+    """The launches of a search by name, once its result is right; and its multiplied pairs."""
     from ttsr_fast.kernels import search as kernel_search
-    from ttsr_fast.kernels import tile_configs
-    from ttsr_fast.kernels.precision import precision_for
+    from ttsr_fast.kernels import tiles
+    from ttsr_fast.kernels.operands import operands
 
-    query, key = bench.maps(size)
-    tile = tile_configs.select(algorithm, precision_for(query.dtype, precision).name)
+    query, key = lab.maps(size)
+    tile = tiles.tile(algorithm, operands(query.dtype, precision).name)
     if "/" in label:
-        tile = tile_configs.TileConfig(*map(int, label.replace("x", "/").split("/")))
-    score = query.new_full((len(query), *query.shape[2:]), float("nan"))
-    index = torch.full_like(score, -(2**40), dtype=torch.int64)
-    patch, plan = Patch(3, 1), kernel_search.Plan(precision, algorithm, tile)
-    launches = kernel_search.stages(query, key, None, (score, index), patch, Score(), plan)
-    for run in launches.values():
+        tile = tiles.Tile(*map(int, label.replace("x", "/").split("/")))
+    (score, index), stages = launches(query, key, algorithm, precision, tile)
+    score.fill_(float("nan"))
+    index.fill_(-(2**40))
+    for run in stages.values():
         run()
-    tolerance = peers.choice_tolerance(precision)
-    bench.check(lambda: bench.truth(size).check((score, index), tolerance))
-    return launches, kernel_search.padded_pairs(query.shape, key.shape, patch, algorithm, tile)
+    lab.check(lambda: lab.truth(size).check((score, index), choice_tolerance(precision)))
+    return stages, kernel_search.padded_pairs(query.shape, key.shape, algorithm, tile)
 
 
-def check_search(bench: Bench, size: str, algorithm: str, precision: str) -> Cells:
-    prepare(bench, size, algorithm, precision, "")
+def check_search(lab: Lab, size: str, algorithm: str, precision: str) -> Cells:
+    prepare(lab, size, algorithm, precision, "")
     return [cell("check", f"{algorithm} {size}", precision, "ok")]
 
 
-def check_jobs(bench: Bench) -> Jobs:
-    """Transfer first; of a few cases one search of each algorithm."""
-    few = bench.few or bench.tiny
-    if not bench.compiling:  # none of them is Triton's
-        yield from gpu_cases.jobs(bench.device, few)
-    sizes = (bench.sizes[-1:] if bench.tiny else CASES)[: 1 if few else None]
-    precisions = peers.PRECISIONS if not few else ("fp16",)
+def check_jobs(lab: Lab) -> Jobs:
+    """Transfer first; with `few` one search of each algorithm."""
+    few = lab.few or lab.tiny
+    if not lab.compiling:  # none of them is Triton's
+        yield from gpu_cases.jobs(lab.device, few)
+    sizes = (lab.sizes[-1:] if lab.tiny else CASES)[: 1 if few else None]
+    precisions = PRECISIONS if not few else ("fp16",)
     for place in itertools.product(sizes, ("rolled", "slab", "direct"), precisions):
-        yield " ".join(place), partial(check_search, bench, *place)
+        yield " ".join(place), partial(check_search, lab, *place)
 
 
 def time_search(
-    bench: Bench, size: str, algorithm: str, precision: str, label: str, ring: int | None = None
+    lab: Lab, size: str, algorithm: str, precision: str, label: str, ring: int | None = None
 ) -> Cells:
     with setting(label, ring):
-        launches, padded = prepare(bench, size, algorithm, precision, label)
-        times = bench.times(launches[algorithm])
+        stages, padded = prepare(lab, size, algorithm, precision, label)
+        times = lab.times(stages[algorithm])
     pairs, (events, graph) = Size.parse(size).pairs, times
     text = " ".join(f"{1e12 * x:.2f}" for x in (events / pairs, graph / pairs, graph / padded))
     table = "kernel alone, ps per pair: events, graph, graph per padded pair"
     facts = {"pairs": pairs, "padded_pairs": padded, **times._asdict()}
     cells = [cell(table, f"{algorithm} {precision} {label}", size, text, **facts)]
-    for name in ("pack", "key_scale", "rescore") if label == DEFAULT else ():
-        times = bench.times(launches[name])
+    for name in ("pack", "patch_norm", "rescore") if label == DEFAULT else ():
+        times = lab.times(stages[name])
         text = " ".join(f"{1e6 * x:.1f}" for x in times)
         cells.append(cell("us: events, graph", name, size, text, **times._asdict()))
     return cells
@@ -168,65 +162,75 @@ def time_search(
 def setting(label: str, ring: int | None) -> AbstractContextManager:
     """Another size of the slab's ring, or kernels that look for the index of every tile."""
     if ring is not None:
-        return mock.patch("ttsr_fast.kernels.slab.RING_BYTES", ring << 20)
-    name = "ttsr_fast.kernels.tile_configs.lazy"
+        return mock.patch("ttsr_fast.kernels.slab_search.RING_BYTES", ring << 20)
+    name = "ttsr_fast.kernels.tiles.lazy"
     return mock.patch(name, return_value=False) if label == "not lazy" else nullcontext()
 
 
-def time_jobs(bench: Bench) -> Jobs:
-    """What matters most first; the slab at the largest size last."""
-    sizes, slab = bench.sizes, itertools.product(bench.sizes[::-1], bench.precisions, bench.rings)
-    searches = [(size, "rolled", "fp16", label) for size in sizes for label in bench.tiles]
+def time_jobs(lab: Lab) -> Jobs:
+    """The most important first; the slab at the largest size last."""
+    sizes, slab = lab.sizes, itertools.product(lab.sizes[::-1], lab.precisions, lab.rings)
+    searches = [(size, "rolled", "fp16", label) for size in sizes for label in lab.tiles]
     searches += [(size, "rolled", "fp16x3", "64x128/4/3") for size in sizes]
-    searches += [(bench.batch, "direct", "fp16", "")]
+    searches += [(lab.batch, "direct", "fp16", "")]
     searches += [(size, "slab", kind, f"{ring} MiB", ring) for size, kind, ring in slab]
     for arguments in searches:
-        yield " ".join(arguments[:4]), partial(time_search, bench, *arguments)
+        yield " ".join(arguments[:4]), partial(time_search, lab, *arguments)
 
 
 # --- ceilings ---
 
 
-def read_l2(bench: Bench) -> Cells:
-    blocks, repeats, programs = (2, 1, 1) if bench.tiny else (4096, 64, 8 * 132)
-    x = torch.ones(blocks, 1024, device=bench.device)  # 16 MiB
+@triton.jit
+def read_kernel(p_x, p_sum, BLOCKS, REPEATS, BLOCK: tl.constexpr):
+    """Reads all blocks REPEATS times, past the first-level cache."""
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i_b in range(tl.program_id(0), BLOCKS * REPEATS, tl.num_programs(0)):
+        p_block = p_x + i_b % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        b_sum += tl.load(p_block, cache_modifier=".cg")
+    tl.store(p_sum + tl.program_id(0), tl.sum(b_sum))
+
+
+def read_l2(lab: Lab) -> Cells:
+    blocks, repeats, programs = (2, 1, 1) if lab.tiny else (4096, 64, 8 * 132)
+    x = torch.ones(blocks, 1024, device=lab.device)  # 16 MiB
     sums = x.new_empty(programs)
-    run = partial(gpu_cases.read_kernel[(programs,)], x, sums, blocks, repeats, BLOCK=1024)
+    run = partial(read_kernel[(programs,)], x, sums, blocks, repeats, BLOCK=1024)
     run()
-    bench.check(lambda: check_close(["sum"], [sums.sum()], [x.double().sum() * repeats], 1e-5))
-    return rate(bench, "L2 read, 16 MiB", run, x.nbytes * repeats, "TB/s")
+    lab.check(lambda: check_close(["sum"], [sums.sum()], [x.double().sum() * repeats], 1e-5))
+    return rate(lab, "L2 read, 16 MiB", run, x.nbytes * repeats, "TB/s")
 
 
-def rate(bench: Bench, row: str, run: Run, count: float, unit: str) -> Cells:
+def rate(lab: Lab, row: str, run: Run, count: float, unit: str) -> Cells:
     run()
-    times = bench.times(run)
+    times = lab.times(run)
     text = f"{count / times.graph_s / 1e12:.2f} {unit}, {1e6 * times.graph_s:.1f} us"
     return [cell("ceilings", row, "graph", text, count=count, **times._asdict())]
 
 
-def bmm(bench: Bench, depth: int, leading: int) -> Cells:
+def bmm(lab: Lab, depth: int, leading: int) -> Cells:
     """The slab's product, with a leading dimension of its result."""
-    size, leading = (32, 32 + leading % 64) if bench.tiny else (3230, leading)
-    a, b = (torch.randn(1, size, depth, device=bench.device).half() for _ in range(2))
-    out = torch.empty(1, size, leading, device=bench.device)[:, :, :size]
-    if bench.device.type == "cuda":
+    size, leading = (32, 32 + leading % 64) if lab.tiny else (3230, leading)
+    a, b = (torch.randn(1, size, depth, device=lab.device).half() for _ in range(2))
+    out = torch.empty(1, size, leading, device=lab.device)[:, :, :size]
+    if lab.device.type == "cuda":
         run = partial(torch.ops.aten.bmm.dtype_out, a, b.mT, torch.float32, out=out)
     else:
         run = partial(torch.bmm, a.float(), b.float().mT, out=out)
     run()
-    bench.check(lambda: check_close(["product"], [out], [a.double() @ b.double().mT], 1e-3))
+    lab.check(lambda: check_close(["product"], [out], [a.double() @ b.double().mT], 1e-3))
     row = f"bmm {size}x{size}x{depth}, leading dimension {leading}"
-    return rate(bench, row, run, 2 * size * size * depth, "TFLOP/s")
+    return rate(lab, row, run, 2 * size * size * depth, "TFLOP/s")
 
 
-def slab_block(bench: Bench, precision: str, ring: int) -> Cells:
+def slab_block(lab: Lab, precision: str, ring: int) -> Cells:
     """Product and box sums of one block."""
-    size, cells = bench.sizes[-1], []
+    size, cells = lab.sizes[-1], []
     with setting("", ring):
-        shape, launches = first_block(bench, size, precision)
+        shape, runs = first_block(lab, size, precision)
     table = f"one block of the slab at {size}, ps per padded pair: events, graph; CPU us"
-    for name, run in launches.items():
-        host, times = bench.host(run), bench.times(run)
+    for name, run in runs.items():
+        host, times = lab.host(run), lab.times(run)
         text = " ".join(f"{1e12 * x / math.prod(shape):.2f}" for x in times)
         facts = {"host_s": host, "pairs": math.prod(shape), **times._asdict()}
         row = f"{precision} {ring} MiB, {'x'.join(map(str, shape))}"
@@ -234,89 +238,83 @@ def slab_block(bench: Bench, precision: str, ring: int) -> Cells:
     return cells
 
 
-def first_block(bench: Bench, size: str, precision: str) -> tuple[list[int], dict[str, Run]]:
-    """Images, keys and queries of the first block, and what is launched for it."""
-    from ttsr_fast.kernels import slab, tile_configs
+def first_block(lab: Lab, size: str, precision: str) -> tuple[list[int], dict[str, Run]]:
+    """Images, keys and queries of the first block, and its launches."""
+    from ttsr_fast.kernels import slab_search, tiles
 
-    launches, _ = prepare(bench, size, "slab", precision, "")
-    query, key, scale, argmax, _ = launches["slab"].args
-    blocks = slab.Blocks(query.layout, key.layout, query.images)
-    block, ring = next(slab.all_blocks(blocks)), blocks.ring(query.rows)
-    queries, keys, out = block.queries(query), block.keys(key), blocks.products(ring)
-    runs = {"product": partial(slab.multiply, keys, queries.mT, out)}
-    if slab.has_cuda_kernel(ring):
+    stages, _ = prepare(lab, size, "slab", precision, "")
+    query, key, scale, best, how, _ = stages["slab"].args
+    blocks = slab_search.Blocks(query.layout, key.layout, query.images)
+    block, ring = next(slab_search.each(query, key, blocks)), blocks.ring(query.square)
+    queries, keys, out = block.queries(query, how), block.keys(key, how), blocks.products(ring)
+    runs = {"product": partial(slab_search.multiply, keys, queries.mT, out)}
+    if slab_search.has_cuda_kernel(ring):
         for keys, rows in ((8, 16), (4, 16), (8, 8), (8, 64)):  # of a thread, of a walk
-            given = slab.cuda_arguments(query, key, scale, argmax.words, ring, blocks)
+            given = slab_search.cuda_arguments(query, key, scale, best, ring, how, blocks)
             run = partial(torch.ops.ttsr_fast.cuda_slab_argmax, *given[:-2], keys, rows)
             runs[f"{keys}x{rows}"] = run
-    tile = tile_configs.select("slab", query.precision.name)
-    runs["triton"] = partial(slab.search_block, ring, scale, argmax.words, block, tile)
+    tile = tiles.tile("slab", how.name)
+    runs["triton"] = partial(slab_search.box_max, ring, scale, best, block, tile)
     return list(out.shape), runs
 
 
-def launch_cost(bench: Bench, algorithm: str) -> Cells:
+def launch_cost(lab: Lab, algorithm: str) -> Cells:
     """CPU time of every launch, at a size that the device keeps up with."""
-    launches, _ = prepare(bench, TINY, algorithm, "fp16", "")
-    hosts = {name: bench.host(run) for name, run in launches.items()}
+    stages, _ = prepare(lab, TINY, algorithm, "fp16", "")
+    hosts = {name: lab.host(run) for name, run in stages.items()}
     table = "CPU us per launch"
     return [cell(table, algorithm, n, f"{1e6 * s:.0f}", host_s=s) for n, s in hosts.items()]
 
 
-def ceiling_jobs(bench: Bench) -> Jobs:
-    device = bench.device
+def ceiling_jobs(lab: Lab) -> Jobs:
+    device = lab.device
     if device.type == "cuda":
-        run, flop = harness.gemm_run("float16", 8192, device)
-        yield "mm", partial(rate, bench, "mm 8192x8192x8192 fp16", run, flop, "TFLOP/s")
-        for depth in (256, 768):
-            run, flop = harness.widening_gemm_run(depth, device)
-            row = f"mm 8192x8192x{depth} fp16 to fp32"
-            yield row, partial(rate, bench, row, run, flop, "TFLOP/s")
-        copy, copied = harness.copy_run(device)
-        yield "copy", partial(rate, bench, "device copy, 1 GiB", copy, copied, "TB/s")
-    yield "L2 read", partial(read_l2, bench)
-    for depth in (256, 768):
-        for leading in (3230, 3232, 4096):
-            yield f"bmm {depth} {leading}", partial(bmm, bench, depth, leading)
-    for precision, ring in itertools.product(bench.precisions, bench.rings):
-        yield f"block {precision} {ring} MiB", partial(slab_block, bench, precision, ring)
-    for algorithm in ("direct",) if bench.tiny else ("rolled", "slab", "direct"):
-        yield f"launches of {algorithm}", partial(launch_cost, bench, algorithm)
+        for depth, out in ((8192, None), (256, torch.float32), (768, torch.float32)):
+            row = f"mm 8192x8192x{depth} fp16" + (" to fp32" if out else "")
+            yield row, partial(rate, lab, row, *gemm_run("float16", depth, device, out), "TFLOP/s")
+        yield "copy", partial(rate, lab, "device copy, 1 GiB", *copy_run(device), "TB/s")
+    yield "L2 read", partial(read_l2, lab)
+    for depth, leading in itertools.product((256, 768), (3230, 3232, 4096)):
+        yield f"bmm {depth} {leading}", partial(bmm, lab, depth, leading)
+    for precision, ring in itertools.product(lab.precisions, lab.rings):
+        yield f"block {precision} {ring} MiB", partial(slab_block, lab, precision, ring)
+    for algorithm in ("direct",) if lab.tiny else ("rolled", "slab", "direct"):
+        yield f"launches of {algorithm}", partial(launch_cost, lab, algorithm)
 
 
 # --- profiles ---
 
 
-def profile_jobs(bench: Bench) -> Jobs:
+def profile_jobs(lab: Lab) -> Jobs:
     def search(size: str, algorithm: str, label: str) -> Run:
-        return prepare(bench, size, algorithm, "fp16", label)[0][algorithm]
+        return prepare(lab, size, algorithm, "fp16", label)[0][algorithm]
 
     def box() -> Run:
-        runs = list(first_block(bench, bench.sizes[-1], "fp16")[1].values())
-        runs[0]()
-        return runs[1]
+        product, kernel, *_ = first_block(lab, lab.sizes[-1], "fp16")[1].values()
+        product()
+        return kernel
 
     def fold(operation: str) -> Run:
-        size, levels = Size.parse(bench.batch), "all three"
-        maps = transfer.make_maps(levels, "NCHW", size, torch.float32, bench.device)
-        index = transfer.make_index("random", size, bench.device)
-        return transfer_peers.run("cpp", operation, *maps, index, transfer.strides_of(levels))
+        size = Size.parse(lab.batch)
+        place = (operation, transfer.TOGETHER, "NCHW", "random", size, torch.float32)
+        return transfer.CANDIDATES["cpp"].prepare(*transfer.inputs(*place, lab.device))
 
     for label in (DEFAULT, "64x128/4/3"):
-        yield f"rolled {label}", partial(profile, bench, search, bench.sizes[-1], "rolled", label)
-    yield "direct", partial(profile, bench, search, bench.batch, "direct", "")
-    yield "box", partial(profile, bench, box)
-    for operation in ("gather_fold", "adjoint"):
-        yield operation, partial(profile, bench, fold, operation)
+        yield f"rolled {label}", partial(profile, lab, search, lab.sizes[-1], "rolled", label)
+    yield "direct", partial(profile, lab, search, lab.batch, "direct", "")
+    yield "box", partial(profile, lab, box)
+    for operation in transfer.OPERATIONS:
+        yield operation, partial(profile, lab, fold, operation)
 
 
-def profile(bench: Bench, make: Callable[..., Run], *arguments: str) -> Cells:
-    """One launch that the profiler sees, after one that it does not."""
+def profile(lab: Lab, make: Callable[..., Run], *arguments: str) -> Cells:
+    """One launch in sight of the profiler, after one that it does not see."""
     run = make(*arguments)
     run()
-    devices.synchronize(bench.device)
-    with torch.cuda.profiler.profile() if bench.device.type == "cuda" else nullcontext():
+    measure.synchronize(lab.device)
+    with torch.cuda.profiler.profile() if lab.device.type == "cuda" else nullcontext():
         run()
-        devices.synchronize(bench.device)
+        measure.synchronize(lab.device)
     return []
 
 
@@ -332,7 +330,7 @@ def run_jobs(jobs: Jobs, args: argparse.Namespace, device: torch.device) -> int:
     def keep(name: str, state: str, reason: object = "") -> None:
         data["jobs"][name] = [state, str(reason)]
         if args.out:
-            harness.write_json(args.out, data)
+            machine.write_json(args.out, data)
         print(f"{state} {name}" + (f": {shorten(str(reason), 200)}" if reason else ""), flush=True)
 
     def give_up(name: str) -> None:
@@ -348,14 +346,14 @@ def run_jobs(jobs: Jobs, args: argparse.Namespace, device: torch.device) -> int:
         try:
             data["cells"] += job()
             keep(name, "ok")
-        except harness.Declined as error:
+        except Declined as error:
             keep(name, "declined", error)
         except WrongResult as error:
             keep(name, "WRONG", error)
-        except Exception as error:  # of compilers and libraries; the other jobs go on
+        except Exception as error:  # of compilers and libraries; the other jobs run
             keep(name, "failed", f"{type(error).__name__}: {error}")
             try:
-                devices.synchronize(device)
+                measure.synchronize(device)
             except RuntimeError:  # after an illegal access CUDA cannot be used
                 restart(args)
         finally:
@@ -385,11 +383,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--few", action="store_true", help="of `check` one case of each kernel")
     add("--resume", action="store_true", help="keep the jobs that FILE has")
     args = parser.parse_args(argv)
-    device = devices.pick("cpu" if args.tiny else "cuda")
+    device = machine.pick("cpu" if args.tiny else "cuda")
     reason = None if args.tiny else library.load_cuda_library()
     if reason is not None:
         print(f"the slab runs in Triton alone: {reason}")
-    return run_jobs(PARTS[args.part](Bench(device, args.tiny, args.few)), args, device)
+    return run_jobs(PARTS[args.part](Lab(device, args.tiny, args.few)), args, device)
 
 
 if __name__ == "__main__":

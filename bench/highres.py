@@ -3,15 +3,16 @@
     python bench/highres.py           480x270 to 1920x1080, 10 minutes and 10 GB
     python bench/highres.py --quick   60x40 to 240x160, half a minute
 
-The picture is scikit-image's stereo pair, resized: the left view reduced four
-times is enlarged with the right view as reference, by the method "detail" and
+The images are scikit-image's stereo pair, resized: the left view, reduced four
+times, is upscaled with the right view as reference, by the method "detail" and
 by TTSR as published with random weights, which take as long as any. Peak memory
-is that of the whole process, PyTorch included. Every result of TTSR is held
-against that of its networks run at once, without windows: 99.9 % of its values
-must be within 1. What the original form would need is said, not run.
+is that of the whole process, PyTorch included. Every result of TTSR is compared
+with the result of its networks run at once, without windows: 99.9 % of its
+values must be within 1. The original form is not run; its least memory is
+computed.
 
 Writes `highres.json` into the folder `--out`. Exits with status 1 if a result
-was wrong, a process failed, or one took more memory than it was given.
+was wrong, a process failed, or one took more memory than its limit.
 """
 
 import argparse
@@ -23,12 +24,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import harness
 import numpy as np
-import tables
-import terminal
+import runner
 import torch
-from rich.console import Console
+from machine import CPU, ROOT, write_json
 from skimage.data import stereo_motorcycle
 
 from ttsr_fast import TTSR
@@ -37,8 +36,7 @@ from ttsr_fast.model import save_model
 from ttsr_fast.upscaling.memory import parse_bytes
 
 SIZE, QUICK_SIZE = (1080, 1920), (160, 240)
-LIMITS = ("6GiB", "3GiB")  # of TTSR
-QUICK_LIMITS = ("700M",)
+LIMITS, QUICK_LIMITS = ["6GiB", "3GiB"], ["700M"]  # of TTSR
 CLOSE, SHARE = 1, 0.999  # of 255; of all values
 
 
@@ -55,7 +53,7 @@ def run_once(folder: Path, options: list[str], threads: int) -> dict[str, Any]:
     """Seconds and peak memory of the command in a process of its own."""
     command = [sys.executable, "-m", "ttsr_fast", "upscale", "low.png", "--ref", "ref.png"]
     command += ["--quiet", "-o", "out.png", *options]
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -70,71 +68,52 @@ def run_once(folder: Path, options: list[str], threads: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if status != 0:
         return {"status": "failed", "reason": message.splitlines()[-1] if message else str(status)}
-    return {"status": "ok", "seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+    return {"status": "ok", "median_s": seconds, "peak_bytes": usage.ru_maxrss * 1024}
 
 
-def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """The share of values that are equal, and close, of two pictures."""
-    off = np.abs(a.astype(int) - b)
-    return {"equal": float(np.mean(off == 0)), "close": float(np.mean(off <= CLOSE))}
+def judged(row: dict[str, Any], image: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """The row of a run of TTSR with the shares of equal and close values."""
+    off = np.abs(image.astype(int) - truth)
+    row = {**row, "equal": float(np.mean(off == 0)), "close": float(np.mean(off <= CLOSE))}
+    if row["close"] < SHARE:
+        return row | {"status": "failed", "reason": f"only {row['close']:.2%} are close"}
+    if row["limit"] and row["peak_bytes"] > parse_bytes(row["limit"]):
+        return row | {"status": "failed", "reason": "it took more memory than its limit"}
+    return row
 
 
-def original_bytes(size: tuple[int, int]) -> int:
-    """The matrix of scores alone, in float32, that the original form makes."""
-    return 4 * (size[0] * size[1] // 16) ** 2
-
-
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Every run, its row written as soon as it is there."""
-    data: dict[str, Any] = {
-        "kind": "highres",
-        "machine": harness.machine(),
-        "size": args.size,
-        "original_bytes": original_bytes(args.size),
-        "rows": [],
-    }
-    runs = [("detail", None), ("ttsr", None)] + [("ttsr", limit) for limit in args.limits]
-    with TemporaryDirectory() as name, terminal.progress_bar(console) as progress:
-        folder = Path(name)
-        task = progress.add_task("", total=len(runs))
-        make_files(args.size, folder)
-        truth = None
-        for method, limit in runs:
-            progress.update(task, description=f"{method} {limit or ''}")
-            options = ["--weights", "random.pth"] if method == "ttsr" else []
-            if method == "ttsr":
-                options += ["--max-memory", limit] if limit else ["--tile", str(max(args.size))]
-            row = {"method": method, "limit": limit, **run_once(folder, options, args.threads)}
-            if row["status"] == "ok":
-                picture = read_image(folder / "out.png").pixels
-                if method == "ttsr":
-                    truth = picture if truth is None else truth
-                    row |= difference(picture, truth)
-                if row.get("close", 1) < SHARE:
-                    row |= {"status": "failed", "reason": f"only {row['close']:.2%} are close"}
-                elif limit and row["peak_bytes"] > parse_bytes(limit):
-                    row |= {"status": "failed", "reason": "it took more than it was given"}
-            data["rows"].append(row)
-            harness.write_json(args.out / "highres.json", data)
-            progress.advance(task)
-    return data
+def rows(args: argparse.Namespace, folder: Path) -> Any:
+    """Every run, by name."""
+    make_files(args.size, folder)
+    truth = None
+    for method, limit in [("detail", None), ("ttsr", None), *(("ttsr", x) for x in args.limits)]:
+        options = ["--weights", "random.pth"] if method == "ttsr" else []
+        if method == "ttsr":
+            options += ["--max-memory", limit] if limit else ["--tile", str(max(args.size))]
+        row = {"method": method, "limit": limit, **run_once(folder, options, args.threads)}
+        if row["status"] == "ok" and method == "ttsr":
+            image = read_image(folder / "out.png").pixels
+            truth = image if truth is None else truth
+            row = judged(row, image, truth)
+        yield "-".join(filter(None, (method, limit))), row
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, report; 1 if anything was wrong."""
-    parser = terminal.parser(__doc__)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a small picture")
-    add("--limits", nargs="+", metavar="SIZE", help=f"of TTSR; default: {' '.join(LIMITS)}")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--out", type=Path, default=Path("out"), help="folder for the results")
+    """Measure and show; 1 if anything was wrong."""
+    parser = runner.parser(__doc__)
+    parser.add_argument("--limits", nargs="+", metavar="SIZE", help="memory of TTSR")
     args = parser.parse_args(argv)
     args.size = QUICK_SIZE if args.quick else SIZE
-    args.limits = args.limits or list(QUICK_LIMITS if args.quick else LIMITS)
-    console = terminal.console()
-    data = run(args, console)
-    console.print(tables.highres_table(data))
-    return int(any(row["status"] != "ok" for row in data["rows"]))
+    args.limits = args.limits or (QUICK_LIMITS if args.quick else LIMITS)
+    data = runner.document("highres", CPU, {})
+    # The matrix of scores alone, in float32, of the original form.
+    case = {"size": args.size, "original_bytes": 4 * (args.size[0] * args.size[1] // 16) ** 2}
+    data["cases"] = [{"operation": "upscale", **case, "rows": {}}]
+    with TemporaryDirectory() as folder:
+        for name, row in rows(args, Path(folder)):
+            data["cases"][0]["rows"][name] = row
+            write_json(args.out / "highres.json", data)
+    return runner.show(data, runner.console())
 
 
 if __name__ == "__main__":

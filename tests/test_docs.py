@@ -28,6 +28,7 @@ from ttsr_fast.model import TTSR, save_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for scripts of these folders
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "docs" / "draw"))
 
 import figure_data
 import figures

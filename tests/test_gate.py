@@ -1,4 +1,4 @@
-"""What the benchmarks refuse: results held against ground truth in float64."""
+"""The gate of the benchmarks: results held against ground truth in float64."""
 
 import sys
 from pathlib import Path
@@ -11,9 +11,10 @@ from ttsr_fast import reference
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for a script of that folder
 
-import peers
 from gate import SearchTruth, WrongResult, check_close
-from sizes import Size
+from registry import Candidate, Size
+from search_candidates import CANDIDATES
+from search_candidates import maps as make_maps
 
 QUERY, KEY = (7, 9), (6, 8)
 each = pytest.mark.parametrize
@@ -22,7 +23,7 @@ Found = tuple[Tensor, Tensor]
 
 @pytest.fixture(scope="module")
 def maps() -> Found:
-    return peers.maps(Size(QUERY, KEY), channels=8)
+    return make_maps(Size(QUERY, KEY, channels=8))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_gate_refuses(truth: SearchTruth, found: Found, change: dict, message: s
 
 
 def test_gate_of_a_batch() -> None:
-    maps = peers.maps(Size((4, 5), (6, 3), batch=3), channels=4)
+    maps = make_maps(Size((4, 5), (6, 3), batch=3, channels=4))
     truth, found = SearchTruth(*maps), reference.search(*maps)
     assert truth.check(found) == pytest.approx(
         {"max_abs_error": 0, "max_loss": 0, "index_agreement": 1, "checked_queries": 60}, abs=1e-6
@@ -102,9 +103,9 @@ def test_gate_of_a_batch() -> None:
 
 @each("name", ["unfold-tf32", "unfold-fp16", "triton-fp16", "triton-tf32", "triton-bf16"])
 def test_gate_of_rounded_products_is_a_gate(name: str, truth: SearchTruth, found: Found) -> None:
-    candidate = peers.ALL[name]
+    candidate = CANDIDATES[name]
     tolerances = (candidate.tolerance, candidate.score_tolerance)
-    assert peers.EXACT < candidate.tolerance < 0.02
+    assert Candidate.tolerance < candidate.tolerance < 0.02
     truth.check(spoil(found, score=0.9 * candidate.score_tolerance), *tolerances)
     with pytest.raises(WrongResult, match="a score is off"):
         truth.check(spoil(found, score=1.1 * candidate.score_tolerance), *tolerances)
@@ -114,7 +115,7 @@ def test_gate_of_rounded_products_is_a_gate(name: str, truth: SearchTruth, found
 
 def test_fp16x3_is_held_to_what_fp32_is() -> None:
     for name in ("triton-fp32", "triton-fp16x3", "slab-fp16x3", "torch-fp32"):
-        candidate = peers.ALL[name]
+        candidate = CANDIDATES[name]
         assert candidate.tolerance == candidate.score_tolerance == 1e-6
 
 

@@ -1,4 +1,4 @@
-"""The check of a GPU, as far as it goes without one."""
+"""The checks of a GPU, as far as possible without one."""
 
 import json
 import os
@@ -15,14 +15,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for a script of that folder
 
-import devices
 import gpu_bundle
 import gpu_cases
 import gpu_check
 import gpu_kernels
-import gpu_summary
-import harness
+import measure
 from gpu_check import Step
+from machine import CPU
+from registry import Declined
 
 each = pytest.mark.parametrize
 
@@ -31,14 +31,14 @@ each = pytest.mark.parametrize
 
 
 def run_jobs(out: Path, *jobs: tuple, resume: bool = False) -> int:
-    return gpu_kernels.run_jobs(iter(jobs), Namespace(out=out, resume=resume), devices.CPU)
+    return gpu_kernels.run_jobs(iter(jobs), Namespace(out=out, resume=resume), CPU)
 
 
 @pytest.mark.compiled
 def test_wrong_result_is_told_from_one_that_is_right(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jobs = gpu_cases.jobs(devices.CPU, few=True)
+    jobs = gpu_cases.jobs(CPU, few=True)
     name, job = next(pair for pair in jobs if "weights" in pair[0])
     assert run_jobs(tmp_path / "x.json", (name, job)) == 0
     right = gpu_cases.gather_fold
@@ -57,7 +57,7 @@ def test_jobs_that_fail_do_not_end_the_others(
         return job
 
     out, cell = tmp_path / "x.json", gpu_kernels.cell("table", "row", "column", "7", seconds=7.0)
-    declined = ("declined", failing(harness.Declined("not for this")))
+    declined = ("declined", failing(Declined("not for this")))
     bad, good = ("bad", failing(RuntimeError("shared memory"))), ("good", lambda: [cell])
     assert run_jobs(out, declined) == 1, "nothing was found to be right"
     assert run_jobs(out, declined, good) == 0
@@ -71,7 +71,7 @@ def test_jobs_that_fail_do_not_end_the_others(
         raise RuntimeError("an illegal memory access was encountered")
 
     started: list[list[str]] = []
-    monkeypatch.setattr(devices, "synchronize", gone)
+    monkeypatch.setattr(measure, "synchronize", gone)
     monkeypatch.setattr(gpu_kernels.os, "execv", lambda path, command: started.append(command))
     run_jobs(out, bad)
     assert started[0][0] == sys.executable and started[0][-1] == "--resume"
@@ -206,8 +206,6 @@ def test_summary_fits_a_terminal() -> None:
     lines = gpu_check.summary(document).splitlines()
     assert len(lines) == 100 and max(map(len, lines)) <= 110
     assert lines[-1] == "... and 110 lines more, which are in the file of results"
-    table = gpu_summary.table_lines("ps", [("rolled", "4x5", "1.25"), ("slab", "6x7", "10.50")])
-    assert table == ["ps       4x5    6x7", "rolled  1.25      -", "slab       -  10.50"]
 
 
 def test_kernels_are_found_where_nothing_is_installed(tmp_path: Path) -> None:

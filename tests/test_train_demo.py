@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from skimage.data import chelsea, coffee
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for a script of that folder
+sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))  # as for a script of that folder
 
 import photographs
 import train_demo

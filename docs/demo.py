@@ -1,20 +1,19 @@
 """Super-resolve a photograph from another view, without trained weights.
 
-    python bench/demo.py
+    python docs/demo.py
 
 The pair is scikit-image's `stereo_motorcycle`: the left view, reduced four
 times, is the input; the right view is the reference; the left view itself is
-the truth. Prints PSNR and SSIM on Y and the time, draws the pictures side by
+the truth. Prints PSNR and SSIM on Y and the time, draws the images side by
 side into `--out`, and saves `lr.png`, `ref.png`, `sr.png` and `truth.png`
 beside it.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
 
-import plots
-import terminal
 import torch
 from skimage.data import stereo_motorcycle
 from torch import Tensor
@@ -23,9 +22,13 @@ from ttsr_fast.images import SCALE, Image, downscale, upscale_bicubic
 from ttsr_fast.metrics import psnr, ssim
 from ttsr_fast.upscaling import upscale
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "draw"))
+
+import plots
+
 DETAILS = {"#0072B2": (384, 166), "#E69F00": (328, 292)}  # colour of the frame, left and top
-DETAIL_SIZE = (132, 88)  # width and height, in the proportions of the picture
-COLUMN, TITLE = 3.1, 0.42  # inches: the width of a picture, the height above the first row
+DETAIL_SIZE = (132, 88)  # width and height, in the proportions of the image
+COLUMN, TITLE = 3.1, 0.42  # inches: the width of an image, the height above the first row
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -54,12 +57,7 @@ def matched_box(
 
 
 def draw(panels: list[tuple[str, Image, list[Box]]], path: Path) -> None:
-    """A column per picture: its name, the whole of it, and two details.
-
-    Args:
-        panels: name, picture and the boxes of its details, in the order of `DETAILS`.
-        path: where to write the figure.
-    """
+    """A column per panel: its name, the whole image, and its details in the order of `DETAILS`."""
     plt = plots.pyplot()
     height, width = panels[-1][1].size
     rows, columns = 1 + len(DETAILS), len(panels)
@@ -85,7 +83,9 @@ def draw(panels: list[tuple[str, Image, list[Box]]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demonstration."""
-    parser = terminal.parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"), metavar="FILE")
     args = parser.parse_args(argv)
     lr, ref, truth = make_pair()
@@ -98,14 +98,10 @@ def main(argv: list[str] | None = None) -> int:
         for name, x in (("bicubic", bicubic), ("ttsr-fast", sr))
     }
 
-    title = f"{'x'.join(map(str, lr.size))} to {'x'.join(map(str, sr.size))}, measured on Y"
-    times = {"ttsr-fast": f"{seconds:.2f} s"}
-    rows = [
-        [name, f"{decibel:.2f} dB", f"{similarity:.4f}", times.get(name, "")]
-        for name, (decibel, similarity) in scores.items()
-    ]
-    table = terminal.Table(title, ["", "PSNR", "SSIM", "time"], 1, rows)
-    terminal.console().print(table)
+    print(f"{'x'.join(map(str, lr.size))} to {'x'.join(map(str, sr.size))}, measured on Y")
+    for name, (decibel, similarity) in scores.items():
+        print(f"{name:<10} {decibel:.2f} dB   SSIM {similarity:.4f}")
+    print(f"{'ttsr-fast':<10} {seconds:.2f} s\n")
 
     boxes = [(x, y, x + DETAIL_SIZE[0], y + DETAIL_SIZE[1]) for x, y in DETAILS.values()]
     matched = [matched_box(box, result.index, ref.size) for box in boxes]

@@ -1,16 +1,21 @@
-"""What the diagrams of the user guide show: small runs of this package, each checked here."""
+"""Data of the diagrams of the user guide: small runs of this package, each checked here."""
 
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from demo import make_pair
 from torch import Tensor
 
 from ttsr_fast import gather_fold, search
 from ttsr_fast.images import Image, downscale, upscale_bicubic
 from ttsr_fast.model import LTE
 from ttsr_fast.operators import pytorch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from demo import make_pair
 
 
 class Products(NamedTuple):
@@ -36,7 +41,7 @@ def products() -> Products:
 
 
 class Walk(NamedTuple):
-    """Three steps down two pictures, and windows of 48 columns of both."""
+    """Three steps down two images, and windows of 48 columns of both."""
 
     query: Tensor  # [1, 3, 3, 48]
     key: Tensor  # [1, 3, 3, 48]
@@ -73,7 +78,7 @@ def _diagonal_sums(products: Tensor) -> Tensor:
 
 
 class Blocks(NamedTuple):
-    """Which block of the value each of the nine patches over an output block brings."""
+    """The block of the value under each of the nine patches over an output block."""
 
     grid: tuple[int, int]
     key_grid: tuple[int, int]
@@ -110,7 +115,7 @@ def overlaps() -> dict[str, Tensor]:  # [5, 7] each
 
 
 class Gaps(NamedTuple):
-    """How close the second best key is, and what rounding does to a search."""
+    """The lead of the best key over the second best, and the effect of rounding on a search."""
 
     lead: Tensor  # [Nq], cosine of the best key minus that of the second best
     moved: dict[str, float]  # the largest change of a best score, by kind of search
@@ -146,7 +151,7 @@ def gaps() -> Gaps:
 
 
 def _plain(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """What the oracle does, for a row of queries at a time."""
+    """The oracle, for a row of queries at a time."""
     padded = F.pad(query, [1] * 4)
     k = F.normalize(F.unfold(key, 3, padding=1)[0], dim=0).T.contiguous()
     best = []

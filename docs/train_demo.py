@@ -1,8 +1,8 @@
 """Train a small TTSR from scratch on photographs, and show what it has learnt.
 
-    python bench/train_demo.py                      15 minutes on two CPU cores
-    python bench/train_demo.py --photos FOLDER      on photographs of your own
-    python bench/train_demo.py --set num_epochs=80  as `ttsr-fast train --set`
+    python docs/train_demo.py                      15 minutes on two CPU cores
+    python docs/train_demo.py --photos FOLDER      on photographs of your own
+    python docs/train_demo.py --set num_epochs=80  as `ttsr-fast train --set`
 
 Without --photos the photographs are those of `photographs.py`, fetched once.
 Every sixth of your own is held out. The training is the preset `tiny`; its
@@ -10,7 +10,7 @@ result, checkpoints and TensorBoard's logs go to `train` in the folder `--out`,
 and the demonstration, run again, goes on where it was stopped.
 
 Writes `train-demo.json` and `train-demo.png` into `--out`: PSNR (RGB) on
-held-out photographs after every epoch, beside that of bicubic enlargement, and
+held-out photographs after every epoch, beside bicubic upscaling, and
 some of their parts. Exits with status 1 if the model is not better than bicubic
 in the end.
 """
@@ -22,10 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import harness
 import photographs
-import plots
-import terminal
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,6 +33,12 @@ from ttsr_fast.training.config import Config, load_config
 from ttsr_fast.training.monitor import psnr, upscaled
 from ttsr_fast.training.photographs import Photographs, held_out
 from ttsr_fast.training.trainer import MODELS, State, train
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "draw"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+
+import machine
+import plots
 
 EVERY = 6  # of one's own photographs is held out
 SIDE, SEED = 128, 5  # of the parts that are drawn
@@ -65,7 +68,7 @@ def linked(files: Sequence[Path], folder: Path) -> str:
 
 
 def trained(config: Config, console: Console) -> State:
-    """Train, or go on; the bar shows losses and time left."""
+    """Train or resume; the bar shows losses and time left."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -76,15 +79,15 @@ def trained(config: Config, console: Console) -> State:
     with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("training", total=None)
 
-        def tell(state: State) -> None:
+        def on_progress(state: State) -> None:
             text = f"training  loss {state.losses['total']:.4f}"
             bar.update(task, total=state.total, completed=state.step, description=text)
 
-        return train(config, resume=True, progress=tell)
+        return train(config, resume=True, progress=on_progress)
 
 
 def history(logs: Path) -> dict[str, Any]:
-    """What TensorBoard's files say of every epoch."""
+    """PSNR of every epoch, from TensorBoard's files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(logs))
@@ -98,7 +101,7 @@ def history(logs: Path) -> dict[str, Any]:
 
 
 def parts(model: torch.nn.Module, files: Sequence[Path]) -> list[dict[str, Any]]:
-    """One of every photograph: the pictures of `PANELS`, and PSNR for the first two."""
+    """One of every photograph: the images of `PANELS`, and PSNR for the first two."""
     items = Photographs(
         files, size=SIDE, crops_per_photo=1, unrelated=0, augment=False, seed=SEED, longest=1000
     )
@@ -144,12 +147,14 @@ def draw(data: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, show; 1 if bicubic is as good."""
-    parser = terminal.parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="photographs of your own")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results")
     args = parser.parse_args(argv)
-    console = terminal.console()
+    console = Console()
     start = time.perf_counter()
     try:
         training, validation, shown = split(args, console)
@@ -166,14 +171,14 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + state.signal
     data: dict[str, Any] = {
         "kind": "train-demo",
-        "machine": harness.machine(),
+        "machine": machine.facts(),
         "photographs": {"training": len(training), "held out": len(validation)},
         "seconds": time.perf_counter() - start,
         **history(args.out / "train" / "logs"),
     }
     model = load_model(args.out / "train" / MODELS[1])  # the average
     draw(data, parts(model, shown), args.out / "train-demo.png")
-    harness.write_json(args.out / "train-demo.json", data)
+    machine.write_json(args.out / "train-demo.json", data)
     last, bicubic = data["psnr"][-1], data["bicubic"]
     console.print(
         f"{state.step} steps in {data['seconds'] / 60:.1f} minutes: {last:.2f} dB on held-out "

@@ -1,9 +1,9 @@
-"""The diagrams of the user guide, drawn from what this package computes.
+"""The diagrams of the user guide, drawn from results of this package.
 
-    python bench/figures.py
+    python docs/draw/figures.py
 
-Writes a PNG for each into `--out`; that of the gaps, which searches in float64,
-takes a minute.
+Writes a PNG for each into `--out`; the gaps, which need a search in float64,
+take a minute.
 """
 
 import argparse
@@ -11,11 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import figure_data
 import numpy as np
-import plots
 import torch
-from demo import make_pair
 from PIL import Image as pillow
 from torch import Tensor
 
@@ -23,9 +20,14 @@ from ttsr_fast.images import SCALE, Image, from_tensor, upscale_bicubic
 from ttsr_fast.upscaling import upscale
 from ttsr_fast.upscaling.detail import reference_pair
 
-# Okabe and Ito's palette.
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import figure_data
+import plots
+from demo import make_pair
+
+BLUE, ORANGE = plots.BLUE, plots.RED
+COLOURS = (BLUE, ORANGE, plots.GREEN, plots.PINK, plots.ORANGE, plots.SKY)
 SPOTS = ((32, 21), (58, 46), (76, 112), (84, 24), (76, 149), (107, 103))  # row, column of the lr
 SIDE, DPI = 8.6, 140  # inches and dots: 1204 pixels
 DETAIL_PART = np.s_[140:420, 280:650]  # rows and columns of the result
@@ -46,8 +48,8 @@ def draw_diagonals(path: Path) -> None:
     for axis, (x, form, title) in zip(axes, panels, strict=True):
         _numbers(axis, x, form)
         axis.set_title(title, loc="left", fontsize=11)
-        axis.set_xlabel("query position j", color=plots.GREY)
-    axes[0].set_ylabel("key position i", color=plots.GREY)
+        axis.set_xlabel("query position j", color=plots.EDGE)
+    axes[0].set_ylabel("key position i", color=plots.EDGE)
     for d in (-1, 0, 1):
         _frame(axes[0], row + d, column + d, ORANGE)
     _frame(axes[1], row, column, ORANGE)
@@ -64,13 +66,13 @@ def draw_diagonals(path: Path) -> None:
 
 
 def draw_walk(path: Path) -> None:
-    """Three pairs of rows, what each adds, and the sum."""
+    """Three pairs of rows, the term of each, and the sum."""
     found = figure_data.walk()
     figure = plots.pyplot().figure(figsize=(SIDE, 3.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 3.6))
     strips, panels = upper.subplots(1, 2), lower.subplots(1, 4)
-    for axis, name, picture in zip(strips, ("query", "key"), found[:2], strict=True):
-        axis.imshow(from_tensor(picture, np.empty((0, 0, 3), np.uint8)), interpolation="nearest")
+    for axis, name, image in zip(strips, ("query", "key"), found[:2], strict=True):
+        axis.imshow(from_tensor(image, np.empty((0, 0, 3), np.uint8)), interpolation="nearest")
         for d, colour in enumerate(COLOURS[:3]):
             axis.text(-1, d, str(d + 1), color=colour, fontsize=9, ha="center", va="center")
             box = plots.pyplot().Rectangle((-0.5, d - 0.4), 48, 0.8, fill=False, edgecolor=colour)
@@ -86,8 +88,8 @@ def draw_walk(path: Path) -> None:
     ):
         axis.imshow(x.numpy(), cmap="PuOr_r", vmin=-top, vmax=top)
         axis.set_title(title, loc="left", fontsize=11, color=colour)
-        axis.set_xlabel("column of the key", color=plots.GREY)
-    panels[0].set_ylabel("column of the query", color=plots.GREY)
+        axis.set_xlabel("column of the key", color=plots.EDGE)
+    panels[0].set_ylabel("column of the query", color=plots.EDGE)
     for axis in (*strips, *panels):
         _bare(axis)
     plots.save(figure, path, dpi=DPI)
@@ -101,7 +103,7 @@ def draw_matches(path: Path) -> None:
     upper, lower = figure.subfigures(2, 1, height_ratios=(3.3, 1))
     left, right = upper.subplots(1, 2)
     close = lower.subplots(1, 2 * len(SPOTS))
-    for axis, image, title in ((left, lr, "to enlarge"), (right, ref, "reference")):
+    for axis, image, title in ((left, lr, "to upscale"), (right, ref, "reference")):
         axis.imshow(image.pixels, interpolation="nearest")
         axis.set_title(f"{title}, {image.size[1]} x {image.size[0]}", loc="left", fontsize=11)
         _bare(axis)
@@ -178,7 +180,7 @@ def draw_blocks(path: Path) -> None:
 
 
 def draw_overlap(path: Path) -> None:
-    """What the three divisors make of a value of ones."""
+    """A value of ones, by divisor."""
     titles = {
         "none": '"none": how many patches meet',
         "area": '"area": that by nine, as in TTSR',
@@ -193,7 +195,7 @@ def draw_overlap(path: Path) -> None:
 
 
 def draw_gaps(path: Path) -> None:
-    """How many queries lead by less than a number, and what rounding moves."""
+    """Queries by their lead, and the changes by rounding."""
     found = figure_data.gaps()
     figure, axis = plots.pyplot().subplots(figsize=(SIDE, 3.9), layout="constrained")
     leads = found.lead.clamp(min=1e-9).sort().values.numpy()
@@ -268,7 +270,7 @@ def _cell(axis: Any, row: int, column: int, text: str, colour: str) -> None:
 
 
 def _corner(row: int, column: int, side: int, image: Image) -> tuple[int, int]:
-    """Top and left of a square around a place, moved to lie inside the picture."""
+    """Top and left of a square around a place, moved inside the image."""
     top, left = (
         min(max(place - side // 2, 0), size - side)
         for place, size in zip((row, column), image.size, strict=True)

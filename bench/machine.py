@@ -1,0 +1,116 @@
+"""The device, what the results say of it, and the files of results."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ttsr_fast
+from ttsr_fast import files
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "numpy", "faiss-cpu", "pykeops", "flashlib")
+
+
+def pick(name: str | None) -> torch.device:
+    """The device of that name, made current; without a name the GPU where there is one.
+
+    Raises:
+        ValueError: it is neither the CPU nor an available CUDA device.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"must be cpu or cuda, got {name!r}")
+    if device.type == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        raise ValueError(f"{name}: torch {torch.__version__} sees no CUDA device")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{name}: there are {torch.cuda.device_count()} CUDA devices")
+    torch.cuda.set_device(device.index or 0)
+    return torch.device("cuda", device.index or 0)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Fields of the device in the results."""
+    if device.type == "cpu":
+        return {"type": "cpu", "name": _cpu_model(), "memory_bytes": _memory_bytes()}
+    properties = torch.cuda.get_device_properties(device)
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "type": "cuda",
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda or torch.version.hip,
+        "driver": driver and driver.split("\n")[0],
+    }
+
+
+def facts() -> dict[str, Any]:
+    """Machine, versions, commit and date."""
+    versions: dict[str, str | None] = {"ttsr-fast": ttsr_fast.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_bytes": _memory_bytes(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def output(*command: str) -> str | None:
+    """Standard output of a program, None if there is none."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
+
+
+def stem(device: torch.device, kind: str) -> str:
+    """Name of a result file, with the name of the GPU before it."""
+    if device.type == "cpu":
+        return kind
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return name if kind == "search" else f"{name}-{kind}"
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    files.write_bytes(path, text.encode())
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()

@@ -1,0 +1,272 @@
+"""The candidates of `SearchTransfer` and of the whole model."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machine import CPU
+from measure import synchronize
+from registry import Candidate, Run, Size
+from search_candidates import unfold_bytes
+from torch import Tensor, nn
+from transfer import LEVELS, make_index
+
+from ttsr_fast import TTSR, SearchTransfer, functional, reference
+from ttsr_fast.model import lte, main_net
+from ttsr_fast.upscaling import ttsr
+from ttsr_fast.upscaling.plan import plan_ttsr
+
+MODULE = ("SearchTransfer", "with gradients")
+MODEL = ("TTSR", "training step")
+STAGES = ("LTE", "search", "transfer", "MainNet", "backward", "Adam")
+MODULES = ("LTE", "SearchTransfer", "MainNet")
+SHIFT = (12, 20)  # pixels between a place in the image and in its reference
+
+
+# --- SearchTransfer ---
+
+
+@lru_cache(maxsize=1)
+def make_features(size: Size, device: torch.device = CPU) -> tuple[list[Tensor], list[Tensor]]:
+    """The five maps of `SearchTransfer`, and gradients of its four results.
+
+    The queries are keys along a smooth flow plus noise, so that every best match is clear and
+    results can be compared number by number.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal(channels: int, stride: int, grid: tuple[int, int]) -> Tensor:
+        shape = (size.batch, channels, *(stride * n for n in grid))
+        return torch.randn(shape, generator=generator, device="cpu").to(device)
+
+    values = [normal(channels, stride, size.key) for stride, channels in LEVELS.values()]
+    refsr = normal(256, 1, size.key)
+    lrsr = reference.gather_fold(refsr, make_index("coherent", size, device))
+    lrsr += 0.3 * normal(256, 1, size.query)
+    grads = [normal(1, 1, size.query)]
+    grads += [normal(channels, s, size.query) for s, channels in reversed(LEVELS.values())]
+    return [lrsr, refsr, *values], grads
+
+
+def module_run(name: str, operation: str, maps: list[Tensor], grads: list[Tensor]) -> Run:
+    """`SearchTransfer`, forward or with all its gradients."""
+    variant = CANDIDATES[name]
+    module: Callable[..., tuple[Tensor, ...]] = reference.search_transfer
+    if name != ORIGINAL:
+        module = SearchTransfer(backend=variant.backend, precision=variant.precision)
+    if operation == "SearchTransfer":
+        return lambda: module(*maps)
+    leaves = [x.detach().requires_grad_() for x in maps]
+    return lambda: torch.autograd.grad(module(*leaves), leaves, grads)
+
+
+# --- the whole model ---
+
+
+class Original(nn.Module):
+    """The original form in the place of `SearchTransfer`."""
+
+    def forward(self, *maps: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        return reference.search_transfer(*maps, key_mask=key_mask)
+
+
+def make_model(name: str) -> TTSR:
+    """TTSR as published, in one of its variants, with the same random weights in all of them."""
+    variant = CANDIDATES[name]
+    logging.disable(logging.WARNING)  # random weights are intended
+    with torch.random.fork_rng(devices=[]), CPU:
+        torch.manual_seed(0)
+        model = TTSR(backend=variant.backend, precision=variant.precision)
+    logging.disable(logging.NOTSET)
+    if name == ORIGINAL:
+        model.SearchTransfer = Original()
+    return model
+
+
+@contextmanager
+def _contiguous_maps() -> Iterator[None]:
+    """Contiguous maps, as in the original form."""
+    ours = lte.side_by_side
+    lte.side_by_side = main_net.side_by_side = lambda x: x
+    try:
+        yield
+    finally:
+        lte.side_by_side = main_net.side_by_side = ours
+
+
+def make_images(size: Size) -> dict[str, Tensor]:
+    """Inputs of the model, and `hr`, the target of a training step.
+
+    Noise, with the content of the image at another place of its reference, so that every best match
+    is clear.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device="cpu") * 2 - 1
+
+    refsr = noise(size.batch, 3, *size.key)
+    y, x = (
+        (torch.arange(4 * n, device="cpu") + shift) % keys
+        for n, keys, shift in zip(size.query, size.key, SHIFT, strict=True)
+    )
+    lrsr = 0.95 * refsr[:, :, y][:, :, :, x]
+    lrsr += 0.05 * noise(*lrsr.shape)
+    ref, hr = (0.8 * map_ + 0.2 * noise(*map_.shape) for map_ in (refsr, lrsr))
+    return {"lr": F.avg_pool2d(lrsr, 4), "lrsr": lrsr, "ref": ref, "refsr": refsr, "hr": hr}
+
+
+class Subject:
+    """A variant of the model with its images.
+
+    The result of a forward pass is the result of the model; a training step returns its loss and
+    the gradient of the first convolution of LTE, which passes through all other parts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        operation: str,
+        size: Size,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.name, self.variant, self.size, self.device = name, CANDIDATES[name], size, device
+        self.model = make_model(name).to(device, dtype)
+        self.images = {key: x.to(device, dtype) for key, x in make_images(size).items()}
+        self.run = self._forward if operation == "TTSR" else self._train
+        self._seconds: dict[str, float] | None = None  # of each stage, while it is measured
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.model.parameters(), lr=1e-4)
+
+    def _model_run(self) -> tuple[Tensor, ...]:
+        with _contiguous_maps() if self.name == ORIGINAL else nullcontext():
+            return self.model(*(self.images[name] for name in ("lr", "lrsr", "ref", "refsr")))
+
+    @torch.no_grad()
+    def _forward(self) -> tuple[Tensor, ...]:
+        if self.variant.amp is None:
+            return self._model_run()
+        # Image and scores by the functions of `upscale`.
+        amp, lr, lrsr, ref, refsr = self.variant.amp, *list(self.images.values())[:4]
+        plan = plan_ttsr(self.model, self.size.query, [self.size.key])
+        features = [ttsr.reference_features(self.model, ref, refsr, plan, amp)]
+        options = {"backend": self.variant.backend, "amp": amp}
+        sr, match = ttsr.super_resolve(self.model, lr, lrsr, features, plan, **options)
+        return sr, match.score.unsqueeze(1)
+
+    def _train(self) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad()
+        loss = F.l1_loss(self._model_run()[0], self.images["hr"])
+        with self._stage("backward"):
+            loss.backward()
+        with self._stage("Adam"):
+            self.optimizer.step()
+        return loss.detach(), self.model.LTE.slice1[0].weight.grad
+
+    def stages(self) -> dict[str, float]:
+        """Seconds in each stage of one run.
+
+        The search is run again by itself on the features of the run; the rest of `SearchTransfer`
+        is the transfer. On a GPU every stage is synchronised.
+        """
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        features: list[Tensor] = []
+        handles = [handle for name in MODULES for handle in self._hooks(name, features)]
+        self.run()
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad(), self._stage("search"):
+            self._search(*features)
+        found, self._seconds = self._seconds, None
+        found["transfer"] = max(0.0, found.pop("SearchTransfer") - found["search"])
+        return {name: seconds for name, seconds in found.items() if seconds or name == "transfer"}
+
+    def _search(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        if self.name == ORIGINAL:
+            return reference.search(query, key)
+        options = {"precision": self.variant.precision, "backend": self.variant.backend}
+        return functional.search(query, key, **options)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        if self._seconds is None:
+            yield
+            return
+        synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _hooks(self, name: str, features: list[Tensor]) -> Iterator[Any]:
+        """Hooks that time a module, and note the searched maps."""
+        module, running = getattr(self.model, name), []
+
+        def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if name == "SearchTransfer":
+                features[:] = [x.detach() for x in inputs[:2]]
+            running.append(self._stage(name))
+            running[-1].__enter__()
+
+        def leave(module: nn.Module, inputs: Any, result: Any) -> None:
+            running.pop().__exit__(None, None, None)
+
+        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_hook(leave)
+
+
+subject = lru_cache(maxsize=None)(Subject)  # shared by the time of a run and of its stages
+
+
+# --- the registry ---
+
+
+def _prepare(name: str, operation: str, size: Size, device: torch.device) -> Run:
+    if operation in MODULE:
+        return module_run(name, operation, *make_features(size, device))
+    return subject(name, operation, size, device).run
+
+
+def _original_bytes(size: Size, operation: str) -> int:
+    """Memory of the original form: all scores and the unfolded features, or those of level 1.
+
+    With gradients it took 2.4 times as much wherever it was measured.
+    """
+    if operation in MODEL:
+        return 0
+    stride, channels = LEVELS["lv1"]
+    patches = 4 * 9 * channels * stride**2 * size.batch * (size.queries + size.keys)
+    forward = max(unfold_bytes(size, operation), patches)
+    return forward * 12 // 5 if operation == "with gradients" else forward
+
+
+def _variant(name: str, label: str, *devices: str, **options: Any) -> tuple[str, Candidate]:
+    return name, Candidate(label, partial(_prepare, name), devices=devices, **options)
+
+
+ORIGINAL = "reference"
+GRAPH = {"graph": True, "operations": MODULE}
+MIXED = {"amp": torch.bfloat16, "operations": MODEL[:1]}
+CANDIDATES = dict(
+    [
+        _variant("cpp", "cpp", "cpu", backend="cpp"),
+        _variant("cpp-bf16", "cpp, bf16", "cpu", backend="cpp", **MIXED),
+        _variant("default", "default", "cuda"),
+        _variant("fp16x3", "default, fp16x3", "cuda", precision="fp16x3"),
+        _variant("default-graph", "default, graph", "cuda", **GRAPH),
+        _variant("fp16x3-graph", "fp16x3, graph", "cuda", precision="fp16x3", **GRAPH),
+        _variant("torch", "torch", "cpu", "cuda", backend="torch"),
+        _variant(
+            ORIGINAL, "original", "cpu", "cuda",
+            backend="reference", baseline=True, bytes_needed=_original_bytes,
+        ),
+    ]
+)  # fmt: skip

@@ -1,0 +1,133 @@
+"""Sizes, cases and candidates: the registry of everything that is measured.
+
+Each benchmark is a `Bench`: its candidates by name, and a function that yields its cases.
+`runner.py` measures them.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from ttsr_fast.operators import backends
+
+Grid = tuple[int, int]
+Run = Callable[[], Any]
+Rows = dict[str, dict[str, Any]]  # by candidate
+
+
+class Declined(Exception):
+    """A candidate cannot do a case; the message gives the reason."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A query grid, a key grid, the number of images of each, and their channels."""
+
+    query: Grid
+    key: Grid
+    batch: int = 1
+    channels: int = 256
+
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        """`HxW`, `HxW:HKxWK` where the grids differ, and `N*` before it for a batch of N."""
+        match = re.fullmatch(r"(?:(\d+)\*)?(\d+)x(\d+)(?::(\d+)x(\d+))?", text)
+        if match is None or any(n is not None and int(n) == 0 for n in match.groups()):
+            raise argparse.ArgumentTypeError(
+                f"must read 100x100, 100x100:108x96 or 9*40x40, got {text!r}"
+            )
+        n, h, w, hk, wk = (int(n) if n else 0 for n in match.groups())
+        return cls((h, w), (hk, wk) if hk else (h, w), n or 1)
+
+    @property
+    def queries(self) -> int:
+        """Query positions of an image."""
+        return self.query[0] * self.query[1]
+
+    @property
+    def keys(self) -> int:
+        """Key positions of an image."""
+        return self.key[0] * self.key[1]
+
+    @property
+    def pairs(self) -> int:
+        return self.batch * self.queries * self.keys
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Fields of a case in the results."""
+        return {"query": self.query, "key": self.key, "batch": self.batch, "pairs": self.pairs}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of computing a result: of this package, or a baseline."""
+
+    label: str
+    prepare: Callable[..., Run]  # from the inputs of a case
+    baseline: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")  # types where it is measured unless named
+    operations: tuple[str, ...] | None = None  # None for all
+    backend: str | None = None
+    operator: str = "search"  # which the backend has to have
+    package: str | None = None  # which has to be installed
+    bytes_needed: Callable[[Size, str], int] = lambda size, operation: 0  # an estimate
+    compiled: bool = False  # by a compiler at the first run
+    graph: bool = False  # replayed from a CUDA graph
+    amp: torch.dtype | None = None  # of the model's convolutions
+    precision: str | None = None
+    algorithm: str | None = None  # of the backend, None for its choice
+    products: int = 9  # inner products of channels per pair: 1 over pixels, 9 over patches
+    operands: str = "float32"  # factors of its matrix product
+    tolerance: float = 1e-6  # of the score of a chosen key, below the maximum
+    score_tolerance: float = 1e-6  # of a score, around that of its own key
+
+    def why_not(self, device: torch.device) -> str | None:
+        """The reason why it cannot run on a device, None if it can."""
+        if self.graph and device.type != "cuda":
+            return "it needs a GPU"
+        if self.package is not None and find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.backend in (None, "reference"):
+            return None
+        return backends.why_not(self.backend, device, self.operator)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table row or more: an operation at a size."""
+
+    title: str
+    operation: str
+    size: Size
+    place: tuple[Any, ...]  # picklable arguments of `Bench.inputs`
+    check: Callable[[Candidate, Any], dict[str, float]]  # raises `gate.WrongResult`
+    names: tuple[str, ...]  # of candidates
+    facts: dict[str, Any] = field(default_factory=dict)  # for the results
+    weighed: bool = True
+    rooflines: dict[str, tuple[Run, int]] = field(default_factory=dict)  # with FLOP or bytes
+    # From rows, and the rate of every roofline; completes the rows and returns further facts.
+    finish: Callable[[Rows, dict[str, float]], dict[str, Any]] = lambda rows, rates: {}
+    skip: Callable[[Candidate], str | None] = lambda candidate: None  # a reason
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark. Its kind is also the name of its module."""
+
+    kind: str
+    description: str | None
+    candidates: dict[str, Candidate]
+    cases: Callable[[argparse.Namespace], Iterator[Case]]
+    inputs: Callable[..., tuple[Any, ...]]  # of a place and a device
+    # Sizes, seconds for each candidate, and seconds beyond which a candidate is skipped; by type of
+    # device, with "quick " before it for --quick.
+    settings: dict[str, tuple[str, float, float]]
+    subjects: tuple[str, ...]  # candidates measured however long they take
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    resolve: Callable[[argparse.Namespace], str | None] = lambda args: None  # returns an error

@@ -1,0 +1,307 @@
+"""The candidates of the search: the backends of this package, and baselines.
+
+Every candidate starts from the two feature maps and ends with score and index as tensors; its time
+and memory include all preparation (unfolding, normalising, an index).
+
+flash-kmeans is left out: it assigns vectors of a power of two of numbers, held in shared memory
+whole, and a patch has 2304.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machine import CPU
+from registry import Candidate, Declined, Run, Size
+from rooflines import OPERANDS, matmul_precision, products_of
+from torch import Tensor
+
+from ttsr_fast import functional, reference
+from ttsr_fast.operators import library
+
+Match = tuple[Tensor, Tensor]  # score [N, H, W], index [N, H, W]
+Search = Callable[[Tensor, Tensor], Match]
+BLOCK_BYTES = 64 << 20  # of scores held at a time by the chunked product
+PATCH = 9
+# Operands, and the number of their products, of a precision of this package.
+PRECISIONS = {
+    "fp32": ("float32", 1),
+    "fp16x3": ("float16", 3),
+    "tf32": ("tf32", 1),
+    "fp16": ("float16", 1),
+    "bf16": ("bfloat16", 1),
+}
+# Inner products of channels per pair; patches share those of their pixels, or those of three rows.
+ALGORITHMS = {"slab": 1, "rolled": 3, "direct": PATCH}
+# Relative error of rounding: half a unit in the last place, or a whole one where digits
+# are truncated.
+ROUNDING = {"tf32": 2**-10, "float16": 2**-11, "bfloat16": 2**-8}
+GPU = {"devices": ("cuda",)}
+
+
+def _candidate(label: str, search: Search, **options: Any) -> Candidate:
+    return Candidate(label, lambda query, key: partial(search, query, key), **options)
+
+
+# --- this package ---
+
+
+def choice_tolerance(precision: str) -> float:
+    """Largest loss of a choice below the maximum, in a precision of this package.
+
+    Rounding changes each patch of a pair, and may misjudge both the chosen and the best pair.
+    fp16x3 keeps what rounding removes.
+    """
+    operands, parts = PRECISIONS[precision]
+    exact = operands not in ROUNDING or parts > 1
+    return Candidate.tolerance if exact else 4 * ROUNDING[operands]
+
+
+def _linear_bytes(size: Size, operation: str) -> int:
+    return 12 * size.channels * size.batch * (size.queries + size.keys) + (256 << 20)
+
+
+def _ours(backend: str, precision: str, *devices: str) -> Candidate:
+    operands, parts = PRECISIONS[precision]
+    return _candidate(
+        f"{backend} {precision}",
+        partial(functional.search, backend=backend, precision=precision),
+        bytes_needed=_linear_bytes,
+        devices=devices,
+        products=parts,
+        operands=operands,
+        tolerance=choice_tolerance(precision),
+        backend=backend,
+        precision=precision,
+    )
+
+
+def launches(
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N, C, HK, WK]
+    algorithm: str,
+    precision: str,
+    tile: object = None,
+) -> tuple[Match, dict[str, Run]]:
+    """The result of an algorithm of the Triton backend, and its launches; with 3x3 patches."""
+    from ttsr_fast.kernels import search as kernel_search
+
+    if query.is_cuda:
+        library.load_cuda_library()
+    reason = kernel_search.why_not(algorithm, query.dtype, 3, precision)
+    if reason is not None:
+        raise Declined(reason)
+    n, _, h, w = query.shape
+    score = query.new_empty(n, h, w, dtype=torch.float32)
+    index = torch.empty_like(score, dtype=torch.int64)
+    options = (3, 1, "both", 1e-12, False, precision)
+    stages = kernel_search.stages(
+        query, key, None, score, index, *options, algorithm=algorithm, tile=tile
+    )
+    return (score, index), stages
+
+
+def _algorithm_search(query: Tensor, key: Tensor, algorithm: str, precision: str) -> Match:
+    match, stages = launches(query, key, algorithm, precision)
+    for launch in stages.values():
+        launch()
+    return match
+
+
+def resolved(
+    candidate: Candidate,
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N, C, HK, WK]
+) -> Candidate:
+    """The candidate with the algorithm that the Triton backend chooses for these maps."""
+    if candidate.backend != "triton" or candidate.algorithm is not None:
+        return candidate
+    from ttsr_fast.kernels import search as kernel_search
+
+    algorithm = kernel_search.choose(query, key, 3, 1, candidate.precision)
+    products = ALGORITHMS[algorithm] * PRECISIONS[candidate.precision][1]
+    return replace(candidate, algorithm=algorithm, products=products)
+
+
+def _algorithm(algorithm: str, precision: str) -> Candidate:
+    search = partial(_algorithm_search, algorithm=algorithm, precision=precision)
+    return replace(
+        _ours("triton", precision, "cuda"),
+        label=f"{algorithm} {precision}",
+        prepare=lambda query, key: partial(search, query, key),
+        products=ALGORITHMS[algorithm] * PRECISIONS[precision][1],
+        algorithm=algorithm,
+    )
+
+
+# --- baselines ---
+
+
+def _patches_bytes(n: int, c: int) -> int:
+    """An unfolded map in float32."""
+    return 4 * PATCH * c * n
+
+
+def _each_image(search: Search) -> Search:
+    """A search of single images, for batches."""
+
+    def run(query: Tensor, key: Tensor) -> Match:
+        found = [search(q, k) for q, k in zip(query.split(1), key.split(1), strict=True)]
+        if len(found) == 1:
+            return found[0]
+        scores, indices = zip(*found, strict=True)
+        return torch.cat(scores), torch.cat(indices)
+
+    return run
+
+
+def _unfold(query: Tensor, key: Tensor, operands: str) -> Match:
+    """The oracle in products of these operands."""
+    with products_of(operands):
+        score, index = reference.search(*(x.to(OPERANDS[operands]) for x in (query, key)))
+    return score.float(), index
+
+
+def unfold_bytes(size: Size, operation: str) -> int:
+    """All scores and all unfolded features."""
+    patches = _patches_bytes(size.batch * (size.queries + size.keys), size.channels)
+    return patches + 4 * size.pairs
+
+
+@cache
+def _compiled_reference() -> Search:
+    return torch.compile(reference.search)
+
+
+def _compiled(query: Tensor, key: Tensor) -> Match:
+    with matmul_precision("highest"):
+        return _compiled_reference()(query, key)
+
+
+def _chunked(query: Tensor, key: Tensor) -> Match:
+    """Unfolded keys times blocks of unfolded query rows."""
+    keys = F.normalize(F.unfold(key, 3, padding=1), dim=1)[0].T  # [Nk, C*9]
+    height, width = query.shape[2:]
+    rows = max(1, BLOCK_BYTES // (4 * width * len(keys)))
+    padded = F.pad(query, [1] * 4)
+    score = query.new_empty(1, height, width)
+    index = torch.empty_like(score, dtype=torch.int64)
+    for y in range(0, height, rows):
+        block = F.normalize(F.unfold(padded[:, :, y : y + rows + 2], 3), dim=1)[0]
+        with matmul_precision("highest"):
+            value, where = (keys @ block).max(dim=0)
+        score[0, y : y + rows] = value.view(-1, width)
+        index[0, y : y + rows] = where.view(-1, width)
+    return score, index
+
+
+def _chunked_bytes(size: Size, operation: str) -> int:
+    return 2 * _patches_bytes(size.keys, size.channels) + BLOCK_BYTES
+
+
+def _rows(x: Tensor) -> Tensor:  # [1, C, H, W] -> [H*W, C*9]
+    return F.normalize(F.unfold(x, 3, padding=1)[0], dim=0).T.contiguous()
+
+
+def _rows_bytes(size: Size, operation: str) -> int:
+    return 3 * _patches_bytes(size.queries + size.keys, size.channels)
+
+
+def _by_rows(search: Callable[[Tensor, Tensor], Match]) -> Search:
+    """A library's search of rows, for feature maps."""
+
+    def run(query: Tensor, key: Tensor) -> Match:
+        score, index = search(_rows(query), _rows(key))
+        grid = (1, *query.shape[2:])
+        return score.view(grid), index.view(grid)
+
+    return _each_image(run)
+
+
+def _faiss(queries: Tensor, keys: Tensor) -> Match:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatIP(keys.shape[1])
+    index.add(keys.numpy())
+    score, found = index.search(queries.numpy(), 1)
+    return torch.from_numpy(score), torch.from_numpy(found)
+
+
+def _keops(queries: Tensor, keys: Tensor) -> Match:
+    os.environ.update(KEOPS_VERBOSE="0", PYKEOPS_VERBOSE="0")  # read at import
+    from pykeops.torch import LazyTensor
+
+    backend = "CPU" if queries.device.type == "cpu" else "GPU"
+    product = LazyTensor(queries[:, None, :]) | LazyTensor(keys[None, :, :])
+    return product.max_argmax(dim=1, backend=backend)
+
+
+def _flashlib(queries: Tensor, keys: Tensor) -> Match:
+    """The nearest of unit vectors, at a squared distance of 2 - 2 times their cosine."""
+    from flashlib import flash_knn
+
+    distance, index = flash_knn(queries.half(), keys.half(), 1)
+    return 1 - distance.float() / 2, index.long()
+
+
+def _baseline(label: str, search: Search, bytes_needed: Any, **options: Any) -> Candidate:
+    return _candidate(label, search, baseline=True, bytes_needed=bytes_needed, **options)
+
+
+def _rounded(operands: str, roundings: int) -> dict[str, Any]:
+    """Options of a baseline on a GPU that allows for that many roundings on the way to a score."""
+    tolerance = roundings * ROUNDING[operands]
+    return {**GPU, "operands": operands, "tolerance": 2 * tolerance, "score_tolerance": tolerance}
+
+
+IN_TF32 = _rounded("tf32", 2)
+IN_FP16 = _rounded("float16", 8)  # of features, norms, quotients and the score: seven at most
+ORACLE = "unfold"
+CANDIDATES = {
+    "cpp-fp32": _ours("cpp", "fp32", "cpu"),
+    "cpp-bf16": _ours("cpp", "bf16", "cpu"),
+    **{f"triton-{precision}": _ours("triton", precision, "cuda") for precision in PRECISIONS},
+    **{
+        f"{algorithm}-{precision}": _algorithm(algorithm, precision)
+        for algorithm in ALGORITHMS
+        for precision in ("fp16", "fp16x3")
+    },
+    "torch-fp32": _ours("torch", "fp32", "cpu", "cuda"),
+    **{
+        f"triton-{precision}-graph": replace(
+            _ours("triton", precision, "cuda"), label=f"triton {precision}, graph", graph=True
+        )
+        for precision in ("fp32", "fp16x3", "fp16")
+    },
+    ORACLE: _baseline("unfold + bmm", partial(_unfold, operands="float32"), unfold_bytes),
+    "unfold-tf32": _baseline(
+        "unfold + bmm, TF32", partial(_unfold, operands="tf32"), unfold_bytes, **IN_TF32
+    ),
+    "unfold-fp16": _baseline(
+        "unfold + bmm, fp16", partial(_unfold, operands="float16"), unfold_bytes, **IN_FP16
+    ),
+    "chunked": _baseline("in chunks", _each_image(_chunked), _chunked_bytes),
+    "compile": _baseline("torch.compile", _compiled, unfold_bytes, compiled=True, **GPU),
+    "faiss": _baseline(
+        "FAISS flat", _by_rows(_faiss), _rows_bytes, package="faiss", devices=("cpu",)
+    ),
+    "keops": _baseline("KeOps", _by_rows(_keops), _rows_bytes, package="pykeops"),
+    "flashlib": _baseline(
+        "flashlib, fp16", _by_rows(_flashlib), _rows_bytes, package="flashlib", **IN_FP16
+    ),
+}
+
+
+def maps(size: Size, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    """Normally distributed feature maps, the same in every process and on every device."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    q, k = (
+        torch.randn(size.batch, size.channels, *grid, generator=generator, device="cpu").to(device)
+        for grid in (size.query, size.key)
+    )
+    return q, k
