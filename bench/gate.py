@@ -17,8 +17,7 @@ class WrongResult(Exception):
 class SearchTruth:
     """Float64 ground truth of a 3x3 cosine search for a random subset of the queries.
 
-    `ttsr_fast.reference.search` on some of its columns, in strips of keys that fit at any size. The
-    queries are the same on every device.
+    The keys come in strips, which fit at any size. The queries are the same on every device.
     """
 
     def __init__(
@@ -65,13 +64,10 @@ class SearchTruth:
         tolerance: float = 1e-6,
         score_tolerance: float = 1e-6,
     ) -> dict[str, float]:
-        """Hold a search's score and index against the truth.
+        """Errors of a search.
 
-        The chosen key may score below the maximum by `tolerance`; a score may differ from the score
-        of its own key by `score_tolerance`. Returns the measured errors.
-
-        Raises:
-            WrongResult: the shape, a chosen key or a score is wrong.
+        A chosen key may score below the maximum by `tolerance`; a score may differ from the score
+        of its own key by `score_tolerance`. Beyond, and for a wrong shape, `WrongResult` is raised.
         """
         grid = (self.query_shape[0], *self.query_shape[2:])
         if any(tuple(x.shape) != grid for x in result):
@@ -118,11 +114,7 @@ def check_close(
     truth: Iterable[Tensor],  # float64
     tolerance: float,
 ) -> dict[str, float]:
-    """Hold tensors against float64 ground truth, relative to its largest value.
-
-    Raises:
-        WrongResult: a shape differs or an error exceeds `tolerance`.
-    """
+    """Errors relative to the largest true value; `WrongResult` where one exceeds `tolerance`."""
     worst = 0.0
     for name, got, want in zip(names, result, truth, strict=True):
         if got.shape != want.shape:

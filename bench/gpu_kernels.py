@@ -34,8 +34,7 @@ import triton
 import triton.language as tl
 from gate import SearchTruth, WrongResult, check_close
 from gpu_cases import Jobs
-from registry import Declined, Run, Size
-from rooflines import copy_run, gemm_run
+from registry import Declined, Run, Size, copy_run, gemm_run
 from search_candidates import PRECISIONS, choice_tolerance, launches, maps
 
 from ttsr_fast.operators import library

@@ -3,16 +3,11 @@
     python bench/highres.py           480x270 to 1920x1080, 10 minutes and 10 GB
     python bench/highres.py --quick   60x40 to 240x160, half a minute
 
-The images are scikit-image's stereo pair, resized: the left view, reduced four
-times, is upscaled with the right view as reference, by the method "detail" and
-by TTSR as published with random weights, which take as long as any. Peak memory
-is that of the whole process, PyTorch included. Every result of TTSR is compared
-with the result of its networks run at once, without windows: 99.9 % of its
-values must be within 1. The original form is not run; its least memory is
-computed.
-
-Writes `highres.json` into the folder `--out`. Exits with status 1 if a result
-was wrong, a process failed, or one took more memory than its limit.
+scikit-image's stereo pair, resized, by the method "detail" and by TTSR as
+published with random weights. Peak memory is that of the whole process. 99.9 %
+of the values of TTSR must be within 1 of its networks run at once, without
+windows. Exits with status 1 if a result was wrong, a process failed, or one took
+more memory than its limit.
 """
 
 import argparse

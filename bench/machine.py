@@ -22,11 +22,7 @@ PACKAGES = ("torch", "triton", "numpy", "faiss-cpu", "pykeops", "flashlib")
 
 
 def pick(name: str | None) -> torch.device:
-    """The device of that name, made current; without a name the GPU where there is one.
-
-    Raises:
-        ValueError: it is neither the CPU nor an available CUDA device.
-    """
+    """The device of that name, made current; without a name the GPU where there is one."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"must be cpu or cuda, got {name!r}")
@@ -34,10 +30,9 @@ def pick(name: str | None) -> torch.device:
         return CPU
     if not torch.cuda.is_available():
         raise ValueError(f"{name}: torch {torch.__version__} sees no CUDA device")
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"{name}: there are {torch.cuda.device_count()} CUDA devices")
-    torch.cuda.set_device(device.index or 0)
-    return torch.device("cuda", device.index or 0)
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 def describe(device: torch.device) -> dict[str, Any]:

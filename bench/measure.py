@@ -1,15 +1,9 @@
 """Correctness, peak memory and time of runs.
 
-`measure` runs every candidate once and checks the result; a wrong one gets neither memory nor time.
-
-Memory is the peak above inputs and results. On a GPU: the high-water mark of torch's allocator. On
-the CPU: the high-water mark of resident memory in a process of its own, which imports torch, warms
-up on tiny inputs and returns freed heap to the system before the run. That counts every
-allocation, through torch or past it, to within 2 MiB, and needs Linux.
-
-Time: candidates and rooflines take turns, every round from another starting point, so that other
-load on the machine slows all of them alike. On a GPU a run is timed by CUDA events around the call,
-launches included; inputs and results that fit stay in the L2 cache from run to run.
+A wrong result gets neither memory nor time. Memory is the peak above inputs and results: in torch's
+allocator on a GPU; on the CPU resident memory in a process of its own, which counts every
+allocation to within 2 MiB and needs Linux. Time: all runs take turns, so that other load slows all
+alike; on a GPU by CUDA events around the call, launches included.
 """
 
 import ctypes
@@ -20,6 +14,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -61,19 +56,14 @@ def measure(
     *,
     seconds: float,
     device: torch.device = CPU,
-    on_progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Timing]]:
     """Check, weigh, then time; entries and rooflines take turns.
 
     Returns a record per entry, whose `status` is `"ok"`, `"failed"` or `"skipped"`; the last two
     have a `reason` and no measurement. Then the timing of every roofline.
     """
-    records = {}
-    for name, entry in entries.items():
-        on_progress(f"{name}: check and memory")
-        records[name] = check_and_weigh(entry, device)
+    records = {name: check_and_weigh(entry, device) for name, entry in entries.items()}
     right = {name: e.run for name, e in entries.items() if records[name]["status"] == "ok"}
-    on_progress("time, in turns")
     timings = time_interleaved({**rooflines, **right}, seconds=seconds, device=device)
     for name in right:
         records[name] |= timings[name]._asdict()
@@ -83,20 +73,18 @@ def measure(
 def check_and_weigh(entry: Entry, device: torch.device) -> dict[str, Any]:
     """The record of an entry, without its time."""
     try:
-        record: dict[str, Any] = {"status": "ok", **entry.check(entry.run())}
-        return record | {"peak_bytes": entry.weigh()}
+        return {"status": "ok", **entry.check(entry.run()), "peak_bytes": entry.weigh()}
     except torch.OutOfMemoryError:
         return {"status": "skipped", "reason": "out of memory"}
     except Declined as error:
         return {"status": "skipped", "reason": shorten(str(error), 160)}
-    except WrongResult as error:
-        return {"status": "failed", "wrong": True, "reason": shorten(str(error), 160)}
     # Compilers and libraries have exceptions of their own; the other entries are measured.
     except Exception as error:
         if type(error).__module__.startswith("torch._dynamo"):
             return {"status": "skipped", "reason": shorten(f"it does not compile: {error}", 160)}
-        reason = shorten(f"{type(error).__name__}: {error}", 160)
-        return {"status": "failed", "reason": reason}
+        wrong = isinstance(error, WrongResult)
+        reason = str(error) if wrong else f"{type(error).__name__}: {error}"
+        return {"status": "failed", "wrong": wrong, "reason": shorten(reason, 160)}
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -238,31 +226,13 @@ def peak_bytes(job: Callable[..., tuple[Run, Callable[[], Run]]], *arguments: An
 
     `job(*arguments)` returns a run on tiny inputs to warm up with, and a function that makes the
     inputs and returns the run to measure. None where no high-water mark can be reset.
-
-    Raises:
-        RuntimeError: the process died or raised; the message names the error.
     """
     if platform.system() != "Linux":
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_weigh, args=(sender, torch.get_num_threads(), job, arguments), daemon=True
-    )
-    process.start()
-    sender.close()
-    try:
-        kind, answer = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(
-            f"the process that measures memory died (exit code {process.exitcode})"
-        ) from None
-    process.join()
-    if kind == "error":
-        raise RuntimeError(f"measuring memory failed: {answer}")
-    return answer
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(_weigh, torch.get_num_threads(), job, arguments).result()
 
 
 def peak_bytes_here(run: Run) -> int:
@@ -270,27 +240,22 @@ def peak_bytes_here(run: Run) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _kilobytes("/proc/self/status", "VmRSS")
+    before = _kilobytes("VmRSS")
     result = run()
-    peak = _kilobytes("/proc/self/status", "VmHWM")
+    peak = _kilobytes("VmHWM")
     return max(0, (peak - before) * 1024 - _tensor_bytes(result))
 
 
-def _weigh(sender: Any, threads: int, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    try:
-        torch.set_num_threads(threads)
-        warm_up, prepare = job(*arguments)
-        warm_up()
-        sender.send(("peak", peak_bytes_here(prepare())))
-    except Exception as error:
-        sender.send(("error", f"{type(error).__name__}: {error}"))
+def _weigh(threads: int, job: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
+    torch.set_num_threads(threads)
+    warm_up, prepare = job(*arguments)
+    warm_up()
+    return peak_bytes_here(prepare())
 
 
-def _kilobytes(path: str, name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB$", Path(path).read_text(), re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"{path} has no {name}")
-    return int(found[1])
+def _kilobytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)[0])
 
 
 def _tensor_bytes(result: Any) -> int:

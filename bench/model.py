@@ -1,20 +1,14 @@
 """Time and memory of `SearchTransfer` and of TTSR, against their original form.
 
     python bench/model.py                        ten minutes on a small CPU
-    python bench/model.py --quick                small maps, under a minute
     python bench/model.py --sizes 270x480        maps of SearchTransfer
     python bench/model.py --pair 88x125:368x500  image and reference of TTSR
 
 `SearchTransfer` forward, and with all its gradients where there are not too
-many pairs of positions; on a GPU also replayed from a CUDA graph. Then TTSR:
-forward on an image with its reference, and a training step (L1, backward, Adam)
-on a batch of patches, with the time of every stage. The original form is
-`ttsr_fast.reference.search_transfer`, in the same model; float32 is float32
-throughout.
-
-Writes a result file into the folder `--out` (`model.json` on the
-CPU, `<gpu>-model.json` otherwise). Exits with status 1 if any result was wrong,
-which is not timed.
+many pairs. TTSR forward on an image, and a training step (L1, backward, Adam) on
+a batch of patches, with the time of every stage. The original form is
+`ttsr_fast.reference.search_transfer` in the same model. Exits with status 1 if a
+result was wrong, which is not timed.
 """
 
 import argparse
@@ -37,7 +31,7 @@ from model_candidates import (
     subject,
 )
 from registry import Bench, Candidate, Case, Rows, Size
-from text import size_title
+from report import size_title
 from torch import Tensor
 
 from ttsr_fast import reference, search
@@ -88,9 +82,8 @@ def large_check(maps: list[Tensor]) -> Check:
 def model_check(operation: str, size: Size, device: torch.device) -> Check:
     """The model's results, or loss and gradient of a training step, against float64.
 
-    The gradient jumps where rounding changes the sign of a residual, one per pixel in L1, or of an
-    activation. With convolutions in 16 bits there are only the image and the scores, which stay
-    exact.
+    The gradient jumps where rounding changes the sign of a residual or of an activation. With
+    convolutions in 16 bits there are only the image and the scores, which stay exact.
     """
     truth = Subject(ORIGINAL, operation, size, device, torch.float64).run()
 

@@ -33,11 +33,7 @@ SHIFT = (12, 20)  # pixels between a place in the image and in its reference
 
 @lru_cache(maxsize=1)
 def make_features(size: Size, device: torch.device = CPU) -> tuple[list[Tensor], list[Tensor]]:
-    """The five maps of `SearchTransfer`, and gradients of its four results.
-
-    The queries are keys along a smooth flow plus noise, so that every best match is clear and
-    results can be compared number by number.
-    """
+    """The five maps of `SearchTransfer`, with clear best matches, and gradients of its results."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(channels: int, stride: int, grid: tuple[int, int]) -> Tensor:
@@ -100,11 +96,7 @@ def _contiguous_maps() -> Iterator[None]:
 
 
 def make_images(size: Size) -> dict[str, Tensor]:
-    """Inputs of the model, and `hr`, the target of a training step.
-
-    Noise, with the content of the image at another place of its reference, so that every best match
-    is clear.
-    """
+    """Inputs of the model, with clear best matches, and `hr`, the target of a training step."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
@@ -124,8 +116,8 @@ def make_images(size: Size) -> dict[str, Tensor]:
 class Subject:
     """A variant of the model with its images.
 
-    The result of a forward pass is the result of the model; a training step returns its loss and
-    the gradient of the first convolution of LTE, which passes through all other parts.
+    A training step returns its loss and the gradient of the first convolution of LTE, which passes
+    through all other parts.
     """
 
     def __init__(
@@ -172,11 +164,7 @@ class Subject:
         return loss.detach(), self.model.LTE.slice1[0].weight.grad
 
     def stages(self) -> dict[str, float]:
-        """Seconds in each stage of one run.
-
-        The search is run again by itself on the features of the run; the rest of `SearchTransfer`
-        is the transfer. On a GPU every stage is synchronised.
-        """
+        """Seconds in each stage of one run, synchronised; the search is run again by itself."""
         self._seconds = dict.fromkeys(STAGES, 0.0)
         features: list[Tensor] = []
         handles = [handle for name in MODULES for handle in self._hooks(name, features)]
@@ -236,10 +224,7 @@ def _prepare(name: str, operation: str, size: Size, device: torch.device) -> Run
 
 
 def _original_bytes(size: Size, operation: str) -> int:
-    """Memory of the original form: all scores and the unfolded features, or those of level 1.
-
-    With gradients it took 2.4 times as much wherever it was measured.
-    """
+    """All scores and the unfolded features, or those of level 1; 2.4 times with gradients."""
     if operation in MODEL:
         return 0
     stride, channels = LEVELS["lv1"]

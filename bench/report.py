@@ -6,26 +6,145 @@ python bench/report.py bench/results/*.json   in Markdown
 import argparse
 import json
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from text import (
-    Table,
-    bytes_text,
-    count_text,
-    digits,
-    flop_text,
-    range_text,
-    seconds_text,
-    size_title,
-)
 
 Data = dict[str, Any]
 INDICES = ("random", "coherent", "all to one")
 ORIGINAL = "reference"  # the candidate that a drop-in is compared with
 WITHOUT = "peak memory above inputs and results"
+
+
+UNITS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+GAP = "  "  # between the columns of a table
+FOLDINGS = (1000, 24, 12, 1)  # widths at which labels are folded
+
+
+def seconds_text(seconds: float) -> str:
+    """Three significant digits and a unit."""
+    unit = next((unit for unit, scale in UNITS.items() if seconds >= scale), "µs")
+    return f"{digits(seconds / UNITS[unit])} {unit}"
+
+
+def range_text(low: float, high: float) -> str:
+    """Two times in the unit of the first."""
+    number, unit = seconds_text(low).split()
+    return f"{number} to {digits(high / UNITS[unit])}"
+
+
+def bytes_text(count: float | None) -> str:
+    """Decimal units."""
+    return "not measured" if count is None else _scaled(count, "kB", GB=1e9, MB=1e6, kB=1e3)
+
+
+def count_text(count: float) -> str:
+    """Thousands, millions and billions."""
+    return _scaled(count, "", G=1e9, M=1e6, k=1e3).strip()
+
+
+def flop_text(rate: float) -> str:
+    """FLOP per second."""
+    return _scaled(rate, "GFLOP/s", **{"TFLOP/s": 1e12, "GFLOP/s": 1e9})
+
+
+def _scaled(x: float, least: str, **units: float) -> str:
+    unit = next((unit for unit, scale in units.items() if x >= scale), least)
+    return f"{digits(x / units.get(unit, 1.0))} {unit}"
+
+
+def digits(x: float) -> str:
+    return f"{x:.0f}" if x >= 99.95 else f"{x:.1f}" if x >= 9.995 else f"{x:.2f}"
+
+
+def size_title(entry: dict[str, Any]) -> str:
+    """`100x100`, `100x100 in 108x96` where the grids differ, `9 of 40x40` for a batch."""
+    query, key = ("x".join(map(str, entry[side])) for side in ("query", "key"))
+    grids = query if query == key else f"{query} in {key}"
+    return grids if entry.get("batch", 1) == 1 else f"{entry['batch']} of {grids}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table without cut cells; cells may have several lines."""
+
+    title: str
+    header: Sequence[str]
+    labels: int  # number of columns, from the left, that name a row
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        rule = ["---"] * self.labels + ["---:"] * (len(self.header) - self.labels)
+        rows = (" | ".join(row).replace("\n", "<br>") for row in (self.header, rule, *self.rows))
+        table = "\n".join(f"| {row} |" for row in rows)
+        notes = "".join(f"- {note}\n" for note in self.notes)
+        return f"{self.title}:\n\n{table}\n" + (f"\n{notes}" if notes else "")
+
+    def lines(self, limit: int) -> Iterator[str]:
+        """Lines for a terminal of that width.
+
+        Headings, and labels if needed, are folded between words. Columns of values that do not
+        fit side by side form several tables, each with all labels.
+        """
+        yield from textwrap.wrap(self.title, limit)
+        columns = [list(column) for column in zip(self.header, *self.rows, strict=True)]
+        labels, values = columns[: self.labels], columns[self.labels :]
+        values = [[_folded(heading, width(cells)), *cells] for heading, *cells in values]
+        foldings = [[[_folded(x, n) for x in column] for column in labels] for n in FOLDINGS]
+        parts = [
+            [[*found, *part] for part in _groups(values, limit - sum(map(_room, found)))]
+            for found in foldings
+        ]
+        for n, part in enumerate(min(parts, key=len)):  # the first, where several are as short
+            yield from ["", *_joined(part, self.labels)][n == 0 :]
+        yield from self.notes
+
+
+def width(column: Sequence[str]) -> int:
+    return max((len(line) for cell in column for line in cell.split("\n")), default=0)
+
+
+def _room(column: Sequence[str]) -> int:
+    return width(column) + len(GAP)
+
+
+def _folded(text: str, limit: int) -> str:
+    """Text in lines of `limit` characters, or of its longest word."""
+    limit = max(limit, width(text.split()), 1)
+    return "\n".join(textwrap.wrap(text, limit, break_on_hyphens=False))
+
+
+def _groups(columns: Sequence[Sequence[str]], room: int) -> Iterator[list[Sequence[str]]]:
+    """Consecutive columns that fit, at least one at a time."""
+    found: list[Sequence[str]] = []
+    for column in columns:
+        if found and sum(map(_room, [*found, column])) - len(GAP) > room:
+            yield found
+            found = []
+        found = [*found, column]
+    yield found
+
+
+def _joined(columns: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Rows of aligned cells; `left` columns are aligned at the left."""
+    lines = []
+    for row in zip(*columns, strict=True):
+        cells = [cell.split("\n") for cell in row]
+        for n in range(max(map(len, cells))):
+            texts = [cell[n] if n < len(cell) else "" for cell in cells]
+            aligned = (
+                text.ljust(width(column)) if at < left else text.rjust(width(column))
+                for at, (text, column) in enumerate(zip(texts, columns, strict=True))
+            )
+            lines.append(GAP.join(aligned).rstrip())
+    return lines
+
+
+# --- results ---
 
 
 def is_gpu(data: Data) -> bool:
@@ -120,22 +239,19 @@ def _search(data: Data, full: bool) -> list[Table]:
     title = f"Search, {cases[0].get('channels', 256)} channels, float32; median time and {WITHOUT}"
     sweep = Table(f"{title}. {machine_text(data)}", rows[0], 1, rows[1:])
     # The largest size at which the whole matrix of scores still fits.
-    typical = max(
-        cases, key=lambda c: (c["rows"].get("unfold", {}).get("status") == "ok", c["pairs"])
-    )
-    return [sweep, *(_size(data, case, full) for case in (cases if full else [typical]))]
+    fitting = [c for c in cases if c["rows"].get("unfold", {}).get("status") == "ok"] or cases
+    return [sweep, *(_size(data, case, full) for case in (cases if full else fitting[-1:]))]
 
 
 def _size(data: Data, case: Data, full: bool) -> Table:
     columns = _columns(is_gpu(data), full)
     rows = []
     for _, name, row in measured([case], data["labels"]):
-        label, algorithm = data["labels"][name], row.get("algorithm")
-        chosen = algorithm and algorithm not in label
-        label = f"{label} ({algorithm})" if chosen else label
+        label, algorithm = data["labels"][name], row.get("algorithm") or ""
+        label += f" ({algorithm})" * (algorithm not in label)
         rows.append([label, *(text(row) for text in columns.values())])
     operands = case.get("pixel_gemm_operands", "float32")
-    pixels = "one product over pixels" + ("" if operands == "float32" else f" in {operands}")
+    pixels = "one product over pixels" + f" in {operands}" * (operands != "float32")
     title = f"At {size_title(case)}, where {pixels} takes {seconds_text(case['pixel_gemm_s'])}"
     gemms = case.get("gemms") or case["gemm_flop_per_s"]
     notes = [f"matrix product of {name}: {flop_text(rate)}" for name, rate in gemms.items()]
@@ -144,81 +260,66 @@ def _size(data: Data, case: Data, full: bool) -> Table:
 
 def _columns(gpu: bool, full: bool) -> dict[str, Callable[[Data], str]]:
     """Cells of a row by heading; without `full` only what the table of all sizes leaves out."""
-    columns: dict[str, Callable[[Data], str]] = {}
-    if full:
-        columns["time"] = lambda row: seconds_text(row["median_s"])
-        columns["20 to 80 %"] = lambda row: range_text(row["low_s"], row["high_s"])
-    if gpu:
-        columns["ps per pair"] = lambda row: f"{row['ps_per_pair']:.2f}"
-    else:
-        columns["pairs/s"] = lambda row: count_text(row["pairs_per_s"])
-    if gpu or not full:
-        columns["of 9 products"] = lambda row: flop_text(row["effective_flop_per_s"])
-    if gpu:
-        columns["issued"] = lambda row: flop_text(row["issued_flop_per_s"])
-    columns["of GEMM"] = lambda row: f"{row['gemm_share']:.0%}"
-    if full:
-        columns["memory"] = lambda row: bytes_text(row["peak_bytes"])
-    columns["error"] = lambda row: f"{row['max_abs_error']:.0e}"
-    columns["same key"] = lambda row: f"{row['index_agreement']:.2%}"
-    return columns
+    columns: dict[str, tuple[bool, Callable[[Data], str]]] = {
+        "time": (full, lambda row: seconds_text(row["median_s"])),
+        "20 to 80 %": (full, lambda row: range_text(row["low_s"], row["high_s"])),
+        "ps per pair": (gpu, lambda row: f"{row['ps_per_pair']:.2f}"),
+        "pairs/s": (not gpu, lambda row: count_text(row["pairs_per_s"])),
+        "of 9 products": (gpu or not full, lambda row: flop_text(row["effective_flop_per_s"])),
+        "issued": (gpu, lambda row: flop_text(row["issued_flop_per_s"])),
+        "of GEMM": (True, lambda row: f"{row['gemm_share']:.0%}"),
+        "memory": (full, lambda row: bytes_text(row["peak_bytes"])),
+        "error": (True, lambda row: f"{row['max_abs_error']:.0e}"),
+        "same key": (True, lambda row: f"{row['index_agreement']:.2%}"),
+    }
+    return {name: text for name, (shown, text) in columns.items() if shown}
 
 
 def _transfer(data: Data, full: bool) -> list[Table]:
     """One row per operation, level and layout; the times of the indices side by side."""
+    cases, labels = data["cases"], data["labels"]
     groups: dict[tuple[str, str, str], list[Data]] = {}
-    for case in data["cases"]:
+    for case in cases:
         place = (case["operation"], case["level"], case["layout"])
         groups.setdefault(place, []).append(case["rows"])
-    first, label = next(iter(data["labels"].items()))
+    first, label = next(iter(labels.items()))
     rows = []
-    for place in sorted(groups, key=lambda place: place[0] == "adjoint"):
-        group = groups[place]
-        cells = [
-            short_cell([rows[name] for rows in group if name in rows]) for name in data["labels"]
-        ]
-        shares = [x[first]["copy_share"] for x in group if "copy_share" in x.get(first, {})]
+    for place, group in sorted(groups.items(), key=lambda item: item[0][0] == "adjoint"):
+        cells = (short_cell([rows[name] for rows in group if name in rows]) for name in labels)
+        shares = (x[first]["copy_share"] for x in group if "copy_share" in x.get(first, {}))
         rows.append([*place, *cells, "/".join(f"{100 * share:.0f}" for share in shares)])
-    copy = median(case["copy_bytes_per_s"] for case in data["cases"]) / 1e9
+    copy = median(case["copy_bytes_per_s"] for case in cases) / 1e9
     title = (
-        f"Transfer, {size_title(data['cases'][0])}, {data['cases'][0]['dtype']}; median ms with "
+        f"Transfer, {size_title(cases[0])}, {cases[0]['dtype']}; median ms with indices "
+        f"{'/'.join(INDICES)} and {WITHOUT}. {machine_text(data)}, copy at {copy:.1f} GB/s"
     )
-    title += (
-        f"indices {'/'.join(INDICES)} and {WITHOUT}. {machine_text(data)}, copy at {copy:.1f} GB/s"
-    )
-    header = ["", "level", "layout", *data["labels"].values(), f"{label}, % of copy"]
-    return [Table(title, header, 3, rows, reasons(data, data["cases"]))]
+    header = ["", "level", "layout", *labels.values(), f"{label}, % of copy"]
+    return [Table(title, header, 3, rows, reasons(data, cases))]
 
 
 def _model(data: Data, full: bool) -> list[Table]:
     """A row for every case, and the stages of the whole model."""
-    labels, rows = data["labels"], []
+    labels, rows, staged, stages = data["labels"], [], [], {}
     for case in data["cases"]:
-        found = [row for _, _, row in measured([case], labels)]
-        cells = (
-            cell(row) if row and row["status"] == "ok" else short_cell([row] if row else [])
-            for row in map(case["rows"].get, labels)
-        )
-        times = [
-            case["rows"].get(name, {}).get("median_s") for name in (ORIGINAL, next(iter(labels)))
-        ]
+        found = {name: row for _, name, row in measured([case], labels)}
+        absent = {name: short_cell([row]) for name, row in case["rows"].items()}
+        cells = (cell(found[x]) if x in found else absent.get(x, "") for x in labels)
+        times = [found.get(name, {}).get("median_s") for name in (ORIGINAL, next(iter(labels)))]
         faster = "" if None in times else f"{digits(times[0] / times[1])} x"
-        error = max((row["max_relative_error"] for row in found), default=0)
-        checked = "/".join({str(row.get("checked_queries", "all")) for row in found})
+        error = max((row["max_relative_error"] for row in found.values()), default=0)
+        checked = "/".join({str(row.get("checked_queries", "all")) for row in found.values()})
         place = (case["operation"], case["title"])
         rows.append([*place, *cells, faster, f"{error:.0e}", checked])
-    title = "Drop-in and original form, float32; median time and "
+        for name in [name for name in found if "stages_s" in found[name]]:
+            staged.append((", ".join(place), labels[name], found[name]["stages_s"]))
+            stages |= found[name]["stages_s"]
+    title = f"Drop-in and original form, float32; median time and {WITHOUT}. {machine_text(data)}"
     header = ["", "size", *labels.values(), "faster", "error", "checked"]
-    whole = Table(
-        f"{title}{WITHOUT}. {machine_text(data)}", header, 2, rows, reasons(data, data["cases"])
-    )
-    staged = [x for x in measured(data["cases"], labels) if "stages_s" in x[2]]
-    stages = list(dict.fromkeys(stage for _, _, row in staged for stage in row["stages_s"]))
-    rows = []
-    for case, name, row in staged:
-        taken = (row["stages_s"].get(stage) for stage in stages)
-        place = (f"{case['operation']}, {case['title']}", labels[name])
-        rows.append([*place, *("" if s is None else seconds_text(s) for s in taken)])
+    whole = Table(title, header, 2, rows, reasons(data, data["cases"]))
+    rows = [
+        [*place, *(seconds_text(taken[x]) if x in taken else "" for x in stages)]
+        for *place, taken in staged
+    ]
     return [whole, Table("Stages of the whole model", ["", "", *stages], 2, rows)]
 
 
@@ -228,8 +329,8 @@ def _highres(data: Data, full: bool) -> list[Table]:
     height, width = case["size"]
     title = (
         f"From {width // 4}x{height // 4} to {width}x{height} with a reference of that size, for "
+        f"which the original form makes a matrix of {bytes_text(case['original_bytes'])}"
     )
-    title += f"which the original form makes a matrix of {bytes_text(case['original_bytes'])}"
     rows = []
     for row in case["rows"].values():
         cells = [row.get("reason", ""), "", "", ""]
@@ -246,33 +347,23 @@ def _sharded(data: Data, full: bool) -> list[Table]:
     """One process and several, size by size."""
     found = []
     for case in data["cases"]:
-        rows = [
-            [
-                data["labels"][name],
-                seconds_text(row["median_s"]),
-                range_text(row["low_s"], row["high_s"]),
-                count_text(case["pairs"] / row["median_s"]),
-                bytes_text(row["key_bytes"]),
-                bytes_text(row["peak_bytes"]),
-            ]
-            for _, name, row in measured([case], data["labels"])
-        ]
+        rows = []
+        for _, name, row in measured([case], data["labels"]):
+            times = [seconds_text(row["median_s"]), range_text(row["low_s"], row["high_s"])]
+            memory = [bytes_text(row["key_bytes"]), bytes_text(row["peak_bytes"])]
+            rate = count_text(case["pairs"] / row["median_s"])
+            rows.append([data["labels"][name], *times, rate, *memory])
         header = ["", "time", "20 to 80 %", "pairs/s", "key", "memory"]
-        title = (
-            f"{size_title(case)}, {case['channels']} channels, {count_text(case['pairs'])} pairs"
-        )
+        title = f"Search over processes, {size_title(case)}, {case['channels']} channels"
         found.append(Table(title, header, 1, rows, reasons(data, [case])))
     return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables of every file; 2 if one cannot be read."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Tables of results of benchmarks in Markdown.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    args = parser.parse_args(argv)
-    for path in args.files:
+    for path in parser.parse_args(argv).files:
         try:
             print(markdown(json.loads(path.read_text())))
         except (OSError, ValueError, KeyError) as error:

@@ -1,24 +1,19 @@
-"""The runner of all benchmarks: command line, cases, results and their report.
-
-Results are one JSON format: kind, machine (with versions and commit), device, the labels of the
-candidates, and cases with a row per candidate.
-"""
+"""The runner of all benchmarks: command line, cases, and results in one JSON format."""
 
 import argparse
 import os
 import textwrap
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import machine
 import measure
 import report
 import torch
 from measure import Entry, deferred
-from registry import Bench, Candidate, Case, Size
-from text import bytes_text, seconds_text
+from registry import Bench, Case, Size
+from report import bytes_text, seconds_text
 
 from ttsr_fast.upscaling import plan
 
@@ -61,12 +56,12 @@ def set_threads(count: int) -> None:
 
 
 def show(data: dict[str, Any], console: "Console") -> int:
-    """Print all tables; 1 if a result was wrong."""
+    """Print all tables; 1 if a result was wrong, or none is there."""
     for table in report.tables(data, full=True):
         title, *lines = ["", *table.lines(console.width)]
         console.print(title, *lines, sep="\n", markup=False, soft_wrap=True)
-    rows = [row for case in data["cases"] for row in case["rows"].values()]
-    return int(any(row["status"] == "failed" for row in rows))
+    states = {row["status"] for case in data["cases"] for row in case["rows"].values()}
+    return int("failed" in states or "ok" not in states)
 
 
 def parse(bench: Bench, argv: list[str] | None) -> argparse.Namespace:
@@ -88,10 +83,6 @@ def parse(bench: Bench, argv: list[str] | None) -> argparse.Namespace:
         args.device = machine.pick(args.device)
     except (ValueError, RuntimeError) as error:
         found.error(f"--device: {error}")
-    for name in args.candidates or ():
-        reason = bench.candidates[name].why_not(args.device)
-        if reason is not None:
-            found.error(f"--candidates {name}: {reason}")
     kind = ("quick " if args.quick else "") + args.device.type
     args.named = args.candidates is not None
     args.candidates = args.candidates or [
@@ -111,23 +102,17 @@ def main(bench: Bench, argv: list[str] | None = None) -> int:
     """Measure all cases, write and show the results; 1 if a result was wrong."""
     args = parse(bench, argv)
     set_threads(args.threads)
-    screen = console()
+    screen, runner = console(), Runner(bench, args)
     labels = {name: bench.candidates[name].label for name in args.candidates}
     files: dict[Path, dict[str, Any]] = {}
     with screen.status("") as status:
         for case in bench.cases(args):
             path = args.out / f"{machine.stem(args.device, case_stem(bench, case))}.json"
             data = files.setdefault(path, document(bench.kind, args.device, labels))
-
-            def on_progress(text: str, title: str = case.title) -> None:
-                status.update(f"{title}: {text}")
-
-            data["cases"].append(run_case(bench, case, data["cases"], args, on_progress))
+            status.update(case.title)
+            data["cases"].append(runner.run_case(case, data["cases"]))
             machine.write_json(path, data)
-    failed = 0
-    for data in files.values():
-        failed |= show(data, screen)
-    return failed
+    return max([show(data, screen) for data in files.values()])
 
 
 def case_stem(bench: Bench, case: Case) -> str:
@@ -137,78 +122,58 @@ def case_stem(bench: Bench, case: Case) -> str:
     return "-".join(filter(None, (bench.kind, batch, dtype)))
 
 
-def run_case(
-    bench: Bench,
-    case: Case,
-    before: list[dict[str, Any]],
-    args: argparse.Namespace,
-    on_progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Facts and rows of a case."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name in case.names:
-        reason = why_not(bench, name, case, before, args)
-        rows[name] = {} if reason is None else {"status": "skipped", "reason": reason}
-    tried = [name for name in case.names if not rows[name]]
-    inputs = bench.inputs(*case.place, args.device)
-    entries = {name: entry(bench, name, case, inputs, args) for name in tried}
-    records, timings = measure.measure(
-        entries,
-        {name: run for name, (run, _) in case.rooflines.items()},
-        seconds=args.seconds,
-        device=args.device,
-        on_progress=on_progress,
-    )
-    rows |= records
-    rates = {name: case.rooflines[name][1] / t.median_s for name, t in timings.items()}
-    right = {name: row for name, row in rows.items() if row["status"] == "ok"}
-    facts = {"operation": case.operation, "title": case.title, **case.size.facts, **case.facts}
-    return {**facts, **case.finish(right, rates), "rows": rows}
+class Runner(NamedTuple):
+    """A benchmark with its options."""
 
+    bench: Bench
+    args: argparse.Namespace
 
-def why_not(
-    bench: Bench,
-    name: str,
-    case: Case,
-    before: list[dict[str, Any]],
-    args: argparse.Namespace,
-) -> str | None:
-    """The reason why a candidate is not tried, None if it is."""
-    candidate = bench.candidates[name]
-    reason = candidate.why_not(args.device) or case.skip(candidate)
-    if reason is not None:
-        return reason
-    needed = candidate.bytes_needed(case.size, case.operation)
-    if needed > plan.free_bytes(args.device):
-        return f"does not fit (needs {bytes_text(needed)})"
-    timed = [
-        earlier["rows"][name]["median_s"] * case.size.pairs / earlier["pairs"]
-        for earlier in before
-        if earlier["operation"] == case.operation and "median_s" in earlier["rows"].get(name, {})
-    ]
-    if timed and timed[-1] > args.limit and name not in bench.subjects:
-        return f"skipped (estimated {seconds_text(timed[-1])})"
-    return None
+    def run_case(self, case: Case, before: list[dict[str, Any]]) -> dict[str, Any]:
+        """Facts and rows of a case."""
+        reasons = {name: self.why_not(name, case, before) for name in case.names}
+        rows = {name: {"status": "skipped", "reason": reason} for name, reason in reasons.items()}
+        inputs = self.bench.inputs(*case.place, self.args.device)
+        records, timings = measure.measure(
+            {name: self.entry(name, case, inputs) for name in reasons if reasons[name] is None},
+            {name: run for name, (run, _) in case.rooflines.items()},
+            seconds=self.args.seconds,
+            device=self.args.device,
+        )
+        rows |= records
+        rates = {name: case.rooflines[name][1] / t.median_s for name, t in timings.items()}
+        right = {name: row for name, row in rows.items() if row["status"] == "ok"}
+        facts = {"operation": case.operation, "title": case.title, **case.size.facts, **case.facts}
+        return {**facts, **case.finish(right, rates), "rows": rows}
 
+    def why_not(self, name: str, case: Case, before: list[dict[str, Any]]) -> str | None:
+        """The reason why a candidate is not tried, None if it is."""
+        candidate = self.bench.candidates[name]
+        reason = candidate.why_not(self.args.device) or case.skip(candidate)
+        if reason is not None:
+            return reason
+        needed = candidate.bytes_needed(case.size, case.operation)
+        if needed > plan.free_bytes(self.args.device):
+            return f"does not fit (needs {bytes_text(needed)})"
+        seconds = 0.0
+        for earlier in before:
+            row = earlier["rows"].get(name, {})
+            if earlier["operation"] == case.operation and "median_s" in row:
+                seconds = row["median_s"] * case.size.pairs / earlier["pairs"]
+        if seconds > self.args.limit and name not in self.bench.subjects:
+            return f"skipped (estimated {seconds_text(seconds)})"
+        return None
 
-def entry(
-    bench: Bench, name: str, case: Case, inputs: tuple[Any, ...], args: argparse.Namespace
-) -> Entry:
-    """A candidate at a case, to be measured."""
-    candidate, device = bench.candidates[name], args.device
-    run = deferred(candidate.prepare, *inputs)
-    run = deferred(measure.graph_run, run) if candidate.graph else run
-    check = partial(case.check, candidate)
-    if args.no_memory or not is_weighed(candidate, case, device):
-        return Entry(run, check)
-    if device.type == "cuda":
-        return Entry(run, check, partial(measure.peak_bytes_on_gpu, run, device))
-    job = (measure.candidate_job, bench.kind, name, case.place)
-    return Entry(run, check, partial(measure.peak_bytes, *job))
-
-
-def is_weighed(candidate: Candidate, case: Case, device: torch.device) -> bool:
-    """False also where a process of its own would count the memory of a compiler."""
-    if device.type == "cpu" and (candidate.graph or candidate.compiled):
-        return False
-    return case.weighed
+    def entry(self, name: str, case: Case, inputs: tuple[Any, ...]) -> Entry:
+        """A candidate at a case, to be measured."""
+        candidate, device = self.bench.candidates[name], self.args.device
+        run = deferred(candidate.prepare, *inputs)
+        run = deferred(measure.graph_run, run) if candidate.graph else run
+        check = partial(case.check, candidate)
+        # A process of its own would also count the memory of a compiler.
+        alone = device.type == "cpu" and (candidate.graph or candidate.compiled)
+        if self.args.no_memory or alone or not case.weighed:
+            return Entry(run, check)
+        if device.type == "cuda":
+            return Entry(run, check, partial(measure.peak_bytes_on_gpu, run, device))
+        job = (measure.candidate_job, self.bench.kind, name, case.place)
+        return Entry(run, check, partial(measure.peak_bytes, *job))

@@ -5,10 +5,8 @@
     python bench/search.py --sizes 100x100:108x96   queries 100x100, keys 108x96
     python bench/search.py --sizes 9*40x40          nine images at once
 
-Runs on the GPU where there is one. Writes a result file into the
-folder `--out` (`search.json` on the CPU, the name of the GPU otherwise) and
-prints a table per size. Exits with status 1 if any candidate gave a wrong
-result, which is not timed.
+Runs on the GPU where there is one. Exits with status 1 if a result was wrong,
+which is not timed.
 """
 
 import argparse
@@ -21,10 +19,9 @@ from typing import Any
 import runner
 import torch
 from gate import SearchTruth
-from registry import Bench, Candidate, Case, Rows, Run, Size
-from rooflines import OPERANDS, gemm_run
+from registry import OPERANDS, Bench, Candidate, Case, Rows, Run, Size, gemm_run
+from report import size_title
 from search_candidates import CANDIDATES, PATCH, maps, resolved
-from text import size_title
 from torch import Tensor
 
 TRUTH_BYTES = 1 << 30  # bounds the queries that are checked at the largest sizes

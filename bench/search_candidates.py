@@ -1,10 +1,6 @@
-"""The candidates of the search: the backends of this package, and baselines.
+"""The candidates of the search: from feature maps to score and index, all preparation included.
 
-Every candidate starts from the two feature maps and ends with score and index as tensors; its time
-and memory include all preparation (unfolding, normalising, an index).
-
-flash-kmeans is left out: it assigns vectors of a power of two of numbers, held in shared memory
-whole, and a patch has 2304.
+flash-kmeans is left out: it needs vectors of a power of two of numbers, and a patch has 2304.
 """
 
 import os
@@ -16,8 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import CPU
-from registry import Candidate, Declined, Run, Size
-from rooflines import OPERANDS, matmul_precision, products_of
+from registry import OPERANDS, Candidate, Declined, Run, Size, matmul_precision, products_of
 from torch import Tensor
 
 from ttsr_fast import functional, reference
@@ -51,11 +46,7 @@ def _candidate(label: str, search: Search, **options: Any) -> Candidate:
 
 
 def choice_tolerance(precision: str) -> float:
-    """Largest loss of a choice below the maximum, in a precision of this package.
-
-    Rounding changes each patch of a pair, and may misjudge both the chosen and the best pair.
-    fp16x3 keeps what rounding removes.
-    """
+    """Largest loss of a choice below the maximum: two pairs of rounded patches are compared."""
     operands, parts = PRECISIONS[precision]
     exact = operands not in ROUNDING or parts > 1
     return Candidate.tolerance if exact else 4 * ROUNDING[operands]

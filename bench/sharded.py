@@ -1,16 +1,12 @@
 """Time and memory of a search with the key sharded over processes.
 
     torchrun --nproc-per-node 2 bench/sharded.py
-    torchrun --nproc-per-node 2 bench/sharded.py --quick
     torchrun --nproc-per-node 2 bench/sharded.py --sizes 100x100:108x96
 
-On the CPU, under Linux. The search in one process is held against float64
-ground truth, and the search over processes has to be bit-equal to it; a wrong
-one is not timed. One process is measured with the threads of each of several,
-and with the threads of all. Writes `sharded.json` into the folder `--out` and
-prints a table per size: "key" is the largest shard of a process, "memory" the
-peak of any process above inputs and results. Exits with status 1 if a result
-was wrong.
+On the CPU, under Linux. The result over processes has to be bit-equal to the
+result of one process, which is held against float64; a wrong one is not timed.
+"key" is the largest shard of a process, "memory" the peak of any process above
+inputs and results. Exits with status 1 if a result was wrong.
 """
 
 import argparse

@@ -21,7 +21,6 @@ import report
 import runner
 import search
 import search_candidates
-import text
 import transfer
 from gate import SearchTruth, WrongResult
 from machine import CPU
@@ -205,7 +204,7 @@ def test_model(
     assert "|  |  | LTE | search | transfer | MainNet | backward | Adam |" in printed
     rows = cases["SearchTransfer", "7x8"]
     faster = rows["reference"]["median_s"] / rows["torch"]["median_s"]
-    assert f"| {text.digits(faster)} x |" in printed
+    assert f"| {report.digits(faster)} x |" in printed
 
 
 def test_wrong_module_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
