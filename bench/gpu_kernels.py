@@ -35,7 +35,7 @@ import triton.language as tl
 from gate import SearchTruth, WrongResult, check_close
 from gpu_cases import Jobs
 from registry import Declined, Run, Size, copy_run, gemm_run
-from search_candidates import PRECISIONS, choice_tolerance, launches, maps
+from search_candidates import PATCH, PRECISIONS, choice_tolerance, launches, maps
 
 from ttsr_fast.operators import library
 
@@ -108,20 +108,20 @@ def cell(table: str, row: str, column: str, text: str, **numbers: Any) -> dict[s
 def prepare(lab: Lab, size: str, algorithm: str, precision: str, label: str) -> tuple:
     """The launches of a search by name, once its result is right; and its multiplied pairs."""
     from ttsr_fast.kernels import search as kernel_search
-    from ttsr_fast.kernels import tiles
-    from ttsr_fast.kernels.operands import operands
+    from ttsr_fast.kernels import tile_configs
+    from ttsr_fast.kernels.precision import precision_for
 
     query, key = lab.maps(size)
-    tile = tiles.tile(algorithm, operands(query.dtype, precision).name)
+    tile = tile_configs.select(algorithm, precision_for(query.dtype, precision).name)
     if "/" in label:
-        tile = tiles.Tile(*map(int, label.replace("x", "/").split("/")))
+        tile = tile_configs.TileConfig(*map(int, label.replace("x", "/").split("/")))
     (score, index), stages = launches(query, key, algorithm, precision, tile)
     score.fill_(float("nan"))
     index.fill_(-(2**40))
     for run in stages.values():
         run()
     lab.check(lambda: lab.truth(size).check((score, index), choice_tolerance(precision)))
-    return stages, kernel_search.padded_pairs(query.shape, key.shape, algorithm, tile)
+    return stages, kernel_search.padded_pairs(query.shape, key.shape, PATCH, algorithm, tile)
 
 
 def check_search(lab: Lab, size: str, algorithm: str, precision: str) -> Cells:
@@ -151,7 +151,7 @@ def time_search(
     table = "kernel alone, ps per pair: events, graph, graph per padded pair"
     facts = {"pairs": pairs, "padded_pairs": padded, **times._asdict()}
     cells = [cell(table, f"{algorithm} {precision} {label}", size, text, **facts)]
-    for name in ("pack", "patch_norm", "rescore") if label == DEFAULT else ():
+    for name in ("pack", "key_scale", "rescore") if label == DEFAULT else ():
         times = lab.times(stages[name])
         text = " ".join(f"{1e6 * x:.1f}" for x in times)
         cells.append(cell("us: events, graph", name, size, text, **times._asdict()))
@@ -161,8 +161,8 @@ def time_search(
 def setting(label: str, ring: int | None) -> AbstractContextManager:
     """Another size of the slab's ring, or kernels that look for the index of every tile."""
     if ring is not None:
-        return mock.patch("ttsr_fast.kernels.slab_search.RING_BYTES", ring << 20)
-    name = "ttsr_fast.kernels.tiles.lazy"
+        return mock.patch("ttsr_fast.kernels.slab.RING_BYTES", ring << 20)
+    name = "ttsr_fast.kernels.tile_configs.lazy"
     return mock.patch(name, return_value=False) if label == "not lazy" else nullcontext()
 
 
@@ -239,21 +239,21 @@ def slab_block(lab: Lab, precision: str, ring: int) -> Cells:
 
 def first_block(lab: Lab, size: str, precision: str) -> tuple[list[int], dict[str, Run]]:
     """Images, keys and queries of the first block, and its launches."""
-    from ttsr_fast.kernels import slab_search, tiles
+    from ttsr_fast.kernels import slab, tile_configs
 
     stages, _ = prepare(lab, size, "slab", precision, "")
-    query, key, scale, best, how, _ = stages["slab"].args
-    blocks = slab_search.Blocks(query.layout, key.layout, query.images)
-    block, ring = next(slab_search.each(query, key, blocks)), blocks.ring(query.square)
-    queries, keys, out = block.queries(query, how), block.keys(key, how), blocks.products(ring)
-    runs = {"product": partial(slab_search.multiply, keys, queries.mT, out)}
-    if slab_search.has_cuda_kernel(ring):
+    query, key, scale, argmax, _ = stages["slab"].args
+    blocks = slab.Blocks(query.layout, key.layout, query.images)
+    block, ring = next(slab.all_blocks(blocks)), blocks.ring(query.rows)
+    queries, keys, out = block.queries(query), block.keys(key), blocks.products(ring)
+    runs = {"product": partial(slab.multiply, keys, queries.mT, out)}
+    if slab.has_cuda_kernel(ring):
         for keys, rows in ((8, 16), (4, 16), (8, 8), (8, 64)):  # of a thread, of a walk
-            given = slab_search.cuda_arguments(query, key, scale, best, ring, how, blocks)
+            given = slab.cuda_arguments(query, key, scale, argmax.words, ring, blocks)
             run = partial(torch.ops.ttsr_fast.cuda_slab_argmax, *given[:-2], keys, rows)
             runs[f"{keys}x{rows}"] = run
-    tile = tiles.tile("slab", how.name)
-    runs["triton"] = partial(slab_search.box_max, ring, scale, best, block, tile)
+    tile = tile_configs.select("slab", query.precision.name)
+    runs["triton"] = partial(slab.search_block, ring, scale, argmax.words, block, tile)
     return list(out.shape), runs
 
 

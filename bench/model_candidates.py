@@ -19,7 +19,8 @@ from transfer import LEVELS, make_index
 from ttsr_fast import TTSR, SearchTransfer, functional, reference
 from ttsr_fast.model import lte, main_net
 from ttsr_fast.upscaling import ttsr
-from ttsr_fast.upscaling.plan import plan_ttsr
+from ttsr_fast.upscaling.execution import Execution
+from ttsr_fast.upscaling.plan import plan_upscale
 
 MODULE = ("SearchTransfer", "with gradients")
 MODEL = ("TTSR", "training step")
@@ -87,12 +88,12 @@ def make_model(name: str) -> TTSR:
 @contextmanager
 def _contiguous_maps() -> Iterator[None]:
     """Contiguous maps, as in the original form."""
-    ours = lte.side_by_side
-    lte.side_by_side = main_net.side_by_side = lambda x: x
+    ours = lte.channels_last_on_cpu
+    lte.channels_last_on_cpu = main_net.channels_last_on_cpu = lambda x: x
     try:
         yield
     finally:
-        lte.side_by_side = main_net.side_by_side = ours
+        lte.channels_last_on_cpu = main_net.channels_last_on_cpu = ours
 
 
 def make_images(size: Size) -> dict[str, Tensor]:
@@ -148,10 +149,10 @@ class Subject:
             return self._model_run()
         # Image and scores by the functions of `upscale`.
         amp, lr, lrsr, ref, refsr = self.variant.amp, *list(self.images.values())[:4]
-        plan = plan_ttsr(self.model, self.size.query, [self.size.key])
-        features = [ttsr.reference_features(self.model, ref, refsr, plan, amp)]
-        options = {"backend": self.variant.backend, "amp": amp}
-        sr, match = ttsr.super_resolve(self.model, lr, lrsr, features, plan, **options)
+        plan = plan_upscale(self.size.query, [self.size.key], model=self.model)
+        execution = Execution(backend=self.variant.backend, amp=amp)
+        features = [ttsr.reference_features(self.model, ref, refsr, plan, execution)]
+        sr, match = ttsr.super_resolve(self.model, lr, lrsr, features, plan, execution)
         return sr, match.score.unsqueeze(1)
 
     def _train(self) -> tuple[Tensor, Tensor]:

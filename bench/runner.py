@@ -15,7 +15,7 @@ from measure import Entry, deferred
 from registry import Bench, Case, Size
 from report import bytes_text, seconds_text
 
-from ttsr_fast.upscaling import plan
+from ttsr_fast.upscaling import memory
 
 if TYPE_CHECKING:
     from rich.console import Console  # which the checks of a GPU do without
@@ -152,7 +152,7 @@ class Runner(NamedTuple):
         if reason is not None:
             return reason
         needed = candidate.bytes_needed(case.size, case.operation)
-        if needed > plan.free_bytes(self.args.device):
+        if needed > memory.free_bytes(self.args.device):
             return f"does not fit (needs {bytes_text(needed)})"
         seconds = 0.0
         for earlier in before:

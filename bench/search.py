@@ -21,7 +21,7 @@ import torch
 from gate import SearchTruth
 from registry import OPERANDS, Bench, Candidate, Case, Rows, Run, Size, gemm_run
 from report import size_title
-from search_candidates import CANDIDATES, PATCH, maps, resolved
+from search_candidates import CANDIDATES, PIXELS, maps, resolved
 from torch import Tensor
 
 TRUTH_BYTES = 1 << 30  # bounds the queries that are checked at the largest sizes
@@ -109,7 +109,7 @@ def rates_of(
         "precision": candidate.precision,
         "pairs_per_s": size.pairs / seconds,
         "ps_per_pair": 1e12 * seconds / size.pairs,
-        "effective_flop_per_s": 2 * size.channels * PATCH * size.pairs / seconds,
+        "effective_flop_per_s": 2 * size.channels * PIXELS * size.pairs / seconds,
         "issued_flop_per_s": issued,
         "gemm_share": issued / rates[candidate.operands],
     }

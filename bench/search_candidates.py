@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ttsr_fast import functional, reference
 from ttsr_fast.operators import library
+from ttsr_fast.operators.patch import Patch, Score
 
 Match = tuple[Tensor, Tensor]  # score [N, H, W], index [N, H, W]
 Search = Callable[[Tensor, Tensor], Match]
 BLOCK_BYTES = 64 << 20  # of scores held at a time by the chunked product
-PATCH = 9
+PATCH, PIXELS = Patch(3, 1), 9
 # Operands, and the number of their products, of a precision of this package.
 PRECISIONS = {
     "fp32": ("float32", 1),
@@ -31,7 +32,7 @@ PRECISIONS = {
     "bf16": ("bfloat16", 1),
 }
 # Inner products of channels per pair; patches share those of their pixels, or those of three rows.
-ALGORITHMS = {"slab": 1, "rolled": 3, "direct": PATCH}
+ALGORITHMS = {"slab": 1, "rolled": 3, "direct": PIXELS}
 # Relative error of rounding: half a unit in the last place, or a whole one where digits
 # are truncated.
 ROUNDING = {"tf32": 2**-10, "float16": 2**-11, "bfloat16": 2**-8}
@@ -89,11 +90,10 @@ def launches(
     n, _, h, w = query.shape
     score = query.new_empty(n, h, w, dtype=torch.float32)
     index = torch.empty_like(score, dtype=torch.int64)
-    options = (3, 1, "both", 1e-12, False, precision)
-    stages = kernel_search.stages(
-        query, key, None, score, index, *options, algorithm=algorithm, tile=tile
+    plan = kernel_search.Plan(precision, algorithm, tile)
+    return (score, index), kernel_search.stages(
+        query, key, None, (score, index), PATCH, Score(), plan
     )
-    return (score, index), stages
 
 
 def _algorithm_search(query: Tensor, key: Tensor, algorithm: str, precision: str) -> Match:
@@ -113,7 +113,7 @@ def resolved(
         return candidate
     from ttsr_fast.kernels import search as kernel_search
 
-    algorithm = kernel_search.choose(query, key, 3, 1, candidate.precision)
+    algorithm = kernel_search.choose(query, key, PATCH, candidate.precision)
     products = ALGORITHMS[algorithm] * PRECISIONS[candidate.precision][1]
     return replace(candidate, algorithm=algorithm, products=products)
 
@@ -134,7 +134,7 @@ def _algorithm(algorithm: str, precision: str) -> Candidate:
 
 def _patches_bytes(n: int, c: int) -> int:
     """An unfolded map in float32."""
-    return 4 * PATCH * c * n
+    return 4 * PIXELS * c * n
 
 
 def _each_image(search: Search) -> Search:

@@ -220,7 +220,7 @@ def case_at(size: Size, operation: str = "search", skip=lambda candidate: None) 
 def test_candidates_that_do_not_fit_or_are_slow(monkeypatch: pytest.MonkeyPatch, bench) -> None:
     args = runner.parse(bench, ["--device", "cpu", "--limit", "60"])
     why_not = runner.Runner(bench, args).why_not
-    monkeypatch.setattr(runner.plan, "free_bytes", lambda device: 64 << 30)
+    monkeypatch.setattr(runner.memory, "free_bytes", lambda device: 64 << 30)
     whole = bench is model.BENCH
     operation, original = ("SearchTransfer", "reference") if whole else ("search", "unfold")
     huge = case_at(Size.parse("270x480"), operation)
