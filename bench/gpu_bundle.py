@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -89,9 +90,8 @@ def find_library(kind: str) -> tuple[Path | None, str]:
 def versions(out: Path, *, tiny: bool) -> int:
     """Write machine, clocks and the environment of later steps; 1 if something is missing."""
     facts = machine.facts()
-    named = {"python": facts["python"], "torch": torch.__version__}
-    named["triton"] = facts["versions"]["triton"]
-    lines = [", ".join(f"{name} {version}" for name, version in named.items())]
+    triton = facts["versions"]["triton"]
+    lines = [f"python {facts['python']}, torch {torch.__version__}, triton {triton}"]
     data = {"machine": facts, "why_not": None if tiny else why_not(), "lines": lines}
     missing = [] if data["why_not"] is None else [data["why_not"]]
     machine.write_json(out, data)
@@ -159,17 +159,16 @@ def compile_share(number: int, of: int, tiny: bool) -> list[tuple[str, bool]]:
             launchers[kernel.hash] = CudaLauncher(kernel.src, kernel.metadata)
         return kernel
 
-    bench = gpu_kernels.Lab(torch.device("meta"), compiling=True)
-    parts = [gpu_kernels.PARTS[name](bench) for name in ("check", "times", "ceilings")]
+    lab = gpu_kernels.Lab(torch.device("meta"), compiling=True)
+    parts = [gpu_kernels.PARTS[name](lab) for name in ("check", "times", "ceilings")]
     others = ("540x960 slab", "270x480 slab")  # no kernels of their own
     jobs = [job for part in parts for job in part if not job[0].startswith(others)]
     with listen, unloaded, mock.patch.object(JITFunction, "run", compile_only):
         CudaUtils()
         for name, job in jobs[number : 1 if tiny else None : of]:
             try:
-                job()
-            except Declined:
-                continue
+                with suppress(Declined):
+                    job()
             except Exception as error:  # of the compiler; the others are compiled
                 print(f"{name} was not compiled: {error}", flush=True)
     return list(found.values())

@@ -57,10 +57,8 @@ def facts() -> dict[str, Any]:
     """Machine, versions, commit and date."""
     versions: dict[str, str | None] = {"ttsr-fast": ttsr_fast.__version__}
     for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+        found = [x.version for x in metadata.distributions(name=package)]
+        versions[package] = found[0] if found else None
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

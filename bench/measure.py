@@ -13,7 +13,7 @@ import multiprocessing
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
@@ -99,9 +99,8 @@ def deferred(make: Callable[..., Run], *arguments: Any) -> Run:
 # --- time ---
 
 
-def summarise(samples: Iterable[float]) -> Timing:
+def summarise(samples: list[float]) -> Timing:
     """Median and 20 % and 80 % quantiles, interpolated linearly."""
-    samples = list(samples)
     median, low, high = np.quantile(samples, (0.5, 0.2, 0.8)).tolist()
     return Timing(median, low, high, len(samples))
 
@@ -124,9 +123,8 @@ def time_interleaved(
         spent = sum(taken)
         return spent >= seconds and (len(taken) >= min_reps or spent >= seconds * min_reps)
 
-    samples: dict[str, list[float]] = {}
-    for name, run in runs.items():
-        samples[name] = [taken for taken in _turn(run, 0.0, device) if taken > seconds]
+    warm_ups = {name: _turn(run, 0.0, device) for name, run in runs.items()}
+    samples = {name: [x for x in taken if x > seconds] for name, taken in warm_ups.items()}
     order = list(runs)
     gc.disable()
     try:

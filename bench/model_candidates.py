@@ -3,9 +3,10 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, lru_cache, partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +89,9 @@ def make_model(name: str) -> TTSR:
 @contextmanager
 def _contiguous_maps() -> Iterator[None]:
     """Contiguous maps, as in the original form."""
-    ours = lte.channels_last_on_cpu
-    lte.channels_last_on_cpu = main_net.channels_last_on_cpu = lambda x: x
-    try:
+    patches = (mock.patch.object(x, "channels_last_on_cpu", lambda x: x) for x in (lte, main_net))
+    with next(patches), next(patches):
         yield
-    finally:
-        lte.channels_last_on_cpu = main_net.channels_last_on_cpu = ours
 
 
 def make_images(size: Size) -> dict[str, Tensor]:
@@ -167,16 +165,25 @@ class Subject:
     def stages(self) -> dict[str, float]:
         """Seconds in each stage of one run, synchronised; the search is run again by itself."""
         self._seconds = dict.fromkeys(STAGES, 0.0)
-        features: list[Tensor] = []
-        handles = [handle for name in MODULES for handle in self._hooks(name, features)]
-        self.run()
-        for handle in handles:
-            handle.remove()
+        with ExitStack() as stack:
+            for name in MODULES:
+                module = getattr(self.model, name)
+                timed = partial(self._timed, name, module.forward)
+                stack.enter_context(mock.patch.object(module, "forward", timed))
+            self.run()
         with torch.no_grad(), self._stage("search"):
-            self._search(*features)
+            self._search(*self._searched)
         found, self._seconds = self._seconds, None
         found["transfer"] = max(0.0, found.pop("SearchTransfer") - found["search"])
         return {name: seconds for name, seconds in found.items() if seconds or name == "transfer"}
+
+    def _timed(
+        self, name: str, forward: Callable[..., Any], *inputs: Tensor, **options: Any
+    ) -> Any:
+        if name == "SearchTransfer":
+            self._searched = [x.detach() for x in inputs[:2]]
+        with self._stage(name):
+            return forward(*inputs, **options)
 
     def _search(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         if self.name == ORIGINAL:
@@ -194,22 +201,6 @@ class Subject:
         yield
         synchronize(self.device)
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def _hooks(self, name: str, features: list[Tensor]) -> Iterator[Any]:
-        """Hooks that time a module, and note the searched maps."""
-        module, running = getattr(self.model, name), []
-
-        def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if name == "SearchTransfer":
-                features[:] = [x.detach() for x in inputs[:2]]
-            running.append(self._stage(name))
-            running[-1].__enter__()
-
-        def leave(module: nn.Module, inputs: Any, result: Any) -> None:
-            running.pop().__exit__(None, None, None)
-
-        yield module.register_forward_pre_hook(enter)
-        yield module.register_forward_hook(leave)
 
 
 subject = lru_cache(maxsize=None)(Subject)  # shared by the time of a run and of its stages

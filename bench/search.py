@@ -83,10 +83,8 @@ def finish(
     size: Size, inputs: tuple[Tensor, Tensor], rows: Rows, gemms: dict[str, float]
 ) -> dict[str, Any]:
     """Rates that follow from the times of the rows and of the matrix products."""
-    rates: dict[str, float] = {}
-    for name, rate in gemms.items():
-        operands = name.split()[0]
-        rates[operands] = max(rate, rates.get(operands, 0.0))
+    ascending = sorted(gemms.items(), key=lambda item: item[1])
+    rates = {name.split()[0]: rate for name, rate in ascending}  # the largest of each
     for name, row in rows.items():
         candidate = resolved(CANDIDATES[name], *inputs)
         row |= rates_of(row["median_s"], candidate, size, rates)

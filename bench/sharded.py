@@ -45,26 +45,20 @@ def broadcast(task: int = STOP) -> int:
     return int(found)
 
 
-def follow(run: Run) -> None:
-    while (task := broadcast()) != STOP:
-        weigh(run) if task == WEIGH else run()
-
-
-def weigh(run: Run) -> int:
-    """The peak memory of the run in any process."""
-    return largest(measure.peak_bytes_here(run))
-
-
 def largest(x: int) -> int:
     found = torch.tensor(x)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
 
 
+def do(task: int, run: Run) -> Any:
+    """Run, or the peak memory of the run in any process."""
+    return largest(measure.peak_bytes_here(run)) if task == WEIGH else run()
+
+
 def lead(task: int, run: Run, threads: int) -> Any:
     torch.set_num_threads(threads)
-    broadcast(task)
-    return weigh(run) if task == WEIGH else run()
+    return do(broadcast(task), run)
 
 
 # --- the measurement ---
@@ -80,7 +74,8 @@ def run_case(size: Size, args: argparse.Namespace) -> dict[str, Any] | None:
     held = largest(shard.nbytes)
     if dist.get_rank() > 0:
         del key
-        follow(run)
+        while (task := broadcast()) != STOP:
+            do(task, run)
         return None
 
     one = partial(search, query, key, backend=BACKEND)

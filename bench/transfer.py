@@ -31,8 +31,7 @@ from torch import Tensor
 from ttsr_fast import gather_fold, reference
 
 Maps = tuple[Tensor, ...]
-Fold = Callable[[Tensor, Tensor, int], Tensor]  # value, index, stride -> output
-Levels = Callable[[Maps, Tensor, tuple[int, ...]], Maps]  # the same for several levels
+Levels = Callable[[Maps, Tensor, tuple[int, ...]], Maps]  # values, index, strides -> outputs
 # gradient, index, stride, grid of keys -> gradient of the value
 Adjoint = Callable[[Tensor, Tensor, int, tuple[int, int]], Tensor]
 LEVELS = {"lv1": (4, 64), "lv2": (2, 128), "lv3": (1, 256)}  # stride, channels
@@ -41,8 +40,6 @@ GROUPS = {**{level: (level,) for level in LEVELS}, TOGETHER: tuple(LEVELS)}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
 TOLERANCE = {"gather_fold": 1e-6, "adjoint": 1e-5}
-
-
 OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
 OPERATIONS = ("gather_fold", "adjoint")
 
@@ -70,32 +67,26 @@ def _candidate(
     return Candidate(label, prepare, operator="gather_fold", **options)
 
 
-def _each(fold: Fold) -> Levels:
+def _each(fold: Callable[..., Tensor], **options: Any) -> Levels:
     def levels(values: Maps, index: Tensor, strides: tuple[int, ...]) -> Maps:
-        return tuple(fold(v, index, s) for v, s in zip(values, strides, strict=True))
+        pairs = zip(values, strides, strict=True)
+        return tuple(fold(value, index, stride=stride, **options) for value, stride in pairs)
 
     return levels
 
 
 def _ours(label: str, backend: str, **options: Any) -> Candidate:
-    def fold(value: Tensor, index: Tensor, stride: int) -> Tensor:
-        return gather_fold(value, index, stride=stride, backend=backend)
-
-    return _candidate(label, _each(fold), backend=backend, **options)
+    return _candidate(label, _each(gather_fold, backend=backend), backend=backend, **options)
 
 
 # --- baselines ---
-
-
-def _unfold(value: Tensor, index: Tensor, stride: int) -> Tensor:
-    return reference.gather_fold(value, index, stride=stride)
 
 
 @cache
 def _compiler() -> Levels:
     # One version for every case; without `fullgraph`, any beyond the limit would run uncompiled.
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(_each(_unfold), fullgraph=True, dynamic=False)
+    return torch.compile(_each(reference.gather_fold), fullgraph=True, dynamic=False)
 
 
 def _compiled(values: Maps, index: Tensor, strides: tuple[int, ...]) -> Maps:
@@ -155,7 +146,7 @@ CANDIDATES = {
         "cpp, graph", "cpp", operations=("gather_fold",), graph=True, devices=("cuda",)
     ),
     "torch": _ours("torch", "torch"),
-    REFERENCE: _candidate("unfold, gather, fold", _each(_unfold), baseline=True),
+    REFERENCE: _candidate("unfold, gather, fold", _each(reference.gather_fold), baseline=True),
     "compile": _candidate("torch.compile", _compiled, compiled=True, baseline=True),
     "grid_sample": _candidate("grid_sample", _each(_grid_sample), baseline=True),
     "index_add": _candidate("index_add", None, _index_add, operations=("adjoint",), baseline=True),
