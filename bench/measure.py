@@ -210,8 +210,8 @@ def peak_bytes_on_gpu(run: Run, device: torch.device) -> int:
 
 def candidate_job(kind: str, name: str, place: tuple[Any, ...]) -> tuple[Run, Callable[[], Run]]:
     """A job of `peak_bytes`: a candidate of a benchmark on tiny inputs, and at a place."""
-    bench = importlib.import_module(kind).BENCH
-    prepare = bench.candidates[name].prepare
+    bench = importlib.import_module(kind)
+    prepare = bench.CANDIDATES[name].prepare
     tiny = tuple(replace(x, **TINY) if isinstance(x, Size) else x for x in place)
     return (
         lambda: prepare(*bench.inputs(*tiny, CPU))(),

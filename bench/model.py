@@ -30,12 +30,19 @@ from model_candidates import (
     module_run,
     subject,
 )
-from registry import Bench, Candidate, Case, Rows, Size
+from registry import Candidate, Case, Rows, Size
 from report import size_title
 from torch import Tensor
 
 from ttsr_fast import reference, search
 
+KIND, SUBJECTS = "model", ("cpp", "default")
+SETTINGS = {
+    "cpu": ("9*40x40 88x125:92x125 160x160 270x480", 1.0, 60.0),
+    "quick cpu": ("2*16x16 22x31:23x31", 0.1, 60.0),
+    "cuda": ("9*40x40 88x125:92x125 270x480", 1.0, 60.0),
+    "quick cuda": ("9*40x40", 0.1, 60.0),
+}
 PAIRS = 1 << 27  # beyond which the forward pass alone is measured and some of its queries checked
 QUERIES = 512  # that are checked then
 MAPS = ["S", "T_lv3", "T_lv2", "T_lv1"]
@@ -150,6 +157,10 @@ def add_stages(operation: str, size: Size, device: torch.device, rows: Rows) -> 
     subject.cache_clear()
 
 
+def inputs(*place: Any) -> tuple[Any, ...]:
+    return place  # the candidates make them
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--pair", type=Size.parse, metavar="LR:REF", help="pixels, default: 88x125:368x500")
@@ -171,22 +182,5 @@ def resolve(args: argparse.Namespace) -> str | None:
     return None
 
 
-BENCH = Bench(
-    kind="model",
-    description=__doc__,
-    candidates=CANDIDATES,
-    cases=cases,
-    inputs=lambda *place: place,
-    settings={
-        "cpu": ("9*40x40 88x125:92x125 160x160 270x480", 1.0, 60.0),
-        "quick cpu": ("2*16x16 22x31:23x31", 0.1, 60.0),
-        "cuda": ("9*40x40 88x125:92x125 270x480", 1.0, 60.0),
-        "quick cuda": ("9*40x40", 0.1, 60.0),
-    },
-    subjects=("cpp", "default"),
-    options=options,
-    resolve=resolve,
-)
-
 if __name__ == "__main__":
-    sys.exit(runner.main(BENCH))
+    sys.exit(runner.main(sys.modules[__name__]))

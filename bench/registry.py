@@ -1,8 +1,14 @@
-"""Sizes, cases, candidates and rooflines: the registry of everything that is measured."""
+"""Sizes, cases, candidates and rooflines: the registry of everything that is measured.
+
+A benchmark is a module, of the name `KIND`, that lists `CANDIDATES`, `cases(args)`, `inputs(*place,
+device)`, `SUBJECTS` (measured however long they take), `options(parser)`, `resolve(args)`, which
+returns an error, and `SETTINGS` by type of device, with "quick " before it for --quick: sizes,
+seconds for each candidate, and seconds beyond which a candidate is skipped.
+"""
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,7 +110,7 @@ class Case:
     title: str
     operation: str
     size: Size
-    place: tuple[Any, ...]  # picklable arguments of `Bench.inputs`
+    place: tuple[Any, ...]  # picklable arguments of `inputs`
     check: Callable[[Candidate, Any], dict[str, float]]  # raises `gate.WrongResult`
     names: tuple[str, ...]  # of candidates
     facts: dict[str, Any] = field(default_factory=dict)  # for the results
@@ -113,23 +119,6 @@ class Case:
     # From rows, and the rate of every roofline; completes the rows and returns further facts.
     finish: Callable[[Rows, dict[str, float]], dict[str, Any]] = lambda rows, rates: {}
     skip: Callable[[Candidate], str | None] = lambda candidate: None  # a reason
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A benchmark. Its kind is also the name of its module."""
-
-    kind: str
-    description: str | None
-    candidates: dict[str, Candidate]
-    cases: Callable[[argparse.Namespace], Iterator[Case]]
-    inputs: Callable[..., tuple[Any, ...]]  # of a place and a device
-    # Sizes, seconds for each candidate, and seconds beyond which a candidate is skipped; by type of
-    # device, with "quick " before it for --quick.
-    settings: dict[str, tuple[str, float, float]]
-    subjects: tuple[str, ...]  # candidates measured however long they take
-    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    resolve: Callable[[argparse.Namespace], str | None] = lambda args: None  # returns an error
 
 
 # --- rooflines ---

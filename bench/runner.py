@@ -5,6 +5,7 @@ import os
 import textwrap
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import machine
@@ -12,7 +13,7 @@ import measure
 import report
 import torch
 from measure import Entry, deferred
-from registry import Bench, Case, Size
+from registry import Case, Size
 from report import bytes_text, seconds_text
 
 from ttsr_fast.upscaling import memory
@@ -64,16 +65,16 @@ def show(data: dict[str, Any], console: "Console") -> int:
     return int("failed" in states or "ok" not in states)
 
 
-def parse(bench: Bench, argv: list[str] | None) -> argparse.Namespace:
+def parse(bench: ModuleType, argv: list[str] | None) -> argparse.Namespace:
     """The command line of a benchmark, with device, names and sizes resolved."""
-    found = parser(bench.description)
-    add, names = found.add_argument, " ".join(bench.candidates)
+    found = parser(bench.__doc__)
+    add, names = found.add_argument, " ".join(bench.CANDIDATES)
     add("--device", metavar="DEVICE", help="cuda or cpu; default: the GPU where there is one")
     add(
         "--sizes", nargs="+", type=Size.parse, metavar="SIZE",
         help="measured in this order; default: by device",
     )  # fmt: skip
-    add("--candidates", nargs="+", choices=bench.candidates, metavar="NAME", help=names)
+    add("--candidates", nargs="+", choices=bench.CANDIDATES, metavar="NAME", help=names)
     add("--no-memory", action="store_true", help="no memory: a process for each candidate")
     add("--seconds", type=float, help="time to spend on each candidate and case")
     add("--limit", type=float, help="skip what takes more seconds, except this package")
@@ -86,9 +87,9 @@ def parse(bench: Bench, argv: list[str] | None) -> argparse.Namespace:
     kind = ("quick " if args.quick else "") + args.device.type
     args.named = args.candidates is not None
     args.candidates = args.candidates or [
-        name for name, c in bench.candidates.items() if args.device.type in c.devices
+        name for name, c in bench.CANDIDATES.items() if args.device.type in c.devices
     ]
-    sizes, seconds, limit = bench.settings[kind]
+    sizes, seconds, limit = bench.SETTINGS[kind]
     args.sizes = args.sizes or [Size.parse(text) for text in sizes.split()]
     args.seconds = seconds if args.seconds is None else args.seconds
     args.limit = limit if args.limit is None else args.limit
@@ -98,34 +99,34 @@ def parse(bench: Bench, argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(bench: Bench, argv: list[str] | None = None) -> int:
+def main(bench: ModuleType, argv: list[str] | None = None) -> int:
     """Measure all cases, write and show the results; 1 if a result was wrong."""
     args = parse(bench, argv)
     set_threads(args.threads)
     screen, runner = console(), Runner(bench, args)
-    labels = {name: bench.candidates[name].label for name in args.candidates}
+    labels = {name: bench.CANDIDATES[name].label for name in args.candidates}
     files: dict[Path, dict[str, Any]] = {}
     with screen.status("") as status:
         for case in bench.cases(args):
             path = args.out / f"{machine.stem(args.device, case_stem(bench, case))}.json"
-            data = files.setdefault(path, document(bench.kind, args.device, labels))
+            data = files.setdefault(path, document(bench.KIND, args.device, labels))
             status.update(case.title)
             data["cases"].append(runner.run_case(case, data["cases"]))
             machine.write_json(path, data)
     return max([show(data, screen) for data in files.values()])
 
 
-def case_stem(bench: Bench, case: Case) -> str:
+def case_stem(bench: ModuleType, case: Case) -> str:
     """Name of the file of a case: batches of a transfer and 16-bit types have their own."""
     dtype = case.facts.get("dtype", "float32").replace("float32", "")
-    batch = "batch" if bench.kind == "transfer" and case.size.batch > 1 else ""
-    return "-".join(filter(None, (bench.kind, batch, dtype)))
+    batch = "batch" if bench.KIND == "transfer" and case.size.batch > 1 else ""
+    return "-".join(filter(None, (bench.KIND, batch, dtype)))
 
 
 class Runner(NamedTuple):
     """A benchmark with its options."""
 
-    bench: Bench
+    bench: ModuleType
     args: argparse.Namespace
 
     def run_case(self, case: Case, before: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class Runner(NamedTuple):
 
     def why_not(self, name: str, case: Case, before: list[dict[str, Any]]) -> str | None:
         """The reason why a candidate is not tried, None if it is."""
-        candidate = self.bench.candidates[name]
+        candidate = self.bench.CANDIDATES[name]
         reason = candidate.why_not(self.args.device) or case.skip(candidate)
         if reason is not None:
             return reason
@@ -159,13 +160,13 @@ class Runner(NamedTuple):
             row = earlier["rows"].get(name, {})
             if earlier["operation"] == case.operation and "median_s" in row:
                 seconds = row["median_s"] * case.size.pairs / earlier["pairs"]
-        if seconds > self.args.limit and name not in self.bench.subjects:
+        if seconds > self.args.limit and name not in self.bench.SUBJECTS:
             return f"skipped (estimated {seconds_text(seconds)})"
         return None
 
     def entry(self, name: str, case: Case, inputs: tuple[Any, ...]) -> Entry:
         """A candidate at a case, to be measured."""
-        candidate, device = self.bench.candidates[name], self.args.device
+        candidate, device = self.bench.CANDIDATES[name], self.args.device
         run = deferred(candidate.prepare, *inputs)
         run = deferred(measure.graph_run, run) if candidate.graph else run
         check = partial(case.check, candidate)
@@ -175,5 +176,5 @@ class Runner(NamedTuple):
             return Entry(run, check)
         if device.type == "cuda":
             return Entry(run, check, partial(measure.peak_bytes_on_gpu, run, device))
-        job = (measure.candidate_job, self.bench.kind, name, case.place)
+        job = (measure.candidate_job, self.bench.KIND, name, case.place)
         return Entry(run, check, partial(measure.peak_bytes, *job))

@@ -19,11 +19,22 @@ from typing import Any
 import runner
 import torch
 from gate import SearchTruth
-from registry import OPERANDS, Bench, Candidate, Case, Rows, Run, Size, gemm_run
+from registry import OPERANDS, Candidate, Case, Rows, Run, Size, gemm_run
 from report import size_title
 from search_candidates import CANDIDATES, PIXELS, maps, resolved
 from torch import Tensor
 
+KIND, SUBJECTS = "search", ("cpp-fp32", "triton-fp16", "triton-fp16x3")
+SETTINGS = {
+    "cpu": (
+        "40x40 37x53:61x45 80x80 100x100 100x100:108x96 125x185 160x160 270x480",
+        3.0,
+        60.0,
+    ),
+    "quick cpu": ("16x16 24x24 37x53:61x45", 0.3, 5.0),
+    "cuda": ("40x40 9*40x40 80x80 100x100:108x96 125x185 160x160 270x480 540x960", 0.5, 5.0),
+    "quick cuda": ("9*40x40 80x80 125x185", 0.1, 2.0),
+}
 TRUTH_BYTES = 1 << 30  # bounds the queries that are checked at the largest sizes
 BASELINE_PAIRS = Size.parse("270x480").pairs  # beyond which a GPU runs this package alone
 GRAPH_PAIRS = 32_000_000  # beyond which launches are a small part of the time
@@ -117,26 +128,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", type=int, default=256)
 
 
-BENCH = Bench(
-    kind="search",
-    description=__doc__,
-    candidates=CANDIDATES,
-    cases=cases,
-    inputs=maps,
-    settings={
-        "cpu": (
-            "40x40 37x53:61x45 80x80 100x100 100x100:108x96 125x185 160x160 270x480",
-            3.0,
-            60.0,
-        ),
-        "quick cpu": ("16x16 24x24 37x53:61x45", 0.3, 5.0),
-        "cuda": ("40x40 9*40x40 80x80 100x100:108x96 125x185 160x160 270x480 540x960", 0.5, 5.0),
-        "quick cuda": ("9*40x40 80x80 125x185", 0.1, 2.0),
-    },
-    subjects=("cpp-fp32", "triton-fp16", "triton-fp16x3"),
-    options=options,
-    resolve=lambda args: None if args.channels > 0 else "--channels must be positive",
-)
+def resolve(args: argparse.Namespace) -> str | None:
+    return None if args.channels > 0 else "--channels must be positive"
+
+
+inputs = maps
+
 
 if __name__ == "__main__":
-    sys.exit(runner.main(BENCH))
+    sys.exit(runner.main(sys.modules[__name__]))

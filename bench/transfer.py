@@ -24,12 +24,19 @@ import torch
 import torch.nn.functional as F
 from gate import WrongResult, check_close
 from machine import CPU
-from registry import Bench, Candidate, Case, Declined, Rows, Run, Size, copy_run
+from registry import Candidate, Case, Declined, Rows, Run, Size, copy_run
 from report import INDICES, size_title
 from torch import Tensor
 
 from ttsr_fast import gather_fold, reference
 
+KIND, SUBJECTS = "transfer", ("cpp",)
+SETTINGS = {
+    "cpu": ("88x125:92x125", 0.15, 60.0),
+    "quick cpu": ("22x31:23x31", 0.05, 60.0),
+    "cuda": ("9*40x40 88x125:92x125", 0.15, 60.0),
+    "quick cuda": ("9*40x40", 0.05, 60.0),
+}
 Maps = tuple[Tensor, ...]
 Levels = Callable[[Maps, Tensor, tuple[int, ...]], Maps]  # values, index, strides -> outputs
 # gradient, index, stride, grid of keys -> gradient of the value
@@ -308,22 +315,5 @@ def resolve(args: argparse.Namespace) -> None:
         args.candidates = [name for name in args.candidates if not CANDIDATES[name].compiled]
 
 
-BENCH = Bench(
-    kind="transfer",
-    description=__doc__,
-    candidates=CANDIDATES,
-    cases=cases,
-    inputs=inputs,
-    settings={
-        "cpu": ("88x125:92x125", 0.15, 60.0),
-        "quick cpu": ("22x31:23x31", 0.05, 60.0),
-        "cuda": ("9*40x40 88x125:92x125", 0.15, 60.0),
-        "quick cuda": ("9*40x40", 0.05, 60.0),
-    },
-    subjects=("cpp",),
-    options=options,
-    resolve=resolve,
-)
-
 if __name__ == "__main__":
-    sys.exit(runner.main(BENCH))
+    sys.exit(runner.main(sys.modules[__name__]))

@@ -197,7 +197,7 @@ def test_wrong_options(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
-        runner.parse(bench.BENCH, options)
+        runner.parse(bench, options)
     assert message in capsys.readouterr().err
 
 
@@ -216,18 +216,18 @@ def case_at(size: Size, operation: str = "search", skip=lambda candidate: None) 
     return SimpleNamespace(size=size, operation=operation, skip=skip)
 
 
-@each("bench", [search.BENCH, model.BENCH], ids=["search", "model"])
+@each("bench", [search, model], ids=["search", "model"])
 def test_candidates_that_do_not_fit_or_are_slow(monkeypatch: pytest.MonkeyPatch, bench) -> None:
     args = runner.parse(bench, ["--device", "cpu", "--limit", "60"])
     why_not = runner.Runner(bench, args).why_not
     monkeypatch.setattr(runner.memory, "free_bytes", lambda device: 64 << 30)
-    whole = bench is model.BENCH
+    whole = bench is model
     operation, original = ("SearchTransfer", "reference") if whole else ("search", "unfold")
     huge = case_at(Size.parse("270x480"), operation)
     size = case_at(Size((1, 10), (1, 100)), operation)
     assert why_not(original, huge, []) == "does not fit (needs 69.6 GB)"
     before = [{"operation": operation, "pairs": 100}]
-    before[0]["rows"] = {name: {"median_s": 7.0} for name in bench.candidates}
+    before[0]["rows"] = {name: {"median_s": 7.0} for name in bench.CANDIDATES}
     reason = why_not(original, size, before)
     assert reason == "skipped (estimated 70.0 s)"
     ours = "cpp" if whole else "cpp-fp32"

@@ -43,7 +43,7 @@ def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_search(folder: Path, *names: str) -> int:
     sizes = ["--sizes", "8x8", "6x9:7x5", "--channels", "16", "--seconds", "0.001"]
     options = [*sizes, "--device", "cpu", "--out", str(folder), "--candidates", *names]
-    return runner.main(search.BENCH, options)
+    return runner.main(search, options)
 
 
 def test_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +135,7 @@ def test_transfer(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     names = ["torch", *(n for n, c in transfer.CANDIDATES.items() if c.baseline and n != "compile")]
     options = [*QUICK, "--sizes", "5x7:6x4", "2*3x4", "--levels", "lv3", "all three"]
     options += ["--out", str(tmp_path), "--candidates", *names]
-    assert runner.main(transfer.BENCH, options) == 0
+    assert runner.main(transfer, options) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"transfer.json", "transfer-batch.json"}
     data = json.loads((tmp_path / "transfer.json").read_text())
     assert len(data["cases"]) == 2 * 3 * 2 * 2
@@ -180,7 +180,7 @@ def test_model(
 ) -> None:
     monkeypatch.setattr(model, "PAIRS", 1000)
     options = [*QUICK, *IMAGES, "--candidates", "torch", "reference", "--out", str(tmp_path)]
-    assert runner.main(model.BENCH, [*options, "--sizes", "7x8", "2*4x5"]) == 0
+    assert runner.main(model, [*options, "--sizes", "7x8", "2*4x5"]) == 0
     data = json.loads((tmp_path / "model.json").read_text())
     cases = {(case["operation"], case["title"]): case["rows"] for case in data["cases"]}
     assert list(cases) == [
@@ -215,7 +215,7 @@ def test_wrong_module_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(model_candidates, "SearchTransfer", Wrong)
     options = [*QUICK, *IMAGES, "--candidates", "torch", "--out", str(tmp_path)]
-    assert runner.main(model.BENCH, [*options, "--sizes", "4x5"]) == 1
+    assert runner.main(model, [*options, "--sizes", "4x5"]) == 1
     row = json.loads((tmp_path / "model.json").read_text())["cases"][0]["rows"]["torch"]
     assert (row["status"], row["wrong"]) == ("failed", True) and "median_s" not in row
 
