@@ -44,7 +44,7 @@ LIBRARIES = {
 
 
 def digests() -> dict[str, str]:
-    """Of what the bundle is made of: the sources, and Triton."""
+    """Digests of the sources and of Triton."""
     from triton.runtime.cache import triton_key
 
     files = [*(ROOT / "csrc").rglob("*.[ch]*"), *(ROOT / "kernels").glob("*.py")]
@@ -56,7 +56,7 @@ def digests() -> dict[str, str]:
 
 
 def bundle_has(*names: str) -> bool:
-    """Whether the bundle was made of these."""
+    """True if the bundle was made of the same."""
     try:
         made = json.loads((BUNDLE / "bundle.json").read_text())
     except (OSError, ValueError):
@@ -65,7 +65,7 @@ def bundle_has(*names: str) -> bool:
 
 
 def find_library(kind: str) -> tuple[Path | None, str]:
-    """A library that loads, compiled if there is none, and from where; or None and why not."""
+    """A library that loads, compiled if there is none, and its place; or None and the reason."""
     name, variable, load = LIBRARIES[kind]
     compiled, reason = ROOT / "build" / "gpu-check" / name, ""
     places = [BUNDLE / name] if bundle_has("sources") else []
@@ -110,7 +110,7 @@ def versions(out: Path, *, tiny: bool) -> int:
 
 
 def why_not() -> str | None:
-    """Why nothing can be measured here."""
+    """The reason why nothing can be measured here."""
     reason = build.why_not_under(torch.__version__)
     if reason is not None:
         return reason

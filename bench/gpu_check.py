@@ -69,17 +69,14 @@ TESTS = {
 
 
 class Step(NamedTuple):
-    """One process: what Python runs, seconds it may take, and the tool that it is not run without.
-
-    `wrapper` is a command put before Python's.
-    """
+    """One process: arguments of Python, its limit in seconds, and a tool that it needs."""
 
     name: str
     arguments: str
     limit: float
     tool: str | None = None
     environment: dict[str, str] = {}  # noqa: RUF012
-    wrapper: str = ""
+    wrapper: str = ""  # a command before Python's
 
 
 def steps(part: str, work: Path, tiny: bool) -> list[Step]:
@@ -145,7 +142,7 @@ class Check:
             self.environment["TRITON_CACHE_DIR"] = str(CACHE)
 
     def restore(self, first: str) -> dict[str, dict[str, Any]]:
-        """What an earlier call found before the step `first`; its files are unpacked again."""
+        """Outcomes of an earlier call before the step `first`; unpacks its files."""
         document = json.loads(self.file.read_text())
         with tarfile.open(self.file.with_suffix(".tar.gz")) as archive:
             archive.extractall(self.work, filter="data")
@@ -154,7 +151,7 @@ class Check:
         return {x: found[x] for x in names[: names.index(first) if first in names else None]}
 
     def run(self, todo: list[Step], kept: dict[str, dict[str, Any]]) -> None:
-        """All steps but those whose outcome is kept, one after another."""
+        """All steps without a kept outcome, one after another."""
         reason = None
         for step in todo:
             if step.name in kept:
@@ -176,7 +173,7 @@ class Check:
                 reason = versions.get("why_not")
 
     def run_step(self, step: Step) -> dict[str, Any]:
-        """One of them; ended with all it started at its limit."""
+        """Outcome of a step; at its limit the step ends, with all its processes."""
         log, start = self.work / f"{step.name}.log", time.monotonic()
         (self.work / f"{step.name}.json").unlink(missing_ok=True)
         shutil.rmtree(self.work / step.name, ignore_errors=True)
@@ -196,7 +193,7 @@ class Check:
             finally:
                 end_group(process)
         lines = [x.strip() for x in log.read_text(errors="replace").splitlines() if x.strip()]
-        if any(x.startswith("==WARNING== No kernels") for x in lines):  # of ncu, whose code is 0
+        if any(x.startswith("==WARNING== No kernels") for x in lines):  # of ncu, with code 0
             status = "failed"
         last = shorten(lines[-1], 100) if lines else "it printed nothing"
         words = {"ok": "", "failed": f"exit code {process.returncode}; "}
@@ -206,7 +203,7 @@ class Check:
         return {**found, "lines": [x for x in lines if status != "ok" and x.startswith(bad)]}
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """What a step wrote, as far as it got."""
+        """Results of a step, complete or not."""
         for path in (self.work / f"{name}.json", *(self.work / name).glob("*.json")):
             try:
                 return json.loads(path.read_text())

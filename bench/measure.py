@@ -59,8 +59,8 @@ def measure(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Timing]]:
     """Check, weigh, then time; entries and rooflines take turns.
 
-    Returns a record per entry, whose `status` is `"ok"`, `"failed"` or `"skipped"`; the last two
-    have a `reason` and no measurement. Then the timing of every roofline.
+    Returns a record per entry, with `status` `"ok"`, `"failed"` or `"skipped"`; the last two have a
+    `reason` and no measurement. Then the timing of every roofline.
     """
     records = {name: check_and_weigh(entry, device) for name, entry in entries.items()}
     right = {name: e.run for name, e in entries.items() if records[name]["status"] == "ok"}

@@ -88,7 +88,7 @@ class Table:
         """Lines for a terminal of that width.
 
         Headings, and labels if needed, are folded between words. Columns of values that do not
-        fit side by side form several tables, each with all labels.
+        fit the width form several tables, each with all labels.
         """
         yield from textwrap.wrap(self.title, limit)
         columns = [list(column) for column in zip(self.header, *self.rows, strict=True)]
@@ -228,7 +228,7 @@ def measured(cases: list[Data], names: Any) -> list[tuple[Data, str, Data]]:
 
 
 def _search(data: Data, full: bool) -> list[Table]:
-    """All sizes side by side, and one size, or with `full` every size, in detail."""
+    """All sizes in one table, and one size, or with `full` every size, in detail."""
     cases, labels = sorted(data["cases"], key=lambda case: case["pairs"]), data["labels"]
     rows = [["queries in keys", "pairs", *labels.values()]]
     for case in cases:
@@ -276,7 +276,7 @@ def _columns(gpu: bool, full: bool) -> dict[str, Callable[[Data], str]]:
 
 
 def _transfer(data: Data, full: bool) -> list[Table]:
-    """One row per operation, level and layout; the times of the indices side by side."""
+    """One row per operation, level and layout, with the times of all indices."""
     cases, labels = data["cases"], data["labels"]
     groups: dict[tuple[str, str, str], list[Data]] = {}
     for case in cases:

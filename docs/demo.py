@@ -45,7 +45,7 @@ def matched_box(
     index: Tensor,  # [h, w], pixels of the reference
     size: tuple[int, int],
 ) -> Box:
-    """Where in a reference of that size the matches of a box lie: moved by their median offset."""
+    """The box of the matches in a reference of that size: the box moved by their median offset."""
     left, top, right, bottom = (n // SCALE for n in box)
     y, x = torch.meshgrid(torch.arange(top, bottom), torch.arange(left, right), indexing="ij")
     chosen = index[top:bottom, left:right]

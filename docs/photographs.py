@@ -62,7 +62,7 @@ def collect(folder: Path) -> list[Path]:
 
 
 def _unpack(package: str, names: tuple[str, ...], folder: Path) -> None:
-    """Those files of a package; nothing is installed."""
+    """Extract these files of a package; nothing is installed."""
     with TemporaryDirectory() as scratch:
         try:
             _run("apt-get", "download", package, cwd=scratch)

@@ -20,11 +20,11 @@ def test_demo_draws_and_beats_bicubic(
     pair = [view[window] for view in demo.stereo_motorcycle()]
     monkeypatch.setattr(demo, "stereo_motorcycle", lambda: pair)
     monkeypatch.setattr(demo, "DETAILS", {"red": (40, 24)})
-    assert demo.main(["--out", str(tmp_path / "pictures" / "demo.png")]) == 0
+    assert demo.main(["--out", str(tmp_path / "images" / "demo.png")]) == 0
     bicubic, ours = re.findall(r"(\d+\.\d+) dB", capsys.readouterr().out)
     assert float(ours) > float(bicubic) + 1
     sizes = {}
-    for path in (tmp_path / "pictures").iterdir():
+    for path in (tmp_path / "images").iterdir():
         with Image.open(path) as image:
             image.load()
             sizes[path.name] = image.size
