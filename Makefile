@@ -116,7 +116,7 @@ gpu-bundle:  ## compile for a GPU that is elsewhere, with PYTHON as it is, into 
 	PYTHONPATH="bench/uninstalled:.:$$PYTHONPATH" $(PYTHON) bench/gpu_bundle.py make
 
 $(BASELINES): $(ENVIRONMENT)
-	TTSR_FAST_BUILD=none $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[peers]"
+	TTSR_FAST_BUILD=none $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[baselines]"
 	touch $@
 
 wheel: build  ## build the wheel, which needs nvcc, and the source archive into dist
