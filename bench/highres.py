@@ -31,7 +31,7 @@ from ttsr_fast.model import save_model
 from ttsr_fast.upscaling.memory import parse_bytes
 
 SIZE, QUICK_SIZE = (1080, 1920), (160, 240)
-LIMITS, QUICK_LIMITS = ["6GiB", "3GiB"], ["700M"]  # of TTSR
+LIMITS, QUICK_LIMITS = ["6GiB", "3GiB"], ["1100M"]  # of TTSR
 CLOSE, SHARE = 1, 0.999  # of 255; of all values
 
 
