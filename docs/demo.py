@@ -28,6 +28,7 @@ import plots
 
 DETAILS = {"#0072B2": (384, 166), "#E69F00": (328, 292)}  # colour of the frame, left and top
 DETAIL_SIZE = (132, 88)  # width and height, in the proportions of the image
+METHOD = "detail, no weights"
 COLUMN, TITLE = 3.1, 0.42  # inches: the width of an image, the height above the first row
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -95,20 +96,20 @@ def main(argv: list[str] | None = None) -> int:
     sr, bicubic = result.image, Image(upscale_bicubic(lr.pixels))
     scores = {
         name: (psnr(x.pixels, truth.pixels), ssim(x.pixels, truth.pixels))
-        for name, x in (("bicubic", bicubic), ("ttsr-fast", sr))
+        for name, x in (("bicubic", bicubic), (METHOD, sr))
     }
 
     print(f"{'x'.join(map(str, lr.size))} to {'x'.join(map(str, sr.size))}, measured on Y")
     for name, (decibel, similarity) in scores.items():
-        print(f"{name:<10} {decibel:.2f} dB   SSIM {similarity:.4f}")
-    print(f"{'ttsr-fast':<10} {seconds:.2f} s\n")
+        print(f"{name:<18} {decibel:.2f} dB   SSIM {similarity:.4f}")
+    print(f"{METHOD:<18} {seconds:.2f} s\n")
 
     boxes = [(x, y, x + DETAIL_SIZE[0], y + DETAIL_SIZE[1]) for x, y in DETAILS.values()]
     matched = [matched_box(box, result.index, ref.size) for box in boxes]
-    titles = {name: f"{name}, {decibel:.1f} dB" for name, (decibel, _) in scores.items()}
+    titles = {name: f"{name}: {decibel:.1f} dB" for name, (decibel, _) in scores.items()}
     panels = [
         (titles["bicubic"], bicubic, boxes),
-        (titles["ttsr-fast"], sr, boxes),
+        (titles[METHOD], sr, boxes),
         ("reference, another view", ref, matched),
         ("truth", truth, boxes),
     ]
