@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tests import cases
 from tests.checks import assert_same_choice
 from tests.processes import assert_same, fold_rows, pair, search_rows
-from ttsr_fast import distributed, gather_fold, search
-from ttsr_fast.distributed import Shard, search_sharded, shard_rows
+from ttsr_fast import gather_fold, search
+from ttsr_fast.distributed import Shard, search_sharded, shard_rows, sharded
 from ttsr_fast.references import search_references
 
 pytestmark = pytest.mark.xdist_group("processes")  # which are started once
@@ -185,11 +185,11 @@ def test_integers_in_the_order_of_scores(dtype):
     limits = torch.finfo(dtype)
     numbers = [-torch.inf, limits.min, -1.0, -limits.tiny, 0.0, limits.tiny, 1.0, limits.max]
     score = torch.tensor([*numbers, torch.inf, torch.nan], dtype=dtype)
-    ordered = distributed._ordered(score)
+    ordered = sharded._ordered(score)
     assert ordered.diff().gt(0).all()
-    assert torch.equal(distributed._ordered(-score[4:5]), ordered[4:5])
-    assert torch.equal(distributed._ordered(-score[-1:]), ordered[-1:])
-    back = distributed._scores(ordered, dtype)
+    assert torch.equal(sharded._ordered(-score[4:5]), ordered[4:5])
+    assert torch.equal(sharded._ordered(-score[-1:]), ordered[-1:])
+    back = sharded._scores(ordered, dtype)
     torch.testing.assert_close(back, score, rtol=0, atol=0, equal_nan=True)
 
 

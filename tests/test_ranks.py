@@ -16,8 +16,7 @@ from tests.processes import (
     search_arguments,
     search_rows,
 )
-from ttsr_fast import distributed
-from ttsr_fast.distributed import search_sharded, shard_rows
+from ttsr_fast.distributed import search_sharded, shard_rows, sharded
 
 pytestmark = pytest.mark.xdist_group("processes")  # which are started once
 each = pytest.mark.parametrize
@@ -32,13 +31,13 @@ def search_or_fold(query, key):
 
 def search_with(search_band, query, key):
     """A search that goes wrong in the last process, once all have agreed on it."""
-    before = distributed.search_band
+    before = sharded.search_band
     if is_last():
-        distributed.search_band = search_band
+        sharded.search_band = search_band
     try:
         return search_rows(query, key)
     finally:
-        distributed.search_band = before
+        sharded.search_band = before
 
 
 def run_out_of_memory(*arguments, **options):
