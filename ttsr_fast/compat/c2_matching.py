@@ -28,10 +28,10 @@ def feature_match_index(
     `datsr/models/archs/flow_similarity_corres_generation_arch.py` and MRefSR's
     `basicsr/archs/corres_generation_arch.py`:
 
-    .. code-block:: diff
-
-        -from mmsr.models.archs.ref_map_util import feature_match_index
-        +from ttsr_fast.compat import feature_match_index
+    ```diff
+    -from mmsr.models.archs.ref_map_util import feature_match_index
+    +from ttsr_fast.compat import feature_match_index
+    ```
 
     The import to replace reads `datsr.models.archs.ref_map_util` and `.ref_map_util` in the others.
 

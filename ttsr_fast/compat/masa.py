@@ -2,12 +2,12 @@
 
 In `models/archs/MASA_arch.py`, at the end of the class, after the methods of these names:
 
-.. code-block:: diff
-
-     class MASA(nn.Module):
-         ...
-    +    search_org = staticmethod(masa.search_org)
-    +    transfer = staticmethod(masa.transfer)
+```diff
+ class MASA(nn.Module):
+     ...
++    search_org = staticmethod(masa.search_org)
++    transfer = staticmethod(masa.transfer)
+```
 
 with `from ttsr_fast.compat import masa` at the top. The coarse `MASA.search` stays MASA's own: it
 adds up the similarities of patches at three dilations, and has one query for each block only.

@@ -12,10 +12,10 @@ class SearchTransformer(nn.Module):
 
     In a configuration, with mmengine 0.8 or newer, nothing else changes:
 
-    .. code-block:: diff
-
-        -    transformer=dict(type='SearchTransformer'),
-        +    transformer=dict(type='ttsr_fast.compat.SearchTransformer'),
+    ```diff
+    -    transformer=dict(type='SearchTransformer'),
+    +    transformer=dict(type='ttsr_fast.compat.SearchTransformer'),
+    ```
 
     It has no parameters.
 
