@@ -77,7 +77,7 @@ def _fake_gather_fold(values: list[Tensor], index: Tensor, weight: Any, *options
 def _empty_outputs(values: list[Tensor], index: Tensor, transfer: Transfer) -> list[Tensor]:
     height, width = transfer.patch.map_size(*index.shape[1:])
     return [
-        empty_like(value, [len(index), value.shape[1], height * stride, width * stride])
+        empty_like(value, [index.shape[0], value.shape[1], height * stride, width * stride])
         for value, stride in zip(values, transfer.strides, strict=True)
     ]
 

@@ -105,6 +105,6 @@ def patch_sum_transpose(x: Tensor, patch: Patch) -> Tensor:  # [N, C, Ho, Wo] ->
 
 def empty_like(x: Tensor, size: list[int]) -> Tensor:  # size
     """An empty map of another size, with dtype, device and memory format of `x`."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)

@@ -69,7 +69,7 @@ def _fake_search(query: Tensor, key: Tensor, key_mask: Tensor | None, *options: 
 
 def _empty_match(query: Tensor, patch: Patch) -> tuple[Tensor, Tensor]:
     grid = patch.grid(*query.shape[2:])
-    score = query.new_empty(len(query), *grid, dtype=sum_dtype(query.dtype))
+    score = query.new_empty(query.shape[0], *grid, dtype=sum_dtype(query.dtype))
     return score, torch.empty_like(score, dtype=torch.int64)
 
 
