@@ -1,5 +1,7 @@
 """Forward-mode derivatives and torch.func, held to autograd through the reference."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +77,54 @@ def test_maps_and_jacobians_by_torch_func(functions):
         )
         assert expected.shape == (4, 1)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+def test_vmap_and_jacobians_of_gather_fold(backend):
+    value, weight = doubles(1, 2, 6, 8), doubles(2, 1, 3, 3)
+    index = torch.randint(12, (2, 1, 3, 3))
+
+    def ours(v: Tensor, i: Tensor, w: Tensor) -> Tensor:
+        return gather_fold(v, i, stride=2, weight=w, backend=backend)
+
+    def oracle(v: Tensor, i: Tensor, w: Tensor) -> Tensor:
+        return reference.gather_fold(v, i, w, stride=2)
+
+    def equal(of: Callable[[Callable[..., Tensor]], object]) -> None:
+        torch.testing.assert_close(of(ours), of(oracle), rtol=0, atol=1e-11)
+
+    equal(lambda f: torch.stack([f(value, i, w) for i, w in zip(index, weight, strict=True)]))
+    mapped = torch.func.vmap(ours, in_dims=(None, 0, 0))(value, index, weight)
+    torch.testing.assert_close(mapped[1], oracle(value, index[1], weight[1]), rtol=0, atol=1e-11)
+    for transform in (torch.func.jacfwd, torch.func.jacrev):
+        equal(lambda f, t=transform: t(f, argnums=(0, 2))(value, index[0], weight[0]))
+    for strategy in ("reverse-mode", "forward-mode"):
+        options = {"vectorize": True, "strategy": strategy}
+        equal(
+            lambda f, o=options: torch.autograd.functional.jacobian(
+                lambda v, w: f(v, index[0], w), (value, weight[0]), **o
+            )
+        )
+
+
+def test_vectorised_jacobian_of_search_transfer(backend):
+    query, key = doubles(1, 2, 3, 4), doubles(1, 2, 4, 3)
+    values = [doubles(1, 2, 4 * s, 3 * s) for s in (4, 2, 1)]
+    module = SearchTransfer(backend=backend)
+    actual, expected = (
+        torch.autograd.functional.jacobian(
+            lambda *v, f=function: f(query, key, *v)[1:], tuple(values), vectorize=True
+        )
+        for function in (module, reference.search_transfer)
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+def test_compiled_vmap():
+    query, key = torch.randn(3, 2, 4, 5), torch.randn(1, 2, 4, 5)
+    mapped = torch.vmap(lambda q: search(q[None], key).score[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(mapped, backend="aot_eager")
+    torch.testing.assert_close(compiled(query), search(query, key).score)
 
 
 @each("stride, divisor", [(1, "area"), (2, "overlap")])

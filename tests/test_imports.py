@@ -218,13 +218,20 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     from ttsr_fast.bank import ReferenceBank
     from ttsr_fast.pairs import Pair, find_pairs
-    from ttsr_fast import backends, build, pictures, plan
+    from ttsr_fast import build, pictures
+    from ttsr_fast.backends import OLDEST_TRITON, choose, load_library
+    from ttsr_fast.plan import Plan, parse_bytes
     from ttsr_fast.training.datasets import Draws, PairDataset
     from ttsr_fast.upscale import upscale
 print(*(str(warning.message).partition(" is now ")[2] for warning in caught))
 import ttsr_fast.datasets, ttsr_fast.operators.build, ttsr_fast.upscaling
 assert Pair is ttsr_fast.datasets.Pair and build.remedy is ttsr_fast.operators.build.remedy
 assert ReferenceBank is ttsr_fast.ReferenceBank and upscale is ttsr_fast.upscaling.upscale
+assert ttsr_fast.plan.parse_bytes("1KiB") == 1024 and "choose" in dir(ttsr_fast.backends)
+assert not hasattr(ttsr_fast, "nothing")
+from ttsr_fast.pairs import *
+assert degrade is ttsr_fast.datasets.degrade
+assert {warning.filename for warning in caught} == {"<string>"}, caught[0].filename
 try:
     ttsr_fast.upscale("no.png", "ref.png")
 except FileNotFoundError:
@@ -236,12 +243,15 @@ def test_former_names_are_importable_with_a_warning() -> None:
     command = [sys.executable, "-c", FORMER_NAMES]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.stderr == ""
+    command = [sys.executable, "-m", "ttsr_fast.build", "--help"]
+    program = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert program.returncode == 0 and "ttsr_fast.operators.build" in program.stdout
     assert result.stdout.split() == [
         "ttsr_fast.upscaling.bank",
         "ttsr_fast.datasets",
-        "ttsr_fast.operators.backends",
         "ttsr_fast.operators.build",
         "ttsr_fast.visualize",
+        "ttsr_fast.operators.backends",
         "ttsr_fast.upscaling.plan",
         "ttsr_fast.training.data",
         "ttsr_fast.upscaling",

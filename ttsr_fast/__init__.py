@@ -26,6 +26,7 @@ __all__ = [
 
 
 _moved.install()
+__getattr__ = _moved.attribute
 
 
 def _is_program() -> bool:

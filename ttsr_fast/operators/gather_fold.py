@@ -224,10 +224,6 @@ class GatherFold(Function):
             parts += GatherFold.apply(index, d_weight, *ctx.options, *values)
         return (parts[0] if len(parts) == 1 else Sum.apply(*parts),)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
-        return GatherFold.looped(info, in_dims, arguments)
-
 
 register_derivative(gather_fold, GatherFold.call)
 

@@ -34,7 +34,55 @@ def register(schema: str, work: Callable[..., Any], fake: Callable[..., Any]) ->
     LIBRARY.define(schema)
     LIBRARY.impl(name, _without_autocast(work), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ttsr_fast::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.ttsr_fast, name).default
+    operator = getattr(torch.ops.ttsr_fast, name).default
+    if "Tensor[]" in schema:
+        _register_batching(operator, schema, work, fake)
+    return operator
+
+
+def _register_batching(
+    operator: Any, schema: str, work: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Make vmap split an operator of lists by levels: it batches operators without lists alone."""
+    name = schema.partition("(")[0]
+    single = schema.replace("Tensor[]", "Tensor").replace("int[] strides", "int stride")
+    lists = [
+        a.name == "strides" or str(a.type) == "List[Tensor]" for a in operator._schema.arguments
+    ]
+    returns_list = str(operator._schema.returns[0].type) == "List[Tensor]"
+
+    def of_one(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            result = function(*([x] if n else x for x, n in zip(arguments, lists, strict=True)))
+            return result[0] if returns_list else result
+
+        return run
+
+    LIBRARY.define(single.replace(name, f"{name}_level", 1))
+    LIBRARY.impl(f"{name}_level", _without_autocast(of_one(work)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ttsr_fast::{name}_level", of_one(fake), lib=LIBRARY)
+    level_operator = getattr(torch.ops.ttsr_fast, f"{name}_level").default
+
+    def split(*arguments: Any) -> Any:
+        count = len(arguments[0])
+        results = [
+            level_operator(
+                *(_share(x, level, count, n) for x, n in zip(arguments, lists, strict=True))
+            )
+            for level in range(count)
+        ]
+        return results if returns_list else functools.reduce(torch.add, results)
+
+    for key in ("Batched", "FuncTorchBatched"):
+        LIBRARY.impl(name, split, key)
+
+
+def _share(x: Any, level: int, count: int, single: bool) -> Any:
+    """The part of an argument that belongs to a level."""
+    if single:
+        return x[level]
+    size = len(x) // count if type(x) is list else 0  # four sizes of every value
+    return x[level * size : (level + 1) * size] if size else x
 
 
 def register_derivative(operator: Any, differentiable: Callable[..., Any]) -> None:
@@ -117,7 +165,9 @@ def untraced(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Function(autograd.Function):
-    """A Function that torch.vmap calls once for every element of the mapped dimension."""
+    """A Function of operators, all of which torch.vmap can batch."""
+
+    generate_vmap_rule = True
 
     @classmethod
     def record(cls, *arguments: Any) -> Any:
@@ -125,22 +175,6 @@ class Function(autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return cls.apply(*arguments)
         return super(autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
-
-    @classmethod
-    def looped(cls, info: Any, in_dims: Any, arguments: Any) -> tuple[Any, Any]:
-        results = [
-            cls.apply(
-                *(
-                    x if dim is None else x.select(dim, n)
-                    for x, dim in zip(arguments, in_dims, strict=True)
-                )
-            )
-            for n in range(info.batch_size)
-        ]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        parts = tuple(torch.stack(part) for part in zip(*results, strict=True))
-        return parts, (0,) * len(parts)
 
 
 class WithoutDerivative(Function):
@@ -170,10 +204,6 @@ class WithoutDerivative(Function):
     def jvp(ctx: Any, *tangents: Tensor) -> None:
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
-        return WithoutDerivative.looped(info, in_dims, arguments)
-
 
 class Sum(Function):
     """A sum inside a `jvp`, where other operators drop the tangents of a `jvp` around it."""
@@ -193,7 +223,3 @@ class Sum(Function):
     @staticmethod
     def jvp(ctx: Any, d_x: Tensor, d_y: Tensor) -> Tensor:
         return Sum.apply(d_x, d_y)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
-        return Sum.looped(info, in_dims, arguments)

@@ -214,10 +214,6 @@ class Search(Function):
             product, pull = product / by, pull + d_log
         return product - score * pull, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
-        return Search.looped(info, in_dims, arguments)
-
 
 def _denominator(
     x: Tensor,  # [N, C, H, W]
