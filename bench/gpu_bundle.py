@@ -89,22 +89,21 @@ def find_library(kind: str) -> tuple[Path | None, str]:
 
 def versions(out: Path, *, tiny: bool) -> int:
     """Write machine, clocks and the environment of later steps; 1 if something is missing."""
-    facts = machine.facts()
+    facts, reason = machine.facts(), None if tiny else why_not()
     triton = facts["versions"]["triton"]
     lines = [f"python {facts['python']}, torch {torch.__version__}, triton {triton}"]
-    data = {"machine": facts, "why_not": None if tiny else why_not(), "lines": lines}
-    missing = [] if data["why_not"] is None else [data["why_not"]]
+    data = {"machine": facts, "why_not": reason, "lines": lines, "environment": {}}
+    missing = [reason] if reason else []
     machine.write_json(out, data)
     if not missing:
         data["device"] = machine.describe(machine.pick("cpu" if tiny else "cuda"))
-        data["environment"], data["clocks"] = {}, clocks()
-        lines.append(f"{data['device']['name']}; {data['clocks']}")
+        lines.append(f"{data['device']['name']}; {clocks()}")
         for kind in ("CPU",) if tiny else LIBRARIES:
             path, text = find_library(kind)
             lines.append(f"{kind} library: {text}")
             missing += [] if path else lines[-1:]
             data["environment"] |= {LIBRARIES[kind][1]: str(path)} if path else {}
-        machine.write_json(out, data)
+    machine.write_json(out, data)
     print("; ".join(missing or lines))
     return int(bool(missing))
 

@@ -25,14 +25,15 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from report import Table
+import report
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "gpu-bundle" / "triton-cache"
@@ -40,43 +41,45 @@ LINES = 100
 COLUMNS = min(110, shutil.get_terminal_size((110, LINES)).columns)
 FAILURES = 5  # lines on the failures of a step
 Data = dict[str, Any]
-PATIENCE = 3.0  # seconds for a step to end by itself
 PREPARATIONS = ("versions", "compile")  # repeated in every call: the machine may be another
 OPTIONS = {  # of a benchmark on a GPU, and in a rehearsal
     "search": (
         "--sizes 540x960 270x480 125x185 9*40x40 --seconds 0.1 --limit 2 "
         "--candidates triton-fp16 triton-fp16x3 triton-fp32 unfold unfold-fp16 chunked",
-        "--sizes 2x3 --channels 8 --seconds 0.001 --candidates direct-fp16 unfold",
+        "--sizes 2x3 --channels 8 --seconds 0.001 --candidates triton-fp16 unfold",
     ),
     "transfer": (
         "--sizes 9*40x40 --levels 'all three' --seconds 0.05 "
-        "--candidates cpp cpp-graph torch reference grid_sample index_add",
+        "--candidates cpp cpp-graph torch reference index_add",
         "--sizes 4x5 --quick --seconds 0.001 --no-memory",
     ),
     "model": (
         "--sizes 9*40x40 88x125:92x125 --seconds 0.1 --limit 2 "
         "--candidates default fp16x3 default-graph reference",
-        "--sizes 4x5 --pair 4x5:16x20 --patch 4x5 --batch 1 --quick --seconds 0.001 --no-memory",
+        "--sizes 4x5 --pair 4x5:16x20 --patch 4x5 --quick --seconds 0.001 --no-memory",
     ),
 }
 SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis")
-NCU = "--clock-control none --profile-from-start off --section LaunchStats --section "
+NCU = "ncu --clock-control none --profile-from-start off --section LaunchStats --section "
 NCU += " --section ".join(SECTIONS)
 TESTS = {
-    "a": ("gpu", "gpu_transfer"),
-    "b": ("search", "kernels", "layout", "gather_fold", "modules"),
+    "a": "tests/test_gpu.py tests/test_gpu_transfer.py",
+    "b": "tests/test_search.py tests/test_kernels.py tests/test_layout.py "
+    "tests/test_gather_fold.py tests/test_modules.py",
+    "memcheck": "tests/test_gather_fold.py -k 'test_options and not torch or test_layouts'",
+    "rehearsal": "tests/test_table.py",
 }
+PYTEST = "-m pytest -q -p no:cacheprovider"
 
 
 class Step(NamedTuple):
-    """One process: arguments of Python, its limit in seconds, and a tool that it needs."""
+    """One process: arguments of Python, its limit in seconds, and a command before Python's."""
 
     name: str
     arguments: str
     limit: float
-    tool: str | None = None
+    wrapper: str = ""
     environment: dict[str, str] = {}  # noqa: RUF012
-    wrapper: str = ""  # a command before Python's
 
 
 def steps(part: str, work: Path, tiny: bool) -> list[Step]:
@@ -91,41 +94,31 @@ def steps(part: str, work: Path, tiny: bool) -> list[Step]:
     if part == "a":
         for name, limit in (("check", 75), ("times", 110), ("ceilings", 65)):
             found.append(Step(name, f"{kernels} {name} {out}{name}.json", limit))
-        wrapper = ("ncu", {}, f"{find_tool('ncu')} {NCU}")
         profile = f"{kernels} profile {out}ncu.json"
-        found.append(Step("ncu", profile, 90, *(() if tiny else wrapper)))
+        found.append(Step("ncu", profile, 90, "" if tiny else NCU))
     else:
         for name, limit in (("search", 100), ("transfer", 50), ("model", 60)):
             options = f"--device {device} {out}{name} {OPTIONS[name][tiny]}"
-            found.append(Step(name, f"bench/{name}.py {options}", limit, "rich"))
-    names = ["table"] if tiny else TESTS[part]
-    tests = " ".join(["-m pytest -q -p no:cacheprovider", *(f"tests/test_{n}.py" for n in names)])
+            found.append(Step(name, f"bench/{name}.py {options}", limit))
+    tests = f"{PYTEST} {TESTS['rehearsal' if tiny else part]}"
     if not tiny and find_spec("xdist"):
         tests += f" -n {4 if part == 'a' else 8} --dist loadgroup"
-    if not tiny and find_spec("pytest_timeout"):
-        tests += " --timeout 60 --timeout-method thread"
     environment = {"OMP_NUM_THREADS": "1", "TTSR_FAST_TEST_DEVICE": device}
-    found.append(Step("tests", tests, 100 if part == "a" else 140, "pytest", environment))
+    found.append(Step("tests", tests, 100 if part == "a" else 140, "", environment))
     if part == "b":
-        sanitizer = f"{find_tool('compute-sanitizer')} --tool memcheck --error-exitcode 1"
+        sanitizer = "" if tiny else "compute-sanitizer --tool memcheck --error-exitcode 1"
         # Past the caching allocator, so that a buffer has an end that can be overrun.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        wrapper = ("compute-sanitizer", environment, sanitizer)
-        found.append(Step("memcheck", f"{kernels} check --few", 85, *(() if tiny else wrapper)))
+        environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        transfer = f"{PYTEST} {TESTS['memcheck']}"
+        found.append(Step("memcheck", f"{kernels} check --few", 45, sanitizer, environment))
+        found.append(Step("memcheck-transfer", transfer, 50, sanitizer, environment))
     return found
-
-
-def find_tool(name: str) -> str | None:
-    """A program, or a package of Python's."""
-    folder = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin")
-    found = shutil.which(name) or shutil.which(name, path=str(folder))
-    return found or (name if name.isidentifier() and find_spec(name) else None)
 
 
 def outcome(step: Step, status: str, detail: str = "", seconds: float = 0.0) -> dict[str, Any]:
     """`ok`, `failed`, `out of time`, `interrupted` or `not run`."""
     found = {"name": step.name, "status": status, "seconds": seconds, "detail": detail}
-    return {**found, "lines": []}
+    return found | {"lines": []}
 
 
 class Check:
@@ -135,7 +128,11 @@ class Check:
         self.file, self.work, self.tiny = folder / f"gpu-check-{part}.json", work, tiny
         self.outcomes: list[dict[str, Any]] = []
         paths = [ROOT / "bench" / "uninstalled", ROOT, os.environ.get("PYTHONPATH", "")]
-        self.environment = {"PYTHONPATH": os.pathsep.join(filter(None, map(str, paths)))}
+        tools = [os.environ["PATH"], f"{os.environ.get('CUDA_HOME') or '/usr/local/cuda'}/bin"]
+        self.environment = {
+            "PYTHONPATH": os.pathsep.join(filter(None, map(str, paths))),
+            "PATH": os.pathsep.join(tools),
+        }
         if tiny:
             self.environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         elif CACHE.is_dir():
@@ -154,12 +151,13 @@ class Check:
         """All steps without a kept outcome, one after another."""
         reason = None
         for step in todo:
+            tool = "".join(step.wrapper.split()[:1])
             if step.name in kept:
                 found = kept[step.name]
             elif reason is not None:
                 found = outcome(step, "not run", reason)
-            elif step.tool is not None and find_tool(step.tool) is None:
-                found = outcome(step, "not run", f"{step.tool} is not installed")
+            elif tool and shutil.which(tool, path=self.environment["PATH"]) is None:
+                found = outcome(step, "not run", f"{tool} is not installed")
             else:
                 found = self.run_step(step)
             self.outcomes.append(found)
@@ -235,29 +233,23 @@ class Check:
 
 
 def write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process and what it started, politely first."""
-    for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=patience)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """End a process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 # --- the summary ---
 
 
 def step_line(step: Data) -> str:
-    text = f"{step['name']:<10} {step['status']:<12} {step['seconds']:6.1f} s  {step['detail']}"
+    text = f"{step['name']:<17} {step['status']:<12} {step['seconds']:6.1f} s  {step['detail']}"
     return text[:COLUMNS]
 
 
@@ -268,45 +260,27 @@ def summary(document: Data) -> str:
         lines.append(step_line(step))
         lines += [f"    {text}" for text in step["lines"][:FAILURES]]
     lines += document["results"].get("versions", {}).get("lines", [])
-    tables: dict[str, dict[tuple[str, str], str]] = {}
     for result in document["results"].values():
-        for title, row, column, text in cells_of(result):
-            tables.setdefault(title, {})[row, column] = text
-    for title, cells in tables.items():
-        rows, columns = (list(dict.fromkeys(place[n] for place in cells)) for n in (0, 1))
-        body = [[row, *(cells.get((row, column), "-") for column in columns)] for row in rows]
-        lines += Table(title, ["", *columns], 1, body).lines(COLUMNS)
+        tables = report.tables(result) if "kind" in result else tables_of(result.get("cells", ()))
+        for table in tables:
+            lines += table.lines(COLUMNS)
     if len(lines) > LINES:
         left = len(lines) - LINES + 1
         lines[LINES - 1 :] = [f"... and {left} lines more, which are in the file of results"]
     return "\n".join(line[:COLUMNS] for line in lines)
 
 
-def cells_of(result: Data) -> Iterator[tuple[str, str, str, str]]:
-    """Table, row, column and text of the cells of a step's result."""
-    for cell in result.get("cells", ()):
-        yield cell["table"], cell["row"], cell["column"], cell["cell"]
-    for case in result.get("cases", ()):
-        for name, row in case["rows"].items():
-            label, text = result["labels"][name], time_text(row)
-            if result["kind"] == "search":
-                yield "search, ms and ps per pair", label, case["title"], text
-            elif result["kind"] == "transfer":
-                place = f"{case['operation']} {case['layout']} {label}"
-                yield "transfer, three levels, ms", place, case["index"], text
-            else:
-                yield "model, ms", f"{case['operation']}, {case['title']}", label, text
-
-
-def time_text(row: Data) -> str:
-    if row["status"] != "ok":
-        return "WRONG" if row.get("wrong") else row["status"]
-    rate = f" {row['ps_per_pair']:.2f} {row['algorithm'] or ''}" if "ps_per_pair" in row else ""
-    return f"{1e3 * row['median_s']:.3f}{rate}".rstrip()
-
-
-def interrupt(*signal_and_frame: object) -> None:
-    raise KeyboardInterrupt
+def tables_of(cells: Iterable[Data]) -> list[report.Table]:
+    """Tables of cells that name their table, row and column."""
+    texts: dict[str, dict[tuple[str, str], str]] = {}
+    for cell in cells:
+        texts.setdefault(cell["table"], {})[cell["row"], cell["column"]] = cell["cell"]
+    found = []
+    for title, at in texts.items():
+        rows, columns = (list(dict.fromkeys(place[n] for place in at)) for n in (0, 1))
+        body = [[row, *(at.get((row, column), "-") for column in columns)] for row in rows]
+        found.append(report.Table(title, ["", *columns], 1, body))
+    return found
 
 
 def main(argv: list[str] | None = None, todo: list[Step] | None = None) -> int:
@@ -332,8 +306,7 @@ def main(argv: list[str] | None = None, todo: list[Step] | None = None) -> int:
                 doing = f"{args.file} is no result of gpu_check.py"
                 print(summary(json.loads(args.file.read_text())))
                 return 0
-            write(args.out / "gpu-check", b"")
-            (args.out / "gpu-check").unlink()
+            args.out.mkdir(parents=True, exist_ok=True)
             todo = steps(args.part, check.work, args.rehearse) if todo is None else todo
             if args.first not in (None, *(step.name for step in todo)):
                 parser.error(f"--from: the steps are {', '.join(step.name for step in todo)}")
@@ -342,13 +315,11 @@ def main(argv: list[str] | None = None, todo: list[Step] | None = None) -> int:
         except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
             print(f"{doing}: {error}", file=sys.stderr)
             return 2
-        before = signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             check.run(todo, kept)
         except KeyboardInterrupt:
             print("interrupted", flush=True)
-        finally:
-            signal.signal(signal.SIGTERM, before)
         check.save()
         print(f"\n{summary(check.document())}", flush=True)
     passed = [x["status"] for x in check.outcomes].count("ok")

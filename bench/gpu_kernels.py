@@ -15,8 +15,7 @@ import math
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -25,7 +24,6 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 from unittest import mock
 
-import gpu_cases
 import machine
 import measure
 import torch
@@ -33,13 +31,15 @@ import transfer
 import triton
 import triton.language as tl
 from gate import SearchTruth, WrongResult, check_close
-from gpu_cases import Jobs
+from machine import CPU
 from registry import Declined, Run, Size, copy_run, gemm_run
-from search_candidates import PATCH, PRECISIONS, choice_tolerance, launches, maps
+from search_candidates import PATCH, PRECISIONS, choice_tolerance, maps
 
 from ttsr_fast.operators import library
+from ttsr_fast.operators.patch import Score
 
 Cells = list[dict[str, Any]]
+Jobs = Iterator[tuple[str, Callable[[], Cells]]]
 CASES = ("2*9x37:11x35", "40x42:70x13")  # widths that fill no tile, band or strip
 SIZES, BATCH, TINY = ("540x960", "270x480", "125x185", "160x160"), "9*40x40", "2x3"
 RINGS = (8, 16, 32, 64)  # MiB
@@ -50,10 +50,11 @@ HANGING = 40.0  # seconds, the limit of a job
 
 
 class Times(NamedTuple):
-    """Seconds of a launch, by events around several and from a graph of them."""
+    """Seconds of a launch, by events around several and from a graph of them; and of the CPU."""
 
     events_s: float
     graph_s: float
+    host_s: float
 
 
 class Lab:
@@ -76,26 +77,17 @@ class Lab:
     def times(self, run: Run) -> Times:
         """Times of a launch that has run before; a long one is timed once, by events."""
         if self.compiling:
-            return Times(1.0, 1.0)
+            return Times(1.0, 1.0, 1.0)
         first = measure.timed(run, self.device)
         if first > LONG or self.tiny:
-            return Times(first, first)
+            return Times(first, first, first)
         count = min(LAUNCHES, int(LONG / first))
         several = partial(measure.repeat, run, count)
         runs = (several, measure.graph_run(several))
         events, graph = (min(measure.timed(r, self.device) for _ in range(2)) for r in runs)
-        return Times(events / count, graph / count)
-
-    def host(self, run: Run) -> float:
-        """CPU seconds of a launch."""
-        count = 1 if self.tiny or self.compiling else 50
-        run()
+        host = measure.timed(several, CPU)  # which does not wait for the GPU
         measure.synchronize(self.device)
-        start = time.perf_counter()
-        measure.repeat(run, count)
-        taken = (time.perf_counter() - start) / count
-        measure.synchronize(self.device)
-        return taken
+        return Times(events / count, graph / count, host / count)
 
 
 def cell(table: str, row: str, column: str, text: str, **numbers: Any) -> dict[str, Any]:
@@ -107,21 +99,24 @@ def cell(table: str, row: str, column: str, text: str, **numbers: Any) -> dict[s
 
 def prepare(lab: Lab, size: str, algorithm: str, precision: str, label: str) -> tuple:
     """The launches of a search by name, once its result is right; and its multiplied pairs."""
-    from ttsr_fast.kernels import search as kernel_search
-    from ttsr_fast.kernels import tile_configs
+    from ttsr_fast.kernels import search, tile_configs
     from ttsr_fast.kernels.precision import precision_for
 
     query, key = lab.maps(size)
+    reason = search.why_not(algorithm, query.dtype, 3, precision)
+    if reason is not None:
+        raise Declined(reason)
     tile = tile_configs.select(algorithm, precision_for(query.dtype, precision).name)
     if "/" in label:
         tile = tile_configs.TileConfig(*map(int, label.replace("x", "/").split("/")))
-    (score, index), stages = launches(query, key, algorithm, precision, tile)
-    score.fill_(float("nan"))
-    index.fill_(-(2**40))
+    grid = (len(query), *query.shape[2:])
+    match = (torch.full(grid, math.nan, device=lab.device), torch.full(grid, -1, device=lab.device))
+    plan = search.Plan(precision, algorithm, tile)
+    stages = search.stages(query, key, None, match, PATCH, Score(), plan)
     for run in stages.values():
         run()
-    lab.check(lambda: lab.truth(size).check((score, index), choice_tolerance(precision)))
-    return stages, kernel_search.padded_pairs(query.shape, key.shape, PATCH, algorithm, tile)
+    lab.check(lambda: lab.truth(size).check(match, choice_tolerance(precision)))
+    return stages, search.padded_pairs(query.shape, key.shape, PATCH, algorithm, tile)
 
 
 def check_search(lab: Lab, size: str, algorithm: str, precision: str) -> Cells:
@@ -130,10 +125,8 @@ def check_search(lab: Lab, size: str, algorithm: str, precision: str) -> Cells:
 
 
 def check_jobs(lab: Lab) -> Jobs:
-    """Transfer first; with `few` one search of each algorithm."""
+    """Every algorithm and precision, or with `few` one search of each algorithm."""
     few = lab.few or lab.tiny
-    if not lab.compiling:  # none of them is Triton's
-        yield from gpu_cases.jobs(lab.device, few)
     sizes = (lab.sizes[-1:] if lab.tiny else CASES)[: 1 if few else None]
     precisions = PRECISIONS if not few else ("fp16",)
     for place in itertools.product(sizes, ("rolled", "slab", "direct"), precisions):
@@ -146,7 +139,7 @@ def time_search(
     with setting(label, ring):
         stages, padded = prepare(lab, size, algorithm, precision, label)
         times = lab.times(stages[algorithm])
-    pairs, (events, graph) = Size.parse(size).pairs, times
+    pairs, (events, graph, _) = Size.parse(size).pairs, times
     text = " ".join(f"{1e12 * x:.2f}" for x in (events / pairs, graph / pairs, graph / padded))
     table = "kernel alone, ps per pair: events, graph, graph per padded pair"
     facts = {"pairs": pairs, "padded_pairs": padded, **times._asdict()}
@@ -154,7 +147,7 @@ def time_search(
     for name in ("pack", "key_scale", "rescore") if label == DEFAULT else ():
         times = lab.times(stages[name])
         text = " ".join(f"{1e6 * x:.1f}" for x in times)
-        cells.append(cell("us: events, graph", name, size, text, **times._asdict()))
+        cells.append(cell("us: events, graph, CPU", name, size, text, **times._asdict()))
     return cells
 
 
@@ -229,11 +222,12 @@ def slab_block(lab: Lab, precision: str, ring: int) -> Cells:
         shape, runs = first_block(lab, size, precision)
     table = f"one block of the slab at {size}, ps per padded pair: events, graph; CPU us"
     for name, run in runs.items():
-        host, times = lab.host(run), lab.times(run)
-        text = " ".join(f"{1e12 * x / math.prod(shape):.2f}" for x in times)
-        facts = {"host_s": host, "pairs": math.prod(shape), **times._asdict()}
+        run()
+        times, pairs = lab.times(run), math.prod(shape)
+        text = " ".join(f"{1e12 * x / pairs:.2f}" for x in times[:2])
         row = f"{precision} {ring} MiB, {'x'.join(map(str, shape))}"
-        cells.append(cell(table, row, name, f"{text}; {1e6 * host:.0f}", **facts))
+        text += f"; {1e6 * times.host_s:.0f}"
+        cells.append(cell(table, row, name, text, pairs=pairs, **times._asdict()))
     return cells
 
 
@@ -257,14 +251,6 @@ def first_block(lab: Lab, size: str, precision: str) -> tuple[list[int], dict[st
     return list(out.shape), runs
 
 
-def launch_cost(lab: Lab, algorithm: str) -> Cells:
-    """CPU time of every launch, at a size that the device keeps up with."""
-    stages, _ = prepare(lab, TINY, algorithm, "fp16", "")
-    hosts = {name: lab.host(run) for name, run in stages.items()}
-    table = "CPU us per launch"
-    return [cell(table, algorithm, n, f"{1e6 * s:.0f}", host_s=s) for n, s in hosts.items()]
-
-
 def ceiling_jobs(lab: Lab) -> Jobs:
     device = lab.device
     if device.type == "cuda":
@@ -277,8 +263,6 @@ def ceiling_jobs(lab: Lab) -> Jobs:
         yield f"bmm {depth} {leading}", partial(bmm, lab, depth, leading)
     for precision, ring in itertools.product(lab.precisions, lab.rings):
         yield f"block {precision} {ring} MiB", partial(slab_block, lab, precision, ring)
-    for algorithm in ("direct",) if lab.tiny else ("rolled", "slab", "direct"):
-        yield f"launches of {algorithm}", partial(launch_cost, lab, algorithm)
 
 
 # --- profiles ---
@@ -295,7 +279,7 @@ def profile_jobs(lab: Lab) -> Jobs:
 
     def fold(operation: str) -> Run:
         size = Size.parse(lab.batch)
-        place = (operation, transfer.TOGETHER, "NCHW", "random", size, torch.float32)
+        place = (operation, transfer.TOGETHER, "NCHW", "random", size)
         return transfer.CANDIDATES["cpp"].prepare(*transfer.inputs(*place, lab.device))
 
     for label in (DEFAULT, "64x128/4/3"):

@@ -10,7 +10,7 @@ windows. Exits with status 1 if a result was wrong, a process failed, or one too
 more memory than its limit.
 """
 
-import argparse
+import math
 import os
 import subprocess
 import sys
@@ -44,18 +44,13 @@ def make_files(size: tuple[int, int], folder: Path) -> None:
     save_model(TTSR(), folder / "random.pth")
 
 
-def run_once(folder: Path, options: list[str], threads: int) -> dict[str, Any]:
+def run_once(folder: Path, options: list[str]) -> dict[str, Any]:
     """Seconds and peak memory of the command in a process of its own."""
-    command = [sys.executable, "-m", "ttsr_fast", "upscale", "low.png", "--ref", "ref.png"]
-    command += ["--quiet", "-o", "out.png", *options]
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
+    low, ref, out = (str(folder / name) for name in ("low.png", "ref.png", "out.png"))
+    command = [sys.executable, "-m", "ttsr_fast", "upscale", low, "--ref", ref, "-o", out]
     start = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        [*command, "--quiet", *options], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     message = process.stderr.read().strip()
@@ -77,15 +72,15 @@ def judged(row: dict[str, Any], image: np.ndarray, truth: np.ndarray) -> dict[st
     return row
 
 
-def rows(args: argparse.Namespace, folder: Path) -> Any:
+def rows(size: tuple[int, int], limits: list[str], folder: Path) -> Any:
     """Every run, by name."""
-    make_files(args.size, folder)
+    make_files(size, folder)
     truth = None
-    for method, limit in [("detail", None), ("ttsr", None), *(("ttsr", x) for x in args.limits)]:
-        options = ["--weights", "random.pth"] if method == "ttsr" else []
+    for method, limit in [("detail", None), ("ttsr", None), *(("ttsr", x) for x in limits)]:
+        options = ["--weights", str(folder / "random.pth")] if method == "ttsr" else []
         if method == "ttsr":
-            options += ["--max-memory", limit] if limit else ["--tile", str(max(args.size))]
-        row = {"method": method, "limit": limit, **run_once(folder, options, args.threads)}
+            options += ["--max-memory", limit] if limit else ["--tile", str(max(size))]
+        row = {"method": method, "limit": limit, **run_once(folder, options)}
         if row["status"] == "ok" and method == "ttsr":
             image = read_image(folder / "out.png").pixels
             truth = image if truth is None else truth
@@ -95,20 +90,18 @@ def rows(args: argparse.Namespace, folder: Path) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and show; 1 if anything was wrong."""
-    parser = runner.parser(__doc__)
-    parser.add_argument("--limits", nargs="+", metavar="SIZE", help="memory of TTSR")
-    args = parser.parse_args(argv)
-    args.size = QUICK_SIZE if args.quick else SIZE
-    args.limits = args.limits or (QUICK_LIMITS if args.quick else LIMITS)
+    args = runner.parser(__doc__).parse_args(argv)
+    runner.set_threads(args.threads)  # of the command, too
+    size, limits = (QUICK_SIZE, QUICK_LIMITS) if args.quick else (SIZE, LIMITS)
     data = runner.document("highres", CPU, {})
     # The matrix of scores alone, in float32, of the original form.
-    case = {"size": args.size, "original_bytes": 4 * (args.size[0] * args.size[1] // 16) ** 2}
+    case = {"size": size, "original_bytes": 4 * (math.prod(size) // 16) ** 2}
     data["cases"] = [{"operation": "upscale", **case, "rows": {}}]
     with TemporaryDirectory() as folder:
-        for name, row in rows(args, Path(folder)):
+        for name, row in rows(size, limits, Path(folder)):
             data["cases"][0]["rows"][name] = row
             write_json(args.out / "highres.json", data)
-    return runner.show(data, runner.console())
+    return runner.show(data)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The device, what the results say of it, and the files of results."""
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -18,19 +18,19 @@ from ttsr_fast import files
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "numpy", "faiss-cpu", "pykeops", "flashlib")
+PACKAGES = ("torch", "triton", "numpy", "faiss-cpu", "pykeops")
 
 
-def pick(name: str | None) -> torch.device:
+def pick(name: str) -> torch.device:
     """The device of that name, made current; without a name the GPU where there is one."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"must be cpu or cuda, got {name!r}")
-    if device.type == "cpu":
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {name!r}")
+    if name == "cpu":
         return CPU
     if not torch.cuda.is_available():
-        raise ValueError(f"{name}: torch {torch.__version__} sees no CUDA device")
-    device = torch.device("cuda", device.index or 0)
+        raise argparse.ArgumentTypeError(f"torch {torch.__version__} sees no CUDA device")
+    device = torch.device("cuda", torch.device(name).index or 0)
     torch.cuda.set_device(device)
     return device
 
@@ -55,10 +55,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def facts() -> dict[str, Any]:
     """Machine, versions, commit and date."""
-    versions: dict[str, str | None] = {"ttsr-fast": ttsr_fast.__version__}
-    for package in PACKAGES:
-        found = [x.version for x in metadata.distributions(name=package)]
-        versions[package] = found[0] if found else None
+    found = {x: [y.version for y in metadata.distributions(name=x)] for x in PACKAGES}
+    versions = {package: next(iter(versions), None) for package, versions in found.items()}
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -67,7 +65,7 @@ def facts() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {"ttsr-fast": ttsr_fast.__version__, **versions},
         "commit": output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -75,8 +73,6 @@ def facts() -> dict[str, Any]:
 
 def output(*command: str) -> str | None:
     """Standard output of a program, None if there is none."""
-    if shutil.which(command[0]) is None:
-        return None
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -86,10 +82,8 @@ def output(*command: str) -> str | None:
 
 def stem(device: torch.device, kind: str) -> str:
     """Name of a result file, with the name of the GPU before it."""
-    if device.type == "cpu":
-        return kind
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    return name if kind == "search" else f"{name}-{kind}"
+    gpu = f"{torch.cuda.get_device_name(device)} " if device.type == "cuda" else ""
+    return re.sub(r"[^a-z0-9]+", "-", f"{gpu}{kind}".lower())
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -14,6 +14,7 @@ result was wrong, which is not timed.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -30,7 +31,7 @@ from model_candidates import (
     module_run,
     subject,
 )
-from registry import Candidate, Case, Rows, Size
+from registry import Case, Rows, Size
 from report import size_title
 from torch import Tensor
 
@@ -46,7 +47,6 @@ SETTINGS = {
 PAIRS = 1 << 27  # beyond which the forward pass alone is measured and some of its queries checked
 QUERIES = 512  # that are checked then
 MAPS = ["S", "T_lv3", "T_lv2", "T_lv1"]
-STRIDES = (1, 2, 4)
 GRADIENTS = ["lrsr_lv3", "refsr_lv3", "ref_lv1", "ref_lv2", "ref_lv3"]
 STAGE_RUNS = 3
 TOLERANCE = dict(zip(MODULE, (5e-6, 1e-5), strict=True))
@@ -73,7 +73,7 @@ def large_check(maps: list[Tensor]) -> Check:
     lrsr, refsr, *values = maps
     queries = SearchTruth(lrsr, refsr, limit=QUERIES)
     index = search(lrsr, refsr).index
-    levels = zip(reversed(values), STRIDES, strict=True)
+    levels = zip(reversed(values), (1, 2, 4), strict=True)
     truth = [reference.gather_fold(v[:, :1].double(), index, stride=s) for v, s in levels]
 
     def check(result: tuple[Tensor, ...]) -> dict[str, float]:
@@ -116,8 +116,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         for operation in MODULE[: 1 if size.pairs > PAIRS else None]:
             check = module_check(operation, size, args.device)
             yield case(operation, size, size_title(size.facts), check, args)
-    patch = args.patch.query
-    training = Size(patch, (4 * patch[0], 4 * patch[1]), args.batch)
+    height, width = args.patch.query
+    training = replace(args.patch, key=(4 * height, 4 * width))
     lr = [size_title({**size.facts, "key": size.query}) for size in (args.pair, training)]
     titles = (f"LR {lr[0]}, reference {'x'.join(map(str, args.pair.key))}", f"LR {lr[1]}")
     for operation, size, title in zip(MODEL, (args.pair, training), titles, strict=True):
@@ -126,10 +126,6 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def case(operation: str, size: Size, title: str, check: Check, args: argparse.Namespace) -> Case:
-    def able(candidate: Candidate) -> bool:
-        forward_only = candidate.graph and operation in MODEL
-        return operation in (candidate.operations or (operation,)) and not forward_only
-
     def finish(rows: Rows, rates: dict[str, float]) -> dict[str, Any]:
         if operation in MODEL:
             add_stages(operation, size, args.device, rows)
@@ -141,7 +137,7 @@ def case(operation: str, size: Size, title: str, check: Check, args: argparse.Na
         size=size,
         place=(operation, size),
         check=lambda candidate, result: check(result),
-        names=tuple(name for name in args.candidates if able(CANDIDATES[name])),
+        names=tuple(name for name in args.candidates if CANDIDATES[name].has(operation)),
         finish=finish,
     )
 
@@ -164,22 +160,18 @@ def inputs(*place: Any) -> tuple[Any, ...]:
 def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--pair", type=Size.parse, metavar="LR:REF", help="pixels, default: 88x125:368x500")
-    add("--patch", type=Size.parse, metavar="LR", help="of a training step, default: 40x40")
-    add("--batch", type=int, help="of a training step, default: 9 on a GPU, 2 on the CPU")
+    text = "batch of a training step, default: 9*40x40, on a CPU 2*40x40"
+    add("--patch", type=Size.parse, metavar="N*LR", help=text)
 
 
-def resolve(args: argparse.Namespace) -> str | None:
-    quick = args.quick
-    args.pair = args.pair or Size.parse("12x16:48x60" if quick else "88x125:368x500")
-    args.patch = args.patch or Size.parse("10x10" if quick else "40x40")
-    if args.batch is None:
-        # As published on a GPU; on a CPU two take long enough.
-        args.batch = 1 if quick else 2 if args.device.type == "cpu" else 9
-    if args.batch < 1:
-        return "--batch must be positive"
+def resolve(args: argparse.Namespace) -> None:
+    pair, patch = "88x125:368x500", "2*40x40" if args.device.type == "cpu" else "9*40x40"
+    if args.quick:
+        pair, patch = "12x16:48x60", "10x10"
+    args.pair = args.pair or Size.parse(pair)
+    args.patch = args.patch or Size.parse(patch)
     if args.pair.queries * args.pair.keys > 16 * PAIRS:
-        return "--pair is too large for the float64 model that its results are held against"
-    return None
+        raise ValueError("--pair is too large for the float64 model that results are held against")
 
 
 if __name__ == "__main__":

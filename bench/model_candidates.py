@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, lru_cache, partial
 from typing import Any
 from unittest import mock
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from machine import CPU
 from measure import synchronize
-from registry import Candidate, Run, Size
+from registry import Candidate, Run, Size, noise
 from search_candidates import unfold_bytes
-from torch import Tensor, nn
+from torch import Tensor
 from transfer import LEVELS, make_index
 
 from ttsr_fast import TTSR, SearchTransfer, functional, reference
@@ -36,11 +36,10 @@ SHIFT = (12, 20)  # pixels between a place in the image and in its reference
 @lru_cache(maxsize=1)
 def make_features(size: Size, device: torch.device = CPU) -> tuple[list[Tensor], list[Tensor]]:
     """The five maps of `SearchTransfer`, with clear best matches, and gradients of its results."""
-    generator = torch.Generator("cpu").manual_seed(0)
+    given = noise(device)
 
     def normal(channels: int, stride: int, grid: tuple[int, int]) -> Tensor:
-        shape = (size.batch, channels, *(stride * n for n in grid))
-        return torch.randn(shape, generator=generator, device="cpu").to(device)
+        return given(size.batch, channels, *(stride * n for n in grid))
 
     values = [normal(channels, stride, size.key) for stride, channels in LEVELS.values()]
     refsr = normal(256, 1, size.key)
@@ -66,13 +65,6 @@ def module_run(name: str, operation: str, maps: list[Tensor], grads: list[Tensor
 # --- the whole model ---
 
 
-class Original(nn.Module):
-    """The original form in the place of `SearchTransfer`."""
-
-    def forward(self, *maps: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        return reference.search_transfer(*maps, key_mask=key_mask)
-
-
 def make_model(name: str) -> TTSR:
     """TTSR as published, in one of its variants, with the same random weights in all of them."""
     variant = CANDIDATES[name]
@@ -82,16 +74,8 @@ def make_model(name: str) -> TTSR:
         model = TTSR(backend=variant.backend, precision=variant.precision)
     logging.disable(logging.NOTSET)
     if name == ORIGINAL:
-        model.SearchTransfer = Original()
+        model.SearchTransfer.forward = reference.search_transfer
     return model
-
-
-@contextmanager
-def _contiguous_maps() -> Iterator[None]:
-    """Contiguous maps, as in the original form."""
-    patches = (mock.patch.object(x, "channels_last_on_cpu", lambda x: x) for x in (lte, main_net))
-    with next(patches), next(patches):
-        yield
 
 
 def make_images(size: Size) -> dict[str, Tensor]:
@@ -138,7 +122,9 @@ class Subject:
         return torch.optim.Adam(self.model.parameters(), lr=1e-4)
 
     def _model_run(self) -> tuple[Tensor, ...]:
-        with _contiguous_maps() if self.name == ORIGINAL else nullcontext():
+        with ExitStack() as stack:
+            for module in (lte, main_net) if self.name == ORIGINAL else ():  # contiguous maps
+                stack.enter_context(mock.patch.object(module, "channels_last_on_cpu", lambda x: x))
             return self.model(*(self.images[name] for name in ("lr", "lrsr", "ref", "refsr")))
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 A benchmark is a module, of the name `KIND`, that lists `CANDIDATES`, `cases(args)`, `inputs(*place,
 device)`, `SUBJECTS` (measured however long they take), `options(parser)`, `resolve(args)`, which
-returns an error, and `SETTINGS` by type of device, with "quick " before it for --quick: sizes,
+raises `ValueError`, and `SETTINGS` by type of device, with "quick " before it for --quick: sizes,
 seconds for each candidate, and seconds beyond which a candidate is skipped.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from machine import CPU
+from torch import Tensor
 
 from ttsr_fast.operators import backends
 
@@ -92,6 +93,9 @@ class Candidate:
     tolerance: float = 1e-6  # of the score of a chosen key, below the maximum
     score_tolerance: float = 1e-6  # of a score, around that of its own key
 
+    def has(self, operation: str) -> bool:
+        return self.operations is None or operation in self.operations
+
     def why_not(self, device: torch.device) -> str | None:
         """The reason why it cannot run on a device, None if it can."""
         if self.graph and device.type != "cuda":
@@ -121,9 +125,14 @@ class Case:
     skip: Callable[[Candidate], str | None] = lambda candidate: None  # a reason
 
 
+def noise(device: torch.device) -> Callable[..., Tensor]:
+    """Normally distributed tensors by shape, made on the CPU and the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator, device="cpu").to(device)
+
+
 # --- rooflines ---
 
-MIB = 1 << 20
 # Factors of a matrix product, and their type.
 OPERANDS = {
     "float32": torch.float32,
@@ -175,7 +184,7 @@ def gemm_run(
 
 def copy_run(device: torch.device = CPU) -> tuple[Run, int]:
     """A copy that does not fit the caches, and the bytes that it reads and writes."""
-    size = (128 if device.type == "cpu" else 1024) * MIB
+    size = (128 if device.type == "cpu" else 1024) << 20
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * size

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,23 +18,16 @@ Data = dict[str, Any]
 INDICES = ("random", "coherent", "all to one")
 ORIGINAL = "reference"  # the candidate that a drop-in is compared with
 WITHOUT = "peak memory above inputs and results"
-
-
-UNITS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 GAP = "  "  # between the columns of a table
-FOLDINGS = (1000, 24, 12, 1)  # widths at which labels are folded
 
 
 def seconds_text(seconds: float) -> str:
     """Three significant digits and a unit."""
-    unit = next((unit for unit, scale in UNITS.items() if seconds >= scale), "µs")
-    return f"{digits(seconds / UNITS[unit])} {unit}"
+    return _scaled(seconds, "µs", **{"s": 1.0, "ms": 1e-3, "µs": 1e-6})
 
 
 def range_text(low: float, high: float) -> str:
-    """Two times in the unit of the first."""
-    number, unit = seconds_text(low).split()
-    return f"{number} to {digits(high / UNITS[unit])}"
+    return f"{seconds_text(low)} to {seconds_text(high)}"
 
 
 def bytes_text(count: float | None) -> str:
@@ -52,6 +46,7 @@ def flop_text(rate: float) -> str:
 
 
 def _scaled(x: float, least: str, **units: float) -> str:
+    """A number in the largest unit below it, or in the least."""
     unit = next((unit for unit, scale in units.items() if x >= scale), least)
     return f"{digits(x / units.get(unit, 1.0))} {unit}"
 
@@ -85,63 +80,28 @@ class Table:
         return f"{self.title}:\n\n{table}\n" + (f"\n{notes}" if notes else "")
 
     def lines(self, limit: int) -> Iterator[str]:
-        """Lines for a terminal of that width.
+        """Lines of a terminal. Columns that do not fit form further tables, each with all labels.
 
-        Headings, and labels if needed, are folded between words. Columns of values that do not
-        fit the width form several tables, each with all labels.
+        A cell of several lines takes several lines of the table.
         """
         yield from textwrap.wrap(self.title, limit)
-        columns = [list(column) for column in zip(self.header, *self.rows, strict=True)]
-        labels, values = columns[: self.labels], columns[self.labels :]
-        values = [[_folded(heading, width(cells)), *cells] for heading, *cells in values]
-        foldings = [[[_folded(x, n) for x in column] for column in labels] for n in FOLDINGS]
-        parts = [
-            [[*found, *part] for part in _groups(values, limit - sum(map(_room, found)))]
-            for found in foldings
-        ]
-        for n, part in enumerate(min(parts, key=len)):  # the first, where several are as short
-            yield from ["", *_joined(part, self.labels)][n == 0 :]
+        columns = zip(self.header, *self.rows, strict=True)
+        widths = [max(len(x) for cell in column for x in cell.split("\n")) for column in columns]
+        parts: list[list[int]] = []  # columns of each table
+        for column in range(self.labels, len(widths)):
+            room = limit - widths[column]
+            if not parts or sum(widths[n] + len(GAP) for n in parts[-1]) > room:
+                parts.append(list(range(self.labels)))
+            parts[-1].append(column)
+        for part in parts:
+            for row in (self.header, *self.rows):
+                for line in zip_longest(*(row[n].split("\n") for n in part), fillvalue=""):
+                    cells = (
+                        text.ljust(widths[n]) if n < self.labels else text.rjust(widths[n])
+                        for n, text in zip(part, line, strict=True)
+                    )
+                    yield GAP.join(cells).rstrip()
         yield from self.notes
-
-
-def width(column: Sequence[str]) -> int:
-    return max((len(line) for cell in column for line in cell.split("\n")), default=0)
-
-
-def _room(column: Sequence[str]) -> int:
-    return width(column) + len(GAP)
-
-
-def _folded(text: str, limit: int) -> str:
-    """Text in lines of `limit` characters, or of its longest word."""
-    limit = max(limit, width(text.split()), 1)
-    return "\n".join(textwrap.wrap(text, limit, break_on_hyphens=False))
-
-
-def _groups(columns: Sequence[Sequence[str]], room: int) -> Iterator[list[Sequence[str]]]:
-    """Consecutive columns that fit, at least one at a time."""
-    found: list[Sequence[str]] = []
-    for column in columns:
-        if found and sum(map(_room, [*found, column])) - len(GAP) > room:
-            yield found
-            found = []
-        found = [*found, column]
-    yield found
-
-
-def _joined(columns: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Rows of aligned cells; `left` columns are aligned at the left."""
-    lines = []
-    for row in zip(*columns, strict=True):
-        cells = [cell.split("\n") for cell in row]
-        for n in range(max(map(len, cells))):
-            texts = [cell[n] if n < len(cell) else "" for cell in cells]
-            aligned = (
-                text.ljust(width(column)) if at < left else text.rjust(width(column))
-                for at, (text, column) in enumerate(zip(texts, columns, strict=True))
-            )
-            lines.append(GAP.join(aligned).rstrip())
-    return lines
 
 
 # --- results ---
@@ -162,11 +122,9 @@ def markdown(data: Data) -> str:
 
 def tables(data: Data, full: bool = False) -> list[Table]:
     """Tables of results; `full` for all columns and sizes."""
-    kinds = {"search": _search, "transfer": _transfer, "model": _model, "highres": _highres}
-    kinds["sharded"] = _sharded
-    if data.get("kind") not in kinds:
-        raise ValueError(f"kind must be one of {', '.join(kinds)}, got {data.get('kind')!r}")
-    return kinds[data["kind"]](data, full)
+    if data.get("kind") not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {data.get('kind')!r}")
+    return KINDS[data["kind"]](data, full)
 
 
 def machine_text(data: Data) -> str:
@@ -179,7 +137,7 @@ def machine_text(data: Data) -> str:
         others = ("faiss-cpu",)
     else:
         unit = [machine["cpu"], f"{machine['threads']} threads", machine["capability"]]
-        others = ("triton", "flashlib")
+        others = ("triton",)
     named = [f"{name} {version}" for name, version in versions.items() if name not in others]
     return ", ".join([*unit, *named, machine["date"][:10]])
 
@@ -253,8 +211,8 @@ def _size(data: Data, case: Data, full: bool) -> Table:
     operands = case.get("pixel_gemm_operands", "float32")
     pixels = "one product over pixels" + f" in {operands}" * (operands != "float32")
     title = f"At {size_title(case)}, where {pixels} takes {seconds_text(case['pixel_gemm_s'])}"
-    gemms = case.get("gemms") or case["gemm_flop_per_s"]
-    notes = [f"matrix product of {name}: {flop_text(rate)}" for name, rate in gemms.items()]
+    gemms = case["gemm_flop_per_s"].items()
+    notes = [f"matrix product of {name}: {flop_text(rate)}" for name, rate in gemms]
     return Table(title, ["", *columns], 1, rows, [*notes, *reasons(data, [case])] if full else ())
 
 
@@ -263,7 +221,7 @@ def _columns(gpu: bool, full: bool) -> dict[str, Callable[[Data], str]]:
     columns: dict[str, tuple[bool, Callable[[Data], str]]] = {
         "time": (full, lambda row: seconds_text(row["median_s"])),
         "20 to 80 %": (full, lambda row: range_text(row["low_s"], row["high_s"])),
-        "ps per pair": (gpu, lambda row: f"{row['ps_per_pair']:.2f}"),
+        "ps per pair": (gpu, lambda row: f"{1e12 / row['pairs_per_s']:.2f}"),
         "pairs/s": (not gpu, lambda row: count_text(row["pairs_per_s"])),
         "of 9 products": (gpu or not full, lambda row: flop_text(row["effective_flop_per_s"])),
         "issued": (gpu, lambda row: flop_text(row["issued_flop_per_s"])),
@@ -290,7 +248,7 @@ def _transfer(data: Data, full: bool) -> list[Table]:
         rows.append([*place, *cells, "/".join(f"{100 * share:.0f}" for share in shares)])
     copy = median(case["copy_bytes_per_s"] for case in cases) / 1e9
     title = (
-        f"Transfer, {size_title(cases[0])}, {cases[0]['dtype']}; median ms with indices "
+        f"Transfer, {size_title(cases[0])}, float32; median ms with indices "
         f"{'/'.join(INDICES)} and {WITHOUT}. {machine_text(data)}, copy at {copy:.1f} GB/s"
     )
     header = ["", "level", "layout", *labels.values(), f"{label}, % of copy"]
@@ -302,8 +260,8 @@ def _model(data: Data, full: bool) -> list[Table]:
     labels, rows, staged, stages = data["labels"], [], [], {}
     for case in data["cases"]:
         found = {name: row for _, name, row in measured([case], labels)}
-        absent = {name: short_cell([row]) for name, row in case["rows"].items()}
-        cells = (cell(found[x]) if x in found else absent.get(x, "") for x in labels)
+        given = (case["rows"].get(name) for name in labels)
+        cells = (cell(x) if x and "median_s" in x else short_cell([x] if x else []) for x in given)
         times = [found.get(name, {}).get("median_s") for name in (ORIGINAL, next(iter(labels)))]
         faster = "" if None in times else f"{digits(times[0] / times[1])} x"
         error = max((row["max_relative_error"] for row in found.values()), default=0)
@@ -357,6 +315,15 @@ def _sharded(data: Data, full: bool) -> list[Table]:
         title = f"Search over processes, {size_title(case)}, {case['channels']} channels"
         found.append(Table(title, header, 1, rows, reasons(data, [case])))
     return found
+
+
+KINDS = {
+    "search": _search,
+    "transfer": _transfer,
+    "model": _model,
+    "highres": _highres,
+    "sharded": _sharded,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,11 +2,12 @@
 
 import argparse
 import os
-import textwrap
+import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import machine
 import measure
@@ -18,31 +19,24 @@ from report import bytes_text, seconds_text
 
 from ttsr_fast.upscaling import memory
 
-if TYPE_CHECKING:
-    from rich.console import Console  # which the checks of a GPU do without
-
-PIPE_WIDTH = 1000  # characters; rich assumes 80
+IN_A_PIPE = (1000, 24)  # columns and lines, where there is no terminal
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False)  # names have hyphens
+def positive(text: str) -> int:
+    """The type of an option."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be positive")
+    return int(text)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     found.add_argument("--quick", action="store_true", help="small sizes and short runs")
-    found.add_argument("--threads", type=int, default=torch.get_num_threads())
+    found.add_argument("--threads", type=positive, default=torch.get_num_threads())
     found.add_argument("--out", type=Path, default=Path("out"), help="folder for the results")
     return found
-
-
-def console() -> "Console":
-    """Standard output. Tables in a pipe or a file have their full width."""
-    from rich.console import Console
-
-    found = Console(highlight=False)
-    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=PIPE_WIDTH)
 
 
 def document(kind: str, device: torch.device, labels: dict[str, str]) -> dict[str, Any]:
@@ -56,11 +50,10 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def show(data: dict[str, Any], console: "Console") -> int:
+def show(data: dict[str, Any]) -> int:
     """Print all tables; 1 if a result was wrong, or none is there."""
     for table in report.tables(data, full=True):
-        title, *lines = ["", *table.lines(console.width)]
-        console.print(title, *lines, sep="\n", markup=False, soft_wrap=True)
+        print("", *table.lines(shutil.get_terminal_size(IN_A_PIPE).columns), sep="\n")
     states = {row["status"] for case in data["cases"] for row in case["rows"].values()}
     return int("failed" in states or "ok" not in states)
 
@@ -69,21 +62,15 @@ def parse(bench: ModuleType, argv: list[str] | None) -> argparse.Namespace:
     """The command line of a benchmark, with device, names and sizes resolved."""
     found = parser(bench.__doc__)
     add, names = found.add_argument, " ".join(bench.CANDIDATES)
-    add("--device", metavar="DEVICE", help="cuda or cpu; default: the GPU where there is one")
-    add(
-        "--sizes", nargs="+", type=Size.parse, metavar="SIZE",
-        help="measured in this order; default: by device",
-    )  # fmt: skip
+    device = "cuda or cpu; default: the GPU where there is one"
+    add("--device", type=machine.pick, default="", metavar="DEVICE", help=device)
+    add("--sizes", nargs="+", type=Size.parse, metavar="SIZE", help="default: by device")
     add("--candidates", nargs="+", choices=bench.CANDIDATES, metavar="NAME", help=names)
     add("--no-memory", action="store_true", help="no memory: a process for each candidate")
     add("--seconds", type=float, help="time to spend on each candidate and case")
     add("--limit", type=float, help="skip what takes more seconds, except this package")
     bench.options(found)
     args = found.parse_args(argv)
-    try:
-        args.device = machine.pick(args.device)
-    except (ValueError, RuntimeError) as error:
-        found.error(f"--device: {error}")
     kind = ("quick " if args.quick else "") + args.device.type
     args.named = args.candidates is not None
     args.candidates = args.candidates or [
@@ -93,9 +80,10 @@ def parse(bench: ModuleType, argv: list[str] | None) -> argparse.Namespace:
     args.sizes = args.sizes or [Size.parse(text) for text in sizes.split()]
     args.seconds = seconds if args.seconds is None else args.seconds
     args.limit = limit if args.limit is None else args.limit
-    problem = bench.resolve(args)
-    if args.threads < 1 or problem:
-        found.error(problem or "--threads must be positive")
+    try:
+        bench.resolve(args)
+    except ValueError as error:
+        found.error(str(error))
     return args
 
 
@@ -103,24 +91,17 @@ def main(bench: ModuleType, argv: list[str] | None = None) -> int:
     """Measure all cases, write and show the results; 1 if a result was wrong."""
     args = parse(bench, argv)
     set_threads(args.threads)
-    screen, runner = console(), Runner(bench, args)
+    runner = Runner(bench, args)
     labels = {name: bench.CANDIDATES[name].label for name in args.candidates}
     files: dict[Path, dict[str, Any]] = {}
-    with screen.status("") as status:
-        for case in bench.cases(args):
-            path = args.out / f"{machine.stem(args.device, case_stem(bench, case))}.json"
-            data = files.setdefault(path, document(bench.KIND, args.device, labels))
-            status.update(case.title)
-            data["cases"].append(runner.run_case(case, data["cases"]))
-            machine.write_json(path, data)
-    return max([show(data, screen) for data in files.values()])
-
-
-def case_stem(bench: ModuleType, case: Case) -> str:
-    """Name of the file of a case: batches of a transfer and 16-bit types have their own."""
-    dtype = case.facts.get("dtype", "float32").replace("float32", "")
-    batch = "batch" if bench.KIND == "transfer" and case.size.batch > 1 else ""
-    return "-".join(filter(None, (bench.KIND, batch, dtype)))
+    for case in bench.cases(args):
+        batch = "-batch" * (bench.KIND == "transfer" and case.size.batch > 1)
+        path = args.out / f"{machine.stem(args.device, bench.KIND + batch)}.json"
+        data = files.setdefault(path, document(bench.KIND, args.device, labels))
+        print(case.title, file=sys.stderr, flush=True)
+        data["cases"].append(runner.run_case(case, data["cases"]))
+        machine.write_json(path, data)
+    return max([show(data) for data in files.values()])
 
 
 class Runner(NamedTuple):

@@ -1,7 +1,4 @@
-"""The candidates of the search: from feature maps to score and index, all preparation included.
-
-flash-kmeans is left out: it needs vectors of a power of two of numbers, and a patch has 2304.
-"""
+"""The candidates of the search: from feature maps to score and index, all preparation included."""
 
 import os
 from collections.abc import Callable
@@ -12,12 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import CPU
-from registry import OPERANDS, Candidate, Declined, Run, Size, matmul_precision, products_of
+from registry import OPERANDS, Candidate, Size, matmul_precision, noise, products_of
 from torch import Tensor
 
 from ttsr_fast import functional, reference
-from ttsr_fast.operators import library
-from ttsr_fast.operators.patch import Patch, Score
+from ttsr_fast.operators.patch import Patch
 
 Match = tuple[Tensor, Tensor]  # score [N, H, W], index [N, H, W]
 Search = Callable[[Tensor, Tensor], Match]
@@ -36,7 +32,6 @@ ALGORITHMS = {"slab": 1, "rolled": 3, "direct": PIXELS}
 # Relative error of rounding: half a unit in the last place, or a whole one where digits
 # are truncated.
 ROUNDING = {"tf32": 2**-10, "float16": 2**-11, "bfloat16": 2**-8}
-GPU = {"devices": ("cuda",)}
 
 
 def _candidate(label: str, search: Search, **options: Any) -> Candidate:
@@ -53,54 +48,19 @@ def choice_tolerance(precision: str) -> float:
     return Candidate.tolerance if exact else 4 * ROUNDING[operands]
 
 
-def _linear_bytes(size: Size, operation: str) -> int:
-    return 12 * size.channels * size.batch * (size.queries + size.keys) + (256 << 20)
-
-
-def _ours(backend: str, precision: str, *devices: str) -> Candidate:
+def _ours(backend: str, precision: str, *devices: str, graph: bool = False) -> Candidate:
     operands, parts = PRECISIONS[precision]
     return _candidate(
-        f"{backend} {precision}",
+        f"{backend} {precision}{', graph' * graph}",
         partial(functional.search, backend=backend, precision=precision),
-        bytes_needed=_linear_bytes,
         devices=devices,
         products=parts,
         operands=operands,
         tolerance=choice_tolerance(precision),
         backend=backend,
         precision=precision,
+        graph=graph,
     )
-
-
-def launches(
-    query: Tensor,  # [N, C, H, W]
-    key: Tensor,  # [N, C, HK, WK]
-    algorithm: str,
-    precision: str,
-    tile: object = None,
-) -> tuple[Match, dict[str, Run]]:
-    """The result of an algorithm of the Triton backend, and its launches; with 3x3 patches."""
-    from ttsr_fast.kernels import search as kernel_search
-
-    if query.is_cuda:
-        library.load_cuda_library()
-    reason = kernel_search.why_not(algorithm, query.dtype, 3, precision)
-    if reason is not None:
-        raise Declined(reason)
-    n, _, h, w = query.shape
-    score = query.new_empty(n, h, w, dtype=torch.float32)
-    index = torch.empty_like(score, dtype=torch.int64)
-    plan = kernel_search.Plan(precision, algorithm, tile)
-    return (score, index), kernel_search.stages(
-        query, key, None, (score, index), PATCH, Score(), plan
-    )
-
-
-def _algorithm_search(query: Tensor, key: Tensor, algorithm: str, precision: str) -> Match:
-    match, stages = launches(query, key, algorithm, precision)
-    for launch in stages.values():
-        launch()
-    return match
 
 
 def resolved(
@@ -109,7 +69,7 @@ def resolved(
     key: Tensor,  # [N, C, HK, WK]
 ) -> Candidate:
     """The candidate with the algorithm that the Triton backend chooses for these maps."""
-    if candidate.backend != "triton" or candidate.algorithm is not None:
+    if candidate.backend != "triton":
         return candidate
     from ttsr_fast.kernels import search as kernel_search
 
@@ -118,33 +78,21 @@ def resolved(
     return replace(candidate, algorithm=algorithm, products=products)
 
 
-def _algorithm(algorithm: str, precision: str) -> Candidate:
-    search = partial(_algorithm_search, algorithm=algorithm, precision=precision)
-    return replace(
-        _ours("triton", precision, "cuda"),
-        label=f"{algorithm} {precision}",
-        prepare=lambda query, key: partial(search, query, key),
-        products=ALGORITHMS[algorithm] * PRECISIONS[precision][1],
-        algorithm=algorithm,
-    )
-
-
 # --- baselines ---
 
 
-def _patches_bytes(n: int, c: int) -> int:
-    """An unfolded map in float32."""
-    return 4 * PIXELS * c * n
+def _copies_bytes(queries: int, keys: int, size: Size, operation: str) -> int:
+    """Copies of the unfolded maps in float32."""
+    positions = queries * size.queries + keys * size.keys
+    return 4 * PIXELS * size.channels * size.batch * positions
 
 
 def _each_image(search: Search) -> Search:
     """A search of single images, for batches."""
 
     def run(query: Tensor, key: Tensor) -> Match:
-        found = [search(q, k) for q, k in zip(query.split(1), key.split(1), strict=True)]
-        if len(found) == 1:
-            return found[0]
-        scores, indices = zip(*found, strict=True)
+        images = zip(query.split(1), key.split(1), strict=True)
+        scores, indices = zip(*(search(q, k) for q, k in images), strict=True)
         return torch.cat(scores), torch.cat(indices)
 
     return run
@@ -159,8 +107,7 @@ def _unfold(query: Tensor, key: Tensor, operands: str) -> Match:
 
 def unfold_bytes(size: Size, operation: str) -> int:
     """All scores and all unfolded features."""
-    patches = _patches_bytes(size.batch * (size.queries + size.keys), size.channels)
-    return patches + 4 * size.pairs
+    return _copies_bytes(1, 1, size, operation) + 4 * size.pairs
 
 
 @cache
@@ -190,16 +137,8 @@ def _chunked(query: Tensor, key: Tensor) -> Match:
     return score, index
 
 
-def _chunked_bytes(size: Size, operation: str) -> int:
-    return 2 * _patches_bytes(size.keys, size.channels) + BLOCK_BYTES
-
-
 def _rows(x: Tensor) -> Tensor:  # [1, C, H, W] -> [H*W, C*9]
     return F.normalize(F.unfold(x, 3, padding=1)[0], dim=0).T.contiguous()
-
-
-def _rows_bytes(size: Size, operation: str) -> int:
-    return 3 * _patches_bytes(size.queries + size.keys, size.channels)
 
 
 def _by_rows(search: Callable[[Tensor, Tensor], Match]) -> Search:
@@ -232,14 +171,6 @@ def _keops(queries: Tensor, keys: Tensor) -> Match:
     return product.max_argmax(dim=1, backend=backend)
 
 
-def _flashlib(queries: Tensor, keys: Tensor) -> Match:
-    """The nearest of unit vectors, at a squared distance of 2 - 2 times their cosine."""
-    from flashlib import flash_knn
-
-    distance, index = flash_knn(queries.half(), keys.half(), 1)
-    return 1 - distance.float() / 2, index.long()
-
-
 def _baseline(label: str, search: Search, bytes_needed: Any, **options: Any) -> Candidate:
     return _candidate(label, search, baseline=True, bytes_needed=bytes_needed, **options)
 
@@ -247,52 +178,40 @@ def _baseline(label: str, search: Search, bytes_needed: Any, **options: Any) -> 
 def _rounded(operands: str, roundings: int) -> dict[str, Any]:
     """Options of a baseline on a GPU that allows for that many roundings on the way to a score."""
     tolerance = roundings * ROUNDING[operands]
-    return {**GPU, "operands": operands, "tolerance": 2 * tolerance, "score_tolerance": tolerance}
+    options = {"tolerance": 2 * tolerance, "score_tolerance": tolerance}
+    return {"devices": ("cuda",), "operands": operands, **options}
 
 
 IN_TF32 = _rounded("tf32", 2)
 IN_FP16 = _rounded("float16", 8)  # of features, norms, quotients and the score: seven at most
-ORACLE = "unfold"
+ROWS = partial(_copies_bytes, 3, 3)
 CANDIDATES = {
     "cpp-fp32": _ours("cpp", "fp32", "cpu"),
     "cpp-bf16": _ours("cpp", "bf16", "cpu"),
     **{f"triton-{precision}": _ours("triton", precision, "cuda") for precision in PRECISIONS},
-    **{
-        f"{algorithm}-{precision}": _algorithm(algorithm, precision)
-        for algorithm in ALGORITHMS
-        for precision in ("fp16", "fp16x3")
-    },
     "torch-fp32": _ours("torch", "fp32", "cpu", "cuda"),
     **{
-        f"triton-{precision}-graph": replace(
-            _ours("triton", precision, "cuda"), label=f"triton {precision}, graph", graph=True
-        )
+        f"triton-{precision}-graph": _ours("triton", precision, "cuda", graph=True)
         for precision in ("fp32", "fp16x3", "fp16")
     },
-    ORACLE: _baseline("unfold + bmm", partial(_unfold, operands="float32"), unfold_bytes),
+    "unfold": _baseline("unfold + bmm", partial(_unfold, operands="float32"), unfold_bytes),
     "unfold-tf32": _baseline(
         "unfold + bmm, TF32", partial(_unfold, operands="tf32"), unfold_bytes, **IN_TF32
     ),
     "unfold-fp16": _baseline(
         "unfold + bmm, fp16", partial(_unfold, operands="float16"), unfold_bytes, **IN_FP16
     ),
-    "chunked": _baseline("in chunks", _each_image(_chunked), _chunked_bytes),
-    "compile": _baseline("torch.compile", _compiled, unfold_bytes, compiled=True, **GPU),
-    "faiss": _baseline(
-        "FAISS flat", _by_rows(_faiss), _rows_bytes, package="faiss", devices=("cpu",)
+    "chunked": _baseline("in chunks", _each_image(_chunked), partial(_copies_bytes, 0, 2)),
+    "compile": _baseline(
+        "torch.compile", _compiled, unfold_bytes, compiled=True, devices=("cuda",)
     ),
-    "keops": _baseline("KeOps", _by_rows(_keops), _rows_bytes, package="pykeops"),
-    "flashlib": _baseline(
-        "flashlib, fp16", _by_rows(_flashlib), _rows_bytes, package="flashlib", **IN_FP16
-    ),
+    "faiss": _baseline("FAISS flat", _by_rows(_faiss), ROWS, package="faiss", devices=("cpu",)),
+    "keops": _baseline("KeOps", _by_rows(_keops), ROWS, package="pykeops"),
 }
 
 
 def maps(size: Size, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """Normally distributed feature maps, the same in every process and on every device."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    q, k = (
-        torch.randn(size.batch, size.channels, *grid, generator=generator, device="cpu").to(device)
-        for grid in (size.query, size.key)
-    )
+    normal = noise(device)
+    q, k = (normal(size.batch, size.channels, *grid) for grid in (size.query, size.key))
     return q, k

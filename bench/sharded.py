@@ -12,7 +12,6 @@ inputs and results. Exits with status 1 if a result was wrong.
 import argparse
 import os
 import sys
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,6 @@ from search_candidates import maps
 
 from ttsr_fast import Match, search
 from ttsr_fast.distributed import search_sharded, shard_rows
-from ttsr_fast.operators import backends
 
 SIZES = ("40x40", "100x100:108x96", "160x160")
 QUICK_SIZES = ("24x24", "37x53:61x45")
@@ -66,7 +64,6 @@ def lead(task: int, run: Run, threads: int) -> Any:
 
 def run_case(size: Size, args: argparse.Namespace) -> dict[str, Any] | None:
     """A case with a row per number of processes and threads; None in the processes that follow."""
-    size = replace(size, channels=args.channels)
     query, key = maps(size)  # the same in every process
     rows = shard_rows(key.shape[2])
     shard = key[:, :, rows.top : rows.bottom].clone()
@@ -91,8 +88,7 @@ def run_case(size: Size, args: argparse.Namespace) -> dict[str, Any] | None:
     broadcast(STOP)
     for name, record in records.items():
         record["key_bytes"] = held if name == several else key.nbytes
-    facts = {"operation": "search", **size.facts, "channels": args.channels}
-    return {**facts, "rows": records}
+    return {"operation": "search", **size.facts, "channels": size.channels, "rows": records}
 
 
 def _threads(count: int) -> str:
@@ -114,24 +110,15 @@ def _check(truth: SearchTruth, whole: Match, found: Match) -> dict[str, float]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, and the number of processes by torchrun."""
     parser = runner.parser(__doc__)
-    add = parser.add_argument
-    add("--sizes", nargs="+", type=Size.parse, metavar="SIZE", help=f"default: {' '.join(SIZES)}")
-    add("--channels", type=int, default=256)
-    add("--seconds", type=float, help="time to spend on each way and size")
-    parser.set_defaults(threads=None)
-    args = parser.parse_args(argv)
+    default = f"default: {' '.join(SIZES)}"
+    parser.add_argument("--sizes", nargs="+", type=Size.parse, metavar="SIZE", help=default)
     if "WORLD_SIZE" not in os.environ:
         parser.error("start it by `torchrun --nproc-per-node 2 bench/sharded.py`")
-    args.processes = int(os.environ["WORLD_SIZE"])
-    if args.threads is None:
-        args.threads = max(1, (os.cpu_count() or 1) // args.processes)
-    if args.channels < 1 or args.threads < 1:
-        parser.error("--channels and --threads must be positive")
-    reason = backends.why_not(BACKEND, CPU)
-    if reason is not None:
-        parser.error(f"it measures backend {BACKEND!r}, which cannot run: {reason}")
-    args.sizes = args.sizes or [Size.parse(x) for x in (QUICK_SIZES if args.quick else SIZES)]
-    args.seconds = args.seconds or (0.3 if args.quick else 3.0)
+    processes = int(os.environ["WORLD_SIZE"])
+    parser.set_defaults(threads=max(1, (os.cpu_count() or 1) // processes), processes=processes)
+    args = parser.parse_args(argv)
+    sizes, args.seconds = (QUICK_SIZES, 0.3) if args.quick else (SIZES, 3.0)
+    args.sizes = args.sizes or [Size.parse(x) for x in sizes]
     return args
 
 
@@ -148,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     data = {**runner.document("sharded", CPU, {}), "cases": cases}
     data["labels"] = {name: name for case in cases for name in case["rows"]}
     write_json(args.out / "sharded.json", data)
-    return runner.show(data, runner.console())
+    return runner.show(data)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@ Each case is held against the ground truth before it is timed.
 """
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # siblings are imported as by the scripts
 
@@ -39,10 +37,8 @@ def test_search(benchmark, backend, size):
 @each("operation", transfer.OPERATIONS)
 @each("backend", BACKENDS)
 def test_transfer(benchmark, backend, operation, layout, level):
-    place = (operation, level, layout, "coherent", Size((44, 62), (46, 62)), torch.float32)
-    case = transfer.case(place, Namespace(device=CPU, candidates=[backend], named=True), None)
-    candidate = transfer.CANDIDATES[backend]
-    run = candidate.prepare(*transfer.inputs(*place))
-    case.check(candidate, run())
+    place = (operation, level, layout, "coherent", Size((44, 62), (46, 62)))
+    run = transfer.CANDIDATES[backend].prepare(*transfer.inputs(*place))
+    transfer.gate(place)(run())
     benchmark.group = f"{operation} {level} {layout}"
     benchmark(run)

@@ -22,9 +22,9 @@ from typing import Any
 import runner
 import torch
 import torch.nn.functional as F
-from gate import WrongResult, check_close
+from gate import check_close
 from machine import CPU
-from registry import Candidate, Case, Declined, Rows, Run, Size, copy_run
+from registry import Candidate, Case, Rows, Run, Size, copy_run, noise
 from report import INDICES, size_title
 from torch import Tensor
 
@@ -39,13 +39,12 @@ SETTINGS = {
 }
 Maps = tuple[Tensor, ...]
 Levels = Callable[[Maps, Tensor, tuple[int, ...]], Maps]  # values, index, strides -> outputs
-# gradient, index, stride, grid of keys -> gradient of the value
-Adjoint = Callable[[Tensor, Tensor, int, tuple[int, int]], Tensor]
+# value, gradient of the output, index, stride -> gradient of the value
+Adjoint = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 LEVELS = {"lv1": (4, 64), "lv2": (2, 128), "lv3": (1, 256)}  # stride, channels
 TOGETHER = "all three"
 GROUPS = {**{level: (level,) for level in LEVELS}, TOGETHER: tuple(LEVELS)}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
 TOLERANCE = {"gather_fold": 1e-6, "adjoint": 1e-5}
 OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
 OPERATIONS = ("gather_fold", "adjoint")
@@ -62,11 +61,8 @@ def _candidate(
         if operation == "gather_fold":
             return partial(levels, values, index, strides)
         if adjoint is not None:
-            grids = [
-                tuple(n // s for n in v.shape[2:]) for v, s in zip(values, strides, strict=True)
-            ]
-            places = list(zip(grads, strides, grids, strict=True))
-            return lambda: tuple(adjoint(grad, index, s, grid) for grad, s, grid in places)
+            levels_of = list(zip(values, grads, strides, strict=True))
+            return lambda: tuple(adjoint(v, g, index, s) for v, g, s in levels_of)
         leaves = tuple(value.detach().requires_grad_() for value in values)
         outs = levels(leaves, index, strides)
         return lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True)
@@ -100,44 +96,19 @@ def _compiled(values: Maps, index: Tensor, strides: tuple[int, ...]) -> Maps:
     return _compiler()(values, index, strides)
 
 
-def _grid_sample(
-    value: Tensor,  # [N, C, s*HK, s*WK]
-    index: Tensor,  # [N, H, W]
-    stride: int,
-) -> Tensor:  # [N, C, s*H, s*W]
-    """Nine samples of the nearest pixel, added; in float32, where coordinates are whole pixels."""
-    height, width = value.shape[2:]
-    columns = width // stride
-    place = torch.stack([index % columns, index // columns])  # [2, N, H, W], x before y
-    outside = -(height + width)
-    place = F.pad(place, [1] * 4, value=outside)  # where no query is, beyond the zeros
-    y, x = (torch.arange(stride * n, device=index.device) % stride for n in index.shape[1:])
-    within = torch.stack(torch.broadcast_tensors(x, y[:, None]))[:, None]  # [2, 1, s*H, s*W]
-    size = torch.tensor([width, height], device=index.device).view(2, 1, 1, 1)
-    total = None
-    for dy, dx in OFFSETS:
-        block = place[:, :, 1 - dy :, 1 - dx :][:, :, : index.shape[1], : index.shape[2]]
-        block = block + torch.tensor([dx, dy], device=index.device).view(2, 1, 1, 1)
-        pixel = within + stride * block.repeat_interleave(stride, 2).repeat_interleave(stride, 3)
-        grid = ((2 * pixel + 1) / size - 1).permute(1, 2, 3, 0)
-        taken = F.grid_sample(value.float(), grid, mode="nearest", align_corners=False)
-        total = taken if total is None else total + taken
-    return (total / 9).to(value.dtype)
-
-
 def _index_add(
+    value: Tensor,  # [N, C, s*HK, s*WK]
     grad: Tensor,  # [N, C, s*H, s*W]
     index: Tensor,  # [N, H, W]
     stride: int,
-    keys: tuple[int, int],
 ) -> Tensor:  # [N, C, s*HK, s*WK]
     """Blocks as rows, each added nine times at the row of its source block."""
     n, h, w = index.shape
-    height, width = (size + 2 for size in keys)
+    height, width = (size // stride + 2 for size in value.shape[2:])
     pulled = F.pad(F.pixel_unshuffle(grad / 9, stride).permute(0, 2, 3, 1), [0, 0, 1, 1, 1, 1])
     rows = grad.new_zeros(n * height * width, pulled.shape[3])  # with a margin, dropped below
     image = torch.arange(n, device=index.device)[:, None, None] * height
-    corner = (image + index // keys[1]) * width + index % keys[1]
+    corner = (image + index // (width - 2)) * width + index % (width - 2)
     for dy, dx in OFFSETS:
         taken = pulled[:, 1 + dy : 1 + dy + h, 1 + dx : 1 + dx + w]
         at = corner + (1 + dy) * width + 1 + dx
@@ -155,7 +126,6 @@ CANDIDATES = {
     "torch": _ours("torch", "torch"),
     REFERENCE: _candidate("unfold, gather, fold", _each(reference.gather_fold), baseline=True),
     "compile": _candidate("torch.compile", _compiled, compiled=True, baseline=True),
-    "grid_sample": _candidate("grid_sample", _each(_grid_sample), baseline=True),
     "index_add": _candidate("index_add", None, _index_add, operations=("adjoint",), baseline=True),
 }
 
@@ -181,17 +151,14 @@ def make_index(kind: str, size: Size, device: torch.device = CPU) -> Tensor:  # 
 
 
 @lru_cache(maxsize=1)
-def make_maps(
-    group: str, layout: str, size: Size, dtype: torch.dtype, device: torch.device = CPU
-) -> tuple[Maps, Maps]:
+def make_maps(group: str, layout: str, size: Size, device: torch.device = CPU) -> tuple[Maps, Maps]:
     """Values and gradients of the outputs of every level, normally distributed."""
     maps: tuple[list[Tensor], list[Tensor]] = ([], [])
     for level in GROUPS[group]:
         stride, channels = LEVELS[level]
-        generator = torch.Generator("cpu").manual_seed(0)
+        normal = noise(device)
         for found, (h, w) in zip(maps, (size.key, size.query), strict=True):
-            shape = (size.batch, channels, stride * h, stride * w)
-            x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+            x = normal(size.batch, channels, stride * h, stride * w)
             found.append(x.contiguous(memory_format=LAYOUTS[layout]))
     return tuple(maps[0]), tuple(maps[1])
 
@@ -202,34 +169,23 @@ def inputs(
     layout: str,
     kind: str,
     size: Size,
-    dtype: torch.dtype,
     device: torch.device = CPU,
 ) -> tuple[Any, ...]:
     """Arguments of `Candidate.prepare`."""
     strides = tuple(LEVELS[level][0] for level in GROUPS[group])
-    maps = make_maps(group, layout, size, dtype, device)
+    maps = make_maps(group, layout, size, device)
     return operation, *maps, make_index(kind, size, device), strides
 
 
 # --- cases ---
 
 
-@lru_cache(maxsize=1)
-def truths(
-    group: str, kind: str, size: Size, dtype: torch.dtype, device: torch.device
-) -> dict[str, list[Tensor]]:
-    """Results of both operations in float64."""
-    _, values, grads, index, strides = inputs("", group, "NCHW", kind, size, dtype, device)
-    levels = list(zip(values, grads, strides, strict=True))
-    return {
-        "gather_fold": [reference.gather_fold(v.double(), index, stride=s) for v, _, s in levels],
-        "adjoint": [_adjoint(v.double(), g.double(), index, s) for v, g, s in levels],
-    }
-
-
-def _adjoint(value: Tensor, grad: Tensor, index: Tensor, stride: int) -> Tensor:
-    value.requires_grad_()
-    return torch.autograd.grad(reference.gather_fold(value, index, stride=stride), value, grad)[0]
+@lru_cache(maxsize=2)
+def truth(operation: str, group: str, kind: str, size: Size, device: torch.device) -> Maps:
+    """The result of the oracle in float64."""
+    _, values, grads, index, strides = inputs(operation, group, "NCHW", kind, size, device)
+    doubles = (tuple(x.double() for x in maps) for maps in (values, grads))
+    return CANDIDATES[REFERENCE].prepare(operation, *doubles, index, strides)()
 
 
 def least_bytes(
@@ -243,38 +199,31 @@ def least_bytes(
     return index.nbytes + sum(maps)
 
 
-def check(
-    operation: str, dtype: torch.dtype, truth: list[Tensor], candidate: Candidate, result: Maps
-) -> dict[str, float]:
-    """The gate; baselines that add in 16 bits may decline it."""
-    tolerance = max(TOLERANCE[operation], 2 * torch.finfo(dtype).eps)
-    try:
-        return check_close([f"result {n}" for n in range(len(truth))], result, truth, tolerance)
-    except WrongResult as error:
-        if not candidate.baseline or dtype == torch.float32:
-            raise
-        raise Declined(f"in {dtype} its {error}") from error
+def gate(place: tuple[Any, ...], device: torch.device = CPU) -> Callable[[Maps], dict[str, float]]:
+    """The check of a result at a place, against float64."""
+    operation, group, _, kind, size = place
+    want = truth(operation, group, kind, size, device)
+    return lambda result: check_close(GROUPS[group], result, want, TOLERANCE[operation])
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     copy = copy_run(args.device)
-    dtype = DTYPES[args.dtype]
     for size in args.sizes:
         for group, kind in product(args.levels, INDICES):
             for layout, operation in product(LAYOUTS, OPERATIONS):
-                yield case((operation, group, layout, kind, size, dtype), args, copy)
+                yield case((operation, group, layout, kind, size), args, copy)
 
 
 def case(place: tuple[Any, ...], args: argparse.Namespace, copy: Any) -> Case:
-    operation, group, layout, kind, size, dtype = place
-    truth = truths(group, kind, size, dtype, args.device)[operation]
+    operation, group, layout, kind, size = place
+    check = gate(place, args.device)
     _, *given, _ = inputs(*place, args.device)
     least = least_bytes(operation, size.key, *given)
     everywhere = args.named or group == TOGETHER
     names = (
         name
         for name in args.candidates
-        if operation in (CANDIDATES[name].operations or OPERATIONS)
+        if CANDIDATES[name].has(operation)
         and (everywhere or name == REFERENCE or not CANDIDATES[name].baseline)
     )
 
@@ -289,14 +238,9 @@ def case(place: tuple[Any, ...], args: argparse.Namespace, copy: Any) -> Case:
         operation=operation,
         size=size,
         place=place,
-        check=partial(check, operation, dtype, truth),
+        check=lambda candidate, result: check(result),
         names=tuple(names),
-        facts={
-            "dtype": str(dtype).removeprefix("torch."),
-            "level": group,
-            "layout": layout,
-            "index": kind,
-        },
+        facts={"level": group, "layout": layout, "index": kind},
         weighed=kind == INDICES[0],
         rooflines={"copy": copy},
         finish=finish,
@@ -306,7 +250,6 @@ def case(place: tuple[Any, ...], args: argparse.Namespace, copy: Any) -> Case:
 def options(parser: argparse.ArgumentParser) -> None:
     text = f"{', '.join(map(repr, GROUPS))}; default: all; with --quick the last"
     parser.add_argument("--levels", nargs="+", choices=GROUPS, metavar="LEVEL", help=text)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
 
 
 def resolve(args: argparse.Namespace) -> None:

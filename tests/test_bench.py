@@ -117,7 +117,7 @@ def test_missing_compiler_is_no_wrong_result(monkeypatch: pytest.MonkeyPatch) ->
         raise torch._dynamo.exc.TorchDynamoException("no compiler")
 
     monkeypatch.setattr(transfer, "_compiler", lambda: failing)
-    place = ("gather_fold", "lv3", "NCHW", "random", Size((2, 3), (3, 2)), torch.float32)
+    place = ("gather_fold", "lv3", "NCHW", "random", Size((2, 3), (3, 2)))
     run = transfer.CANDIDATES["compile"].prepare(*transfer.inputs(*place))
     record = measure.check_and_weigh(Entry(run, dict), CPU)
     assert record == {"status": "skipped", "reason": "it does not compile: no compiler"}
@@ -172,7 +172,7 @@ def test_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_results_are_named_after_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert machine.stem(CUDA, "search") == "nvidia-h100-80gb-hbm3"
+    assert machine.stem(CUDA, "search") == "nvidia-h100-80gb-hbm3-search"
     assert machine.stem(CUDA, "model") == "nvidia-h100-80gb-hbm3-model"
     assert machine.stem(CPU, "transfer") == "transfer"
 
@@ -183,8 +183,8 @@ def test_results_are_named_after_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         (search, ["--device", "meta"], "must be cpu or cuda"),
         (search, ["--device", "cuda"], "sees no CUDA device"),
         (search, ["--sizes", "0x4"], "must read 100x100, 100x100:108x96 or 9*40x40, got '0x4'"),
-        (search, ["--channels", "0"], "--channels must be positive"),
-        (model, ["--batch", "0"], "must be positive"),
+        (search, ["--channels", "0"], "--channels: must be positive"),
+        (search, ["--threads", "0"], "--threads: must be positive"),
         (model, ["--pair", "300x300:1200x1200"], "--pair is too large"),
     ],
 )
@@ -239,14 +239,13 @@ def test_candidates_that_do_not_fit_or_are_slow(monkeypatch: pytest.MonkeyPatch,
 def test_sizes_for_this_package_alone() -> None:
     skipped = {
         (name, size)
-        for name in ("triton-fp16", "triton-fp16-graph", "rolled-fp16", "unfold")
+        for name in ("triton-fp16", "triton-fp16-graph", "unfold")
         for size in ("9*40x40", "270x480", "540x960")
         if search.skip(Size.parse(size), CUDA, search.CANDIDATES[name])
     }
     assert skipped == {
         ("triton-fp16-graph", "270x480"),
         ("triton-fp16-graph", "540x960"),
-        ("rolled-fp16", "540x960"),
         ("unfold", "540x960"),
     }
 
@@ -265,13 +264,13 @@ def test_high_resolution_is_judged() -> None:
 
 def run_sharded(wrong):
     """A case of `bench/sharded.py`, with a search that may be wrong."""
-    arguments = {"processes": dist.get_world_size(), "threads": 1, "channels": 4, "seconds": 0.01}
+    arguments = {"processes": dist.get_world_size(), "threads": 1, "seconds": 0.01}
     before = sharded.search_sharded
     if wrong:
         other = torch.ones(1, 4, 9, 8)
         sharded.search_sharded = lambda *args, **options: package_search(other, args[1])
     try:
-        return sharded.run_case(Size.parse("9x8:7x6"), Namespace(**arguments))
+        return sharded.run_case(Size((9, 8), (7, 6), channels=4), Namespace(**arguments))
     finally:
         sharded.search_sharded = before
         torch.set_num_threads(1)

@@ -114,7 +114,7 @@ def test_gate_of_rounded_products_is_a_gate(name: str, truth: SearchTruth, found
 
 
 def test_fp16x3_is_held_to_what_fp32_is() -> None:
-    for name in ("triton-fp32", "triton-fp16x3", "slab-fp16x3", "torch-fp32"):
+    for name in ("triton-fp32", "triton-fp16x3", "triton-fp16x3-graph", "torch-fp32"):
         candidate = CANDIDATES[name]
         assert candidate.tolerance == candidate.score_tolerance == 1e-6
 

@@ -36,7 +36,6 @@ STYLES = {
     "chunked": (ORANGE, "v"),
     "compile": (ORANGE, "X"),
     "faiss": (PINK, "P"),
-    "flashlib": (PINK, "s"),
     "keops": (GREY, "X"),
     "cpp": (BLUE, "o"),
     "torch": (GREEN, "^"),
