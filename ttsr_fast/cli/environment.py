@@ -15,8 +15,8 @@ from ttsr_fast.operators import backends, library
 EXTRAS = {
     "cli": ("imagecodecs", "pillow", "rich", "safetensors", "tifffile", "typer"),
     "train": ("accelerate", "omegaconf", "pillow", "safetensors", "scikit-image", "tensorboard"),
-    "bench": ("matplotlib", "pytest-benchmark", "rich", "scikit-image"),
-    "peers": ("faiss-cpu", "pykeops"),
+    "bench": ("matplotlib", "pytest-benchmark", "scikit-image"),
+    "baselines": ("faiss-cpu", "pykeops"),
 }
 
 
