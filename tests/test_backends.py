@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ttsr_fast import choices, gather_fold, search
-from ttsr_fast.operators import backends, cpp, library, triton
+from ttsr_fast.operators import backends, library, triton
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 OPERATORS = ("search", "gather_fold", "gather_fold_adjoint", "gather_dot")
@@ -211,7 +211,7 @@ class OnGpu:
 
 def test_who_runs_what_on_a_gpu(monkeypatch):
     """Triton searches; the compiled library transfers, and PyTorch where that is missing."""
-    for module, check in ((triton, "_why_not_on"), (triton, "why_not_gpu"), (cpp, "why_not_gpu")):
+    for module, check in ((triton, "_why_not_on"), (library, "why_not_gpu")):
         monkeypatch.setattr(module, check, lambda _: None)
     for reason, transfer in ((None, "cpp"), ("it is missing", "torch")):
         monkeypatch.setattr(library, "load_cuda_library", lambda r=reason: r)
@@ -229,11 +229,11 @@ def test_gpus_that_the_kernels_are_not_compiled_for(monkeypatch):
     monkeypatch.setattr(library, "load_cuda_library", lambda: None)
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, backend in (((7, 5), "torch"), ((8, 0), "cpp")):
-        triton.why_not_gpu.cache_clear()
+        library.why_not_gpu.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         expected = backends.MODULES[backend].gather_fold
         assert backends.choose("gather_fold", OnGpu, None) is expected
-    triton.why_not_gpu.cache_clear()
+    library.why_not_gpu.cache_clear()
 
 
 def test_triton_is_chosen_for_gpus_alone(monkeypatch):

@@ -54,7 +54,7 @@ OPERATORS: dict[str, set[str]] = {
     "index": set(),
     "library": {"build", "patch", "registry"},
     "triton": {"library", "patch"},
-    "cpp": {"index", "library", "patch", "triton"},
+    "cpp": {"index", "library", "patch"},
     "pytorch": {"index", "patch"},
     "oracle": {"index", "patch"},
     "backends": {"build", "cpp", "library", "oracle", "pytorch", "triton"},

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ttsr_fast.functional import Match
 from ttsr_fast.operators import pytorch
+from ttsr_fast.operators.index import at_index
 from ttsr_fast.operators.patch import Patch, Score, Transfer, patch_norm
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -79,14 +80,15 @@ def _certain(
     angle_k = _angle(key, rounded_k, patch)
     if key_mask is not None:
         angle_k = angle_k.masked_fill(~key_mask, 0)
-    flat = angle_k.flatten(1).expand(len(query), -1)
-    angle_best = flat.gather(1, index.flatten(1)).view_as(index)
+    angle_best = at_index(angle_k, index)
     best = _cosine_at(rounded_q, rounded_k, index, patch)
     other = torch.empty_like(best)
     second = (other, torch.empty_like(index))
     pytorch.search_excluding(index, rounded_q, rounded_k, key_mask, second, patch, _COSINE)
     nearest = torch.acos((best - _SLACK).clamp(-1, 1)) + angle_best + angle_q
-    next_one = torch.acos((other + _SLACK).clamp(-1, 1)) - flat.amax(1)[:, None, None] - angle_q
+    next_one = (
+        torch.acos((other + _SLACK).clamp(-1, 1)) - angle_k.amax((1, 2), keepdim=True) - angle_q
+    )
     return next_one > nearest  # NaN compares false
 
 
@@ -109,5 +111,4 @@ def _cosine_at(query: Tensor, key: Tensor, index: Tensor, patch: Patch) -> Tenso
     norms = [patch_norm(x, patch)[:, 0] for x in (query, key)]
     product = torch.empty_like(norms[0])
     pytorch.gather_dot([key], [query], index, product, Transfer([1], patch, "none"))
-    norm_k = norms[1].flatten(1).expand(len(index), -1).gather(1, index.flatten(1))
-    return product / _COSINE.denominator(norms[0]) / _COSINE.denominator(norm_k.view_as(index))
+    return product / _COSINE.denominator(norms[0]) / _COSINE.denominator(at_index(norms[1], index))

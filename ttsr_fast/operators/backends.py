@@ -82,7 +82,7 @@ def _warn_of_missing_kernels(device: torch.device, op: str, dtype: torch.dtype) 
                 f"ttsr-fast works without its kernels, several times slower: {reason} "
                 f"({ENVIRONMENT_VARIABLE}=torch silences this)"
             )
-    elif device.type == "cuda" and triton.why_not_gpu(device) is None:
+    elif device.type == "cuda" and library.why_not_gpu(device) is None:
         if op == "search":
             reason = triton.why_not_triton() if dtype != torch.float64 else None
             if reason is not None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from ttsr_fast.operators import library
 from ttsr_fast.operators.index import InverseIndex, checks_index
 from ttsr_fast.operators.patch import Patch, Score, Transfer, patch_norm, sum_dtype
-from ttsr_fast.operators.triton import why_not_gpu
 
 # Seconds from which on a search is interruptible. The threads of the main thread wait actively for
 # a few milliseconds after their last work, beside those that the search then has of its own.
@@ -187,7 +186,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return "the compiled kernels are for the CPU and for CUDA"
     if op == "search":
         return "the compiled search is for the CPU; backend='triton' searches on a GPU"
-    return library.load_cuda_library() or why_not_gpu(device)
+    return library.load_cuda_library() or library.why_not_gpu(device)
 
 
 # --- CUDA ---

@@ -34,6 +34,15 @@ def check_index(index: Tensor, keys: int, where: str = "") -> None:
         torch._assert_async(((index >= 0) & (index < keys)).all())
 
 
+def at_index(
+    x: Tensor,  # [N or 1, 1, HKo, WKo] or [N or 1, HKo, WKo]
+    index: Tensor,  # [N, Ho, Wo]
+) -> Tensor:  # [N, Ho, Wo]
+    """The number of the key patch at every index."""
+    flat = x.flatten(1).expand(index.shape[0], -1)
+    return flat.gather(1, index.flatten(1)).view_as(index)
+
+
 class InverseIndex:
     """The queries of every key, sorted once for all sums over them.
 

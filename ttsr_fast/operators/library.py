@@ -10,6 +10,8 @@ from ttsr_fast.operators import build
 from ttsr_fast.operators.patch import PATCH
 from ttsr_fast.operators.registry import LIBRARY
 
+OLDEST_GPU = (8, 0)  # of the kernels in Triton and in CUDA
+
 _GRID = "int key_height, int key_width, str divisor"
 _SLAB = (
     "Tensor query_rows, Tensor key_rows, Tensor scale, Tensor(a!) best, Tensor(b!) ring, "
@@ -76,6 +78,17 @@ def load_cuda_library() -> str | None:
     return reason
 
 
+@cache
+def why_not_gpu(device: torch.device) -> str | None:
+    """The reason why a GPU is too old for the kernels, or None."""
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return f"it needs compute capability 8.0 or newer, this device has {capability}"
+    return None
+
+
 def cuda_library_version() -> str:
     """Version of CUDA that compiled the library."""
     version = torch.ops.ttsr_fast.cuda_version()
@@ -83,7 +96,7 @@ def cuda_library_version() -> str:
 
 
 def instruction_set() -> str:
-    """Instruction set of the CPU kernels: the best of this processor, or that of TTSR_FAST_ISA."""
+    """Instruction set of the CPU kernels: the best here, or TTSR_FAST_ISA."""
     return torch.ops.ttsr_fast.cpp_isa()
 
 

@@ -46,10 +46,8 @@ def _register_batching(
     """Make vmap split an operator of lists by levels: it batches operators without lists alone."""
     name = schema.partition("(")[0]
     single = schema.replace("Tensor[]", "Tensor").replace("int[] strides", "int stride")
-    lists = [
-        a.name == "strides" or str(a.type) == "List[Tensor]" for a in operator._schema.arguments
-    ]
-    returns_list = str(operator._schema.returns[0].type) == "List[Tensor]"
+    lists = [a.name == "strides" or _is_tensors(a) for a in operator._schema.arguments]
+    returns_list = _is_tensors(operator._schema.returns[0])
 
     def of_one(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
@@ -58,10 +56,8 @@ def _register_batching(
 
         return run
 
-    LIBRARY.define(single.replace(name, f"{name}_level", 1))
-    LIBRARY.impl(f"{name}_level", _without_autocast(of_one(work)), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ttsr_fast::{name}_level", of_one(fake), lib=LIBRARY)
-    level_operator = getattr(torch.ops.ttsr_fast, f"{name}_level").default
+    level_schema = single.replace(name, f"{name}_level", 1)
+    level_operator = register(level_schema, of_one(work), of_one(fake))
 
     def split(*arguments: Any) -> Any:
         count = len(arguments[0])
@@ -75,6 +71,11 @@ def _register_batching(
 
     for key in ("Batched", "FuncTorchBatched"):
         LIBRARY.impl(name, split, key)
+
+
+def _is_tensors(argument: Any) -> bool:
+    """True for the schema of a list of tensors."""
+    return str(argument.type) == "List[Tensor]"
 
 
 def _share(x: Any, level: int, count: int, single: bool) -> Any:
@@ -185,7 +186,7 @@ class WithoutDerivative(Function):
         """The operator's results, connected to its arguments."""
         flat, structure = pytree.tree_flatten(arguments)
         results = WithoutDerivative.record(operator, structure, *flat)
-        return list(results) if operator._schema.returns[0].type.kind() == "ListType" else results
+        return list(results) if _is_tensors(operator._schema.returns[0]) else results
 
     @staticmethod
     def forward(operator: Any, structure: Any, *flat: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ttsr_fast.operators import backends
 from ttsr_fast.operators.gather_fold import fold, fold_adjoint, gather_dot
-from ttsr_fast.operators.index import InverseIndex
+from ttsr_fast.operators.index import InverseIndex, at_index
 from ttsr_fast.operators.patch import (
     PATCH,
     SCORE,
@@ -33,9 +33,6 @@ from ttsr_fast.operators.registry import (
     under_transform,
     untraced,
 )
-
-Options = tuple[Any, ...]
-
 
 # --- search ---
 
@@ -73,7 +70,7 @@ def _empty_match(query: Tensor, patch: Patch) -> tuple[Tensor, Tensor]:
     return score, torch.empty_like(score, dtype=torch.int64)
 
 
-def _split(options: Options) -> tuple[Any, ...]:
+def _split(options: tuple[Any, ...]) -> tuple[Any, ...]:
     """Patch, Score, and the options behind them."""
     return Patch(*options[:2]), Score(*options[2:5]), *options[5:]
 
@@ -207,7 +204,7 @@ class Search(Function):
             maps = ([d_key.to(key.dtype)], [query])
             product = product + call_without_derivative(gather_dot, *maps, *transfer)
         if scoring.of_key:
-            by, d_log = (_at(x, index) for x in _denominator(key, d_key, patch, scoring))
+            by, d_log = (at_index(x, index) for x in _denominator(key, d_key, patch, scoring))
             product, pull = product / by, pull + d_log
         if scoring.of_query:
             by, d_log = (x[:, 0] for x in _denominator(query, d_query, patch, scoring))
@@ -229,15 +226,6 @@ def _denominator(
     product = (x.to(norm.dtype) * d_x.to(norm.dtype)).sum(1, keepdim=True)
     d_norm = patch_sum(product, patch) / norm
     return by, torch.where(norm > scoring.varies_above, d_norm, 0) / by
-
-
-def _at(
-    x: Tensor,  # [N or 1, 1, HKo, WKo]
-    index: Tensor,  # [N, Ho, Wo]
-) -> Tensor:  # [N, Ho, Wo]
-    """The number of the key patch at every index."""
-    flat = x.flatten(1).expand(len(index), -1)
-    return flat.gather(1, index.flatten(1)).view_as(index)
 
 
 register_derivative(search, Search.record)

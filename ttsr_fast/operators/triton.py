@@ -11,7 +11,6 @@ from ttsr_fast.operators import library
 from ttsr_fast.operators.patch import Patch, Score
 
 OLDEST_TRITON = (3, 6)
-OLDEST_GPU = (8, 0)
 
 
 def search(
@@ -59,15 +58,4 @@ def _why_not_on(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return "its kernels are for CUDA and ROCm; TRITON_INTERPRET=1 interprets them on the CPU"
-    return why_not_gpu(device)
-
-
-@cache
-def why_not_gpu(device: torch.device) -> str | None:
-    """The reason why a GPU is too old for the kernels, or None."""
-    if torch.version.hip is not None:
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_GPU:
-        return f"it needs compute capability 8.0 or newer, this device has {capability}"
-    return None
+    return library.why_not_gpu(device)
