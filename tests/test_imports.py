@@ -41,7 +41,7 @@ LAW: dict[str, set[str]] = {
     "metrics": {"numpy", "optional"},
     "visualize": {"PIL", "files", "images", "numpy", "torch"},
     "evaluation": {"choices", "datasets", "files", "images", "metrics", "model"},
-    "training": {"choices", "datasets", "devices", "files", "images", "model"},
+    "training": {"choices", "datasets", "devices", "files", "images", "metrics", "model"},
 }
 LAW["evaluation"] |= {"numpy", "torch", "upscaling", "visualize"}
 LAW["training"] |= {"PIL", "accelerate", "numpy", "optional", "torch"}

@@ -49,7 +49,16 @@ def psnr(
         TypeError, ValueError: images or a name that does not fit.
         ImportError: scikit-image is not installed.
     """
-    metrics, (x, y) = _metrics(), _compared(a, b, protocol)
+    return raw_psnr(*_compared(a, b, protocol))
+
+
+def raw_psnr(x: np.ndarray, y: np.ndarray) -> float:
+    """PSNR in dB of values from 0 to 255, as they are; inf for equal ones.
+
+    Raises:
+        ImportError: scikit-image is not installed.
+    """
+    metrics = _metrics()
     with np.errstate(divide="ignore"):
         return float(metrics.peak_signal_noise_ratio(x, y, data_range=_RANGE))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ttsr_fast.metrics import raw_psnr
 from ttsr_fast.model import TTSR
 from ttsr_fast.optional import optional
 from ttsr_fast.training.data import Batch, model_inputs
@@ -66,8 +67,7 @@ def psnr(
     """PSNR in dB of images in [-1, 1], in 8 bits; infinite for equal images, NaN with a NaN."""
     if x.isnan().any() or y.isnan().any():  # 8 bits would hide it
         return math.nan
-    error = np.square(_bytes(x).astype(float) - _bytes(y)).mean()
-    return 10 * math.log10(255**2 / error) if error else math.inf
+    return raw_psnr(_bytes(y), _bytes(x))
 
 
 def comparison(ttsr: TTSR, batch: Batch, mask_padding: bool) -> np.ndarray:  # [H, W, 3] uint8
