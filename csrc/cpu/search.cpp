@@ -42,14 +42,15 @@ struct KeyScale {
   static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
   explicit KeyScale(const Packed& key) {
-    int64_t size = 0;
+    int64_t size = kScalePadding * key.lanes;
     for (int64_t t = 0; t < key.tiles; ++t) {
       begin.push_back(size);
-      stride.push_back(round_up(key.tile(t).columns, key.lanes));
+      stride.push_back(key.tile(t).columns + kScalePadding * key.lanes);
       size += stride[t] * key.chunk_rows;
     }
     scale = scratch(size * sizeof(T));
     valid = scratch(size * sizeof(Bits));
+    std::fill_n(mutable_data_of<T>(scale), kScalePadding * key.lanes, T(0));
   }
 
   void fill(const Packed& key, const std::optional<Tensor>& key_mask, int64_t n, const SearchOptions& o) {
@@ -163,6 +164,7 @@ void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& sca
     p.index = results.index(thread) + query.tile_begin(q);
     p.score_stride = query.grid_width;
     p.workspace = results.workspace(thread);
+    p.second = nullptr;
     p.stop = o.stop;
     for (int64_t k = 0; k < key.tiles; ++k) {
       p.key = key.tile(k);

@@ -32,13 +32,15 @@ struct SearchKernelParams {
   int64_t query_begin, query_end;    // patch rows of the query chunk
   int64_t key_begin, key_end;        // patch rows of the key chunk
   Tile query, key;
-  const void* scale;  // [key_end - key_begin, scale_stride], factor of every key patch
+  const void* scale;  // [key_end - key_begin, scale_stride], factor of every key patch, 0 where not valid;
+                      // kScalePadding vectors of 0 lie before and after every row
   const void* valid;  // [key_end - key_begin, scale_stride], all bits set or none
   int64_t scale_stride;
   int64_t index_begin;   // index of the key tile's first patch in row 0
   int64_t index_stride;  // patches in a row of the key grid
   void* score;           // [query_end - query_begin, score_stride], best score so far
   int64_t* index;        // [query_end - query_begin, score_stride], its key
+  void* second;          // [query_end - query_begin, score_stride], best score of another key; may be null
   int64_t score_stride;
   void* workspace;      // Workspace::size() elements of the score, aligned to 64 bytes
   const int32_t* stop;  // another thread sets it to end the kernel early; may be null
@@ -60,6 +62,10 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 // Most query pixels of a register tile; key vectors are its other side.
 constexpr int kPanel = 6;
 
+// Most query patches that are summed at once; they share rows of M.
+constexpr int kBoxRows = 4;
+constexpr int kScalePadding = 2;  // they read so many vectors beyond the columns at most
+
 // Query pixels, split into panels of nearly equal size.
 struct Panels {
   int64_t count, pixels;
@@ -68,14 +74,22 @@ struct Panels {
 };
 
 // Layout of the kernel's workspace, in elements of the score.
+//
+// M(m, n) of query pixel m and key pixel n lies at origin + m * product_stride + n - m: every row begins one
+// element further left, so that the taps of a patch, on a diagonal of M, are in one column.
 struct Workspace {
-  int64_t product_stride, product_size, state_stride, state_size, row_size;
-  Workspace(const Tile& query, const Tile& key, int64_t kernel_size, int64_t lanes)
-      : product_stride(round_up(key.columns + kernel_size - 1, lanes) + lanes),
-        product_size((query.columns + kernel_size - 1) * product_stride),
-        state_stride(round_up(key.columns, lanes)),
-        state_size(query.columns * (kernel_size - 1) * state_stride), row_size(state_stride) {}
-  int64_t size(int64_t offsets) const { return product_size + offsets * state_size + row_size; }
+  int64_t origin, product_stride, product_size;
+  int64_t state_stride, slot_size;  // sums along the diagonals for one image row
+  int64_t state_size;               // of one row offset: kernel_size - 1 slots
+  Workspace(const Tile& query, const Tile& key, int64_t kernel_size, int64_t lanes) : origin(2 * lanes) {
+    const int64_t written = key.left + round_up(key.pixels, lanes), read = key.columns + kernel_size - 1;
+    product_stride = round_up((written > read ? written : read) + 1, lanes);
+    product_size = origin + (query.columns + kernel_size - 1) * product_stride + 2 * lanes;
+    state_stride = round_up(key.columns + kBoxRows - 1 + lanes - 1, lanes);
+    slot_size = query.columns * state_stride;
+    state_size = (kernel_size - 1) * slot_size;
+  }
+  int64_t size(int64_t offsets) const { return product_size + offsets * state_size; }
 };
 
 }  // namespace ttsr_fast

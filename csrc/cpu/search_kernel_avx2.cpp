@@ -3,6 +3,8 @@
 #include "isa.h"
 
 #ifdef TTSR_X86
+#include <immintrin.h>
+
 TTSR_TARGET_BEGIN("avx2,fma")
 #define TTSR_ISA avx2
 #define TTSR_VECTOR_BYTES 32

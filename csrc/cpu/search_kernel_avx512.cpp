@@ -3,6 +3,8 @@
 #include "isa.h"
 
 #ifdef TTSR_X86
+#include <immintrin.h>
+
 TTSR_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #define TTSR_ISA avx512
 #define TTSR_VECTOR_BYTES 64

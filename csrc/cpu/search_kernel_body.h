@@ -72,7 +72,9 @@ void multiply_tile(const typename E::Packed* query, const typename E::Packed* ke
       for (int n = 0; n < kCols; ++n) E::multiply_add(sum[m][n], query[d * kRows + m], k[n]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
     for (int n = 0; n < kCols; ++n) {
       Vector* out = (Vector*)(product + m * product_stride + n * L);
       *out = add ? *out + sum[m][n] : sum[m][n];
@@ -117,43 +119,6 @@ void multiply_panel(const typename E::Packed* query, int64_t rows, const typenam
   }
 }
 
-// One query patch against a row of key patches: adds the diagonal taps of M to the partial sums of the rows
-// above. With `scores`, completes the patches and returns true if any score exceeds the threshold or is NaN.
-template <class T, int kKernel>
-bool box_sum_row(const T* product, int64_t product_stride, T* state, int64_t state_stride, int64_t vectors,
-                 const T* scale, const void* valid, T threshold, T* scores) {
-  using Vector = typename Simd<T>::Vector;
-  using Mask = typename Simd<T>::Mask;
-  constexpr int64_t L = TTSR_VECTOR_BYTES / sizeof(T);
-  Mask any = {};
-  for (int64_t v = 0; v < vectors; ++v) {
-    Vector sum = {};
-    if (product) {
-      sum = *(const Vector*)(product + v * L);
-#pragma GCC unroll 8
-      for (int d = 1; d < kKernel; ++d) sum += *(const Vector*)(product + d * (product_stride + 1) + v * L);
-    }
-    Vector* partial[kKernel];
-    for (int j = 0; j < kKernel - 1; ++j) partial[j] = (Vector*)(state + j * state_stride + v * L);
-    Vector total = sum;
-    if (kKernel > 1) {
-      total = *partial[kKernel > 1 ? kKernel - 2 : 0] + sum;
-#pragma GCC unroll 8
-      for (int j = kKernel - 2; j > 0; --j) *partial[j] = *partial[j - 1] + sum;
-      *partial[0] = sum;
-    }
-    if (scores) {
-      const Vector score = total * *(const Vector*)(scale + v * L);
-      *(Vector*)(scores + v * L) = score;
-      any |= ~(Mask)(score <= threshold) & *((const Mask*)valid + v);
-    }
-  }
-  if (!scores) return false;
-  typename std::remove_reference<decltype(any[0])>::type bits = 0;
-  for (int64_t n = 0; n < L; ++n) bits |= any[n];
-  return bits != 0;
-}
-
 // A score that exceeds the threshold, or is NaN, can replace `best`. The threshold is `best` if its index is
 // lower than all that follow; else the next number below it, because an equal score may have a lower index.
 template <class T, class Bits>
@@ -171,31 +136,154 @@ T threshold_of(T best, bool lower) {
   return below.value;
 }
 
-// Merges a row of scores into the best score and its index.
+// True if a lane of `score` exceeds the threshold or is NaN.
+template <class Vector>
+TTSR_INLINE bool any_above(const Vector& score, const Vector& threshold) {
+#if TTSR_VECTOR_BYTES == 64
+  if (sizeof(score[0]) == 4) return _mm512_cmp_ps_mask((__m512)score, (__m512)threshold, _CMP_NLE_UQ) != 0;
+  return _mm512_cmp_pd_mask((__m512d)score, (__m512d)threshold, _CMP_NLE_UQ) != 0;
+#elif TTSR_VECTOR_BYTES == 32
+  return _mm256_movemask_epi8((__m256i) ~(score <= threshold)) != 0;
+#else
+  typedef int64_t Halves __attribute__((vector_size(16)));
+  const Halves above = (Halves) ~(score <= threshold);
+  return (above[0] | above[1]) != 0;
+#endif
+}
+
+// Best score so far of one query patch, its key, and the best score of another key.
+template <class T>
+struct Best {
+  T* score;
+  int64_t* index;
+  T* second;  // may be null
+};
+
+// Merges the scores of keys `column` to `column + lanes` of a row into the best. Not every key is one.
 template <class T, class Bits>
-void update_argmax(const T* scores, const Bits* valid, int64_t columns, int64_t index_begin, T& best,
-                   int64_t& index) {
-  for (int64_t n = 0; n < columns; ++n) {
-    if (valid[n] && ranks_before(scores[n], index_begin + n, best, index)) {
-      best = scores[n];
-      index = index_begin + n;
+__attribute__((noinline)) void merge_scores(const T* scores, int64_t lanes, int64_t column, int64_t columns,
+                                            const Bits* valid, int64_t index_begin, const Best<T>& best) {
+  const int64_t begin = column < 0 ? 0 : column;
+  const int64_t end = column + lanes < columns ? column + lanes : columns;
+  for (int64_t n = begin; n < end; ++n) {
+    if (!valid[n]) continue;
+    const T score = scores[n - column];
+    if (ranks_before(score, index_begin + n, *best.score, *best.index)) {
+      if (best.second) *best.second = *best.score;
+      *best.score = score;
+      *best.index = index_begin + n;
+    } else if (best.second && score > *best.second) {
+      *best.second = score;
     }
   }
 }
+
+// kRows query patches from column m on, against a row of key patches. Adds the taps of one image row of M to
+// those of the rows above, and completes the patches that end here.
+template <class T, int kKernel>
+struct BoxSum {
+  using Vector = typename Simd<T>::Vector;
+  using Bits = typename std::remove_reference<decltype(typename Simd<T>::Mask{}[0])>::type;
+  static constexpr int64_t L = TTSR_VECTOR_BYTES / sizeof(T);
+  static constexpr int kSlots = kKernel > 1 ? kKernel - 1 : 1;
+
+  const T* product;  // M(0, 0); null if the row lies outside the image
+  int64_t product_stride;
+  T* slot[kSlots];  // sums of the kernel_size - 1 rows above, the oldest first; that one is replaced
+  int64_t state_stride;
+  int64_t columns;  // key patches
+  bool complete;    // the patches end in this row
+  const T* scale;   // the rest only if so
+  const Bits* valid;
+  int64_t index_begin;
+  Best<T> best;
+
+  template <int kRows>
+  TTSR_INLINE void rows(int64_t m) const {
+    const int64_t first = -((m + kBoxRows - 1 + L - 1) / L * L);  // column n - m of M, aligned
+    const int64_t vectors = (columns - 1 - m - first) / L + 1;
+    const T* const p = product + m * product_stride + first;
+    const T* const s = scale + m + first;
+    const int64_t state = m * state_stride;
+    Vector threshold[kRows] = {};
+    if (complete) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) threshold[r] = Vector{} + threshold_at(m + r, index_begin);
+    }
+    for (int64_t v = 0; v < vectors * L; v += L) {
+      Vector sum[kRows] = {};
+      if (product) {
+        Vector tap[kRows + kKernel - 1];
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows + kKernel - 1; ++r) tap[r] = *(const Vector*)(p + r * product_stride + v);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          sum[r] = tap[r];
+#pragma GCC unroll 8
+          for (int d = 1; d < kKernel; ++d) sum[r] += tap[r + d];
+        }
+      }
+      if (kKernel > 1) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const int64_t at = state + r * state_stride + v;
+          Vector total = *(const Vector*)(slot[0] + at);
+#pragma GCC unroll 8
+          for (int j = 1; j < kSlots; ++j) total += *(const Vector*)(slot[j] + at);
+          *(Vector*)(slot[0] + at) = sum[r];
+          sum[r] += total;
+        }
+      }
+      if (!complete) continue;
+      bool any = false;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        sum[r] *= *(const Vector*)(s + r + v);
+        any |= any_above<Vector>(sum[r], threshold[r]);
+      }
+      if (__builtin_expect(!any, 1)) continue;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        if (any_above<Vector>(sum[r], threshold[r])) {
+          const Best<T> row = {best.score + m + r, best.index + m + r,
+                               best.second ? best.second + m + r : nullptr};
+          T scores[L];
+          *(Vector*)scores = sum[r];
+          merge_scores<T, Bits>(scores, L, first + m + r + v, columns, valid, index_begin, row);
+          threshold[r] = Vector{} + threshold_at(m + r, index_begin + first + m + r + v + L);
+        }
+      }
+    }
+  }
+
+  // Of scores that can replace the best ones of a patch; their indices begin at `next_index`.
+  T threshold_at(int64_t m, int64_t next_index) const {
+    const T threshold = threshold_of<T, Bits>(best.score[m], best.index[m] < next_index);
+    return best.second && best.second[m] < threshold ? best.second[m] : threshold;
+  }
+
+  // All patches from column m up to `end`.
+  void run(int64_t m, int64_t end) const {
+    for (; m + kBoxRows <= end; m += kBoxRows) rows<kBoxRows>(m);
+    for (; m < end; ++m) rows<1>(m);
+  }
+};
 
 template <class E, int kKernel>
 void search_tiles(const SearchKernelParams& p) {
   using T = typename E::Score;
   using P = typename E::Packed;
-  using Bits = typename std::remove_reference<decltype(typename Simd<T>::Mask{}[0])>::type;
+  using Box = BoxSum<T, kKernel>;
   constexpr int64_t L = lanes<E>();
   const Workspace layout(p.query, p.key, kKernel, L);
   T* const product = (T*)p.workspace;
   T* const state = product + layout.product_size;
-  T* const scores = state + (p.offset_end - p.offset_begin) * layout.state_size;
-  const int64_t vectors = round_up(p.key.pixels, L) / L, box_vectors = layout.state_stride / L;
+  T* const end = state + (p.offset_end - p.offset_begin) * layout.state_size;
+  for (T* zero = product; zero < end; ++zero) *zero = 0;
+  const int64_t vectors = round_up(p.key.pixels, L) / L;
   const Panels panels(p.query.pixels);
-  for (T* zero = product; zero < scores; ++zero) *zero = 0;
+  // Where M of the tiles' first pixels lies; the next query pixel is one element left of the next row.
+  T* const first_product = product + layout.origin + p.query.left * (layout.product_stride - 1) + p.key.left;
 
   // y: image row of the query. The patches of grid row `row` end at image row `row + reach`.
   const int64_t reach = kKernel - 1 - p.padding;
@@ -208,34 +296,39 @@ void search_tiles(const SearchKernelParams& p) {
       const int64_t high = p.query_end < p.key_end - offset ? p.query_end : p.key_end - offset;
       if (y + offset < 0 || y < low - p.padding || row >= high) continue;
       const bool inside = y < p.query.height && y + offset < p.key.height;
-      const bool complete = row >= low;
-      T* const sums = state + (offset - p.offset_begin) * layout.state_size;
-      const T* const scale = (const T*)p.scale + (row + offset - p.key_begin) * p.scale_stride;
-      const Bits* const valid = (const Bits*)p.valid + (row + offset - p.key_begin) * p.scale_stride;
-      T* const best = (T*)p.score + (row - p.query_begin) * p.score_stride;
-      int64_t* const index = p.index + (row - p.query_begin) * p.score_stride;
+      Box box;
+      box.product = inside ? product + layout.origin : nullptr;
+      box.product_stride = layout.product_stride;
+      T* const slots = state + (offset - p.offset_begin) * layout.state_size;
+      for (int j = 0; j < Box::kSlots; ++j) box.slot[j] = slots + (y + j) % Box::kSlots * layout.slot_size;
+      box.state_stride = layout.state_stride;
+      box.columns = p.key.columns;
+      box.complete = row >= low;
+      const int64_t key_row = (row + offset - p.key_begin) * p.scale_stride;
+      box.scale = (const T*)p.scale + key_row;
+      box.valid = (const typename Box::Bits*)p.valid + key_row;
+      box.index_begin = p.index_begin + (row + offset) * p.index_stride;
+      const int64_t query_row = (row - p.query_begin) * p.score_stride;
+      box.best = {(T*)p.score + query_row, p.index + query_row,
+                  p.second ? (T*)p.second + query_row : nullptr};
+      if (!inside) {
+        box.run(0, p.query.columns);
+        continue;
+      }
+      const P* const query = (const P*)p.query.rows + (y - p.query.first_row) * p.query.row_stride;
+      const P* const key = (const P*)p.key.rows + (y + offset - p.key.first_row) * p.key.row_stride;
       int64_t m = 0;
-      for (int64_t panel = 0; panel < (inside ? panels.count : 1); ++panel) {
-        int64_t ready = p.query.columns;  // end of the patches with all products computed
-        if (inside) {
-          const int64_t begin = panels.begin(panel), end = panels.begin(panel + 1);
-          multiply_panel<E>(
-              (const P*)p.query.rows + (y - p.query.first_row) * p.query.row_stride + begin * p.depth,
-              end - begin, (const P*)p.key.rows + (y + offset - p.key.first_row) * p.key.row_stride, vectors,
-              p.depth, product + (p.query.left + begin) * layout.product_stride + p.key.left,
-              layout.product_stride);
-          if (panel + 1 < panels.count) ready = p.query.left + end - (kKernel - 1);
-        }
-        for (; m < ready; ++m) {
-          const int64_t index_begin = p.index_begin + (row + offset) * p.index_stride;
-          const T threshold = complete ? threshold_of<T, Bits>(best[m], index[m] < index_begin) : 0;
-          const bool improved = box_sum_row<T, kKernel>(
-              inside ? product + m * layout.product_stride : nullptr, layout.product_stride,
-              sums + m * (kKernel - 1) * layout.state_stride, layout.state_stride, box_vectors, scale, valid,
-              threshold, complete ? scores : nullptr);
-          if (improved) update_argmax(scores, valid, p.key.columns, index_begin, best[m], index[m]);
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const int64_t begin = panels.begin(panel), end = panels.begin(panel + 1);
+        multiply_panel<E>(query + begin * p.depth, end - begin, key, vectors, p.depth,
+                          first_product + begin * (layout.product_stride - 1), layout.product_stride - 1);
+        const int64_t ready = (p.query.left + end - (kKernel - 1)) / kBoxRows * kBoxRows;
+        if (panel + 1 < panels.count && ready > m) {
+          box.run(m, ready);
+          m = ready;
         }
       }
+      box.run(m, p.query.columns);
     }
   }
 }
