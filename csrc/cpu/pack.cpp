@@ -10,7 +10,7 @@ namespace {
 // Width of a tile, in bytes of a row of products. The working set of the kernel stays in the L2 cache:
 // partial sums (query tile x key tile x row offsets x (kernel_size - 1)) and the pixels of a few rows.
 int64_t tile_bytes(Side side, int kernel_size) {
-  if (side == Side::kKey) return 768;
+  if (side == Side::kKey) return kKeyTileBytes;
   return kernel_size <= 3 ? 256 : 512;  // the halo costs more
 }
 

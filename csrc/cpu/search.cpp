@@ -144,7 +144,7 @@ void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& sca
   const int64_t tasks = (offset_end - offset_begin + group - 1) / group * query.tiles;
   const double pairs = double(query.end - query.begin) * query.width * (key.end - key.begin) * key.width;
   const double nanoseconds = pairs * (query.channels / 16.0 + 0.5);
-  const Workspace layout(query.tile(0), key.tile(0), o.kernel_size, key.lanes);
+  const Workspace<T> layout(query.tile(0), o.kernel_size);
   const ThreadResults<T> results(query, threads_for(tasks, nanoseconds), layout.size(group));
   results.initialise(scale.first_valid);
   parallel_tasks(tasks, nanoseconds, [&](int64_t task, int64_t thread) {

@@ -64,7 +64,8 @@ constexpr int kPanel = 6;
 
 // Most query patches that are summed at once; they share rows of M.
 constexpr int kBoxRows = 4;
-constexpr int kScalePadding = 2;  // they read so many vectors beyond the columns at most
+constexpr int64_t kKeyTileBytes = 768;  // most pixels of a key tile, as elements of the score
+constexpr int kScalePadding = 2;        // they read so many vectors beyond the columns at most
 
 // Query pixels, split into panels of nearly equal size.
 struct Panels {
@@ -77,18 +78,17 @@ struct Panels {
 //
 // M(m, n) of query pixel m and key pixel n lies at origin + m * product_stride + n - m: every row begins one
 // element further left, so that the taps of a patch, on a diagonal of M, are in one column.
+// The strides are constants, an odd number of cache lines each.
+template <class T>
 struct Workspace {
-  int64_t origin, product_stride, product_size;
-  int64_t state_stride, slot_size;  // sums along the diagonals for one image row
+  static constexpr int64_t origin = 128 / sizeof(T);
+  static constexpr int64_t product_stride = (kKeyTileBytes + 64) / sizeof(T);
+  static constexpr int64_t state_stride = (kKeyTileBytes + 192) / sizeof(T);
+  int64_t product_size, slot_size;  // a slot holds the sums along the diagonals for one image row
   int64_t state_size;               // of one row offset: kernel_size - 1 slots
-  Workspace(const Tile& query, const Tile& key, int64_t kernel_size, int64_t lanes) : origin(2 * lanes) {
-    const int64_t written = key.left + round_up(key.pixels, lanes), read = key.columns + kernel_size - 1;
-    product_stride = round_up((written > read ? written : read) + 1, lanes);
-    product_size = origin + (query.columns + kernel_size - 1) * product_stride + 2 * lanes;
-    state_stride = round_up(key.columns + kBoxRows - 1 + lanes - 1, lanes);
-    slot_size = query.columns * state_stride;
-    state_size = (kernel_size - 1) * slot_size;
-  }
+  Workspace(const Tile& query, int64_t kernel_size)
+      : product_size(origin + (query.columns + kernel_size) * product_stride),
+        slot_size(query.columns * state_stride), state_size((kernel_size - 1) * slot_size) {}
   int64_t size(int64_t offsets) const { return product_size + offsets * state_size; }
 };
 

@@ -136,6 +136,14 @@ T threshold_of(T best, bool lower) {
   return below.value;
 }
 
+// Compilers load a value again for every addition that can read it from memory.
+template <class Vector>
+TTSR_INLINE void keep_in_register([[maybe_unused]] Vector& value) {
+#if TTSR_VECTOR_BYTES == 64
+  asm("" : "+v"(value));
+#endif
+}
+
 // True if a lane of `score` exceeds the threshold or is NaN.
 template <class Vector>
 TTSR_INLINE bool any_above(const Vector& score, const Vector& threshold) {
@@ -151,71 +159,56 @@ TTSR_INLINE bool any_above(const Vector& score, const Vector& threshold) {
 #endif
 }
 
-// Best score so far of one query patch, its key, and the best score of another key.
-template <class T>
-struct Best {
-  T* score;
-  int64_t* index;
-  T* second;  // may be null
-};
-
-// Merges the scores of keys `column` to `column + lanes` of a row into the best. Not every key is one.
-template <class T, class Bits>
-__attribute__((noinline)) void merge_scores(const T* scores, int64_t lanes, int64_t column, int64_t columns,
-                                            const Bits* valid, int64_t index_begin, const Best<T>& best) {
-  const int64_t begin = column < 0 ? 0 : column;
-  const int64_t end = column + lanes < columns ? column + lanes : columns;
-  for (int64_t n = begin; n < end; ++n) {
-    if (!valid[n]) continue;
-    const T score = scores[n - column];
-    if (ranks_before(score, index_begin + n, *best.score, *best.index)) {
-      if (best.second) *best.second = *best.score;
-      *best.score = score;
-      *best.index = index_begin + n;
-    } else if (best.second && score > *best.second) {
-      *best.second = score;
-    }
-  }
-}
-
-// kRows query patches from column m on, against a row of key patches. Adds the taps of one image row of M to
-// those of the rows above, and completes the patches that end here.
+// Sums of M along the diagonals of a row of key patches, and the running argmax of the patches that end in
+// it.
 template <class T, int kKernel>
 struct BoxSum {
   using Vector = typename Simd<T>::Vector;
   using Bits = typename std::remove_reference<decltype(typename Simd<T>::Mask{}[0])>::type;
+  using Layout = Workspace<T>;
   static constexpr int64_t L = TTSR_VECTOR_BYTES / sizeof(T);
   static constexpr int kSlots = kKernel > 1 ? kKernel - 1 : 1;
 
   const T* product;  // M(0, 0); null if the row lies outside the image
-  int64_t product_stride;
-  T* slot[kSlots];  // sums of the kernel_size - 1 rows above, the oldest first; that one is replaced
-  int64_t state_stride;
-  int64_t columns;  // key patches
-  bool complete;    // the patches end in this row
-  const T* scale;   // the rest only if so
+  T* slot[kSlots];   // sums for the kernel_size - 1 rows above, the oldest first, which is replaced
+  int64_t columns;   // key patches
+  bool complete;     // patches end in this row; the rest only if so
+  const T* scale;
   const Bits* valid;
   int64_t index_begin;
-  Best<T> best;
+  T* score;  // best scores of the query patches, their keys, and the best scores of other keys or null
+  int64_t* index;
+  T* second;
 
+  // Columns of M, n - m, in which query patches from m on have taps: aligned vectors.
+  static int64_t first_column(int64_t m) { return -((m + kBoxRows - 1 + L - 1) / L * L); }
+  int64_t vectors(int64_t m) const { return (columns - 1 - m - first_column(m)) / L + 1; }
+
+  // Query patches m to m + kRows.
   template <int kRows>
-  TTSR_INLINE void rows(int64_t m) const {
-    const int64_t first = -((m + kBoxRows - 1 + L - 1) / L * L);  // column n - m of M, aligned
-    const int64_t vectors = (columns - 1 - m - first) / L + 1;
-    const T* const p = product + m * product_stride + first;
-    const T* const s = scale + m + first;
-    const int64_t state = m * state_stride;
+  void rows(int64_t m) const {
+    const int64_t first = first_column(m), width = vectors(m) * L;
+    const T* const taps = product + m * Layout::product_stride + first;
+    const T* const scales = scale + m + first;
+    T* sums[kSlots];
+    for (int j = 0; j < kSlots; ++j) sums[j] = slot[j] + m * Layout::state_stride;
+    const bool inside = product, ends = complete;
+    T limit[kRows] = {};
     Vector threshold[kRows] = {};
-    if (complete) {
+    if (ends) {
+      for (int r = 0; r < kRows; ++r) limit[r] = threshold_at(m + r, index_begin);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) threshold[r] = Vector{} + threshold_at(m + r, index_begin);
+      for (int r = 0; r < kRows; ++r) threshold[r] = Vector{} + limit[r];
     }
-    for (int64_t v = 0; v < vectors * L; v += L) {
+    for (int64_t v = 0; v < width; v += L) {
       Vector sum[kRows] = {};
-      if (product) {
+      if (inside) {
         Vector tap[kRows + kKernel - 1];
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows + kKernel - 1; ++r) tap[r] = *(const Vector*)(p + r * product_stride + v);
+        for (int r = 0; r < kRows + kKernel - 1; ++r) {
+          tap[r] = *(const Vector*)(taps + r * Layout::product_stride + v);
+          keep_in_register(tap[r]);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           sum[r] = tap[r];
@@ -226,64 +219,88 @@ struct BoxSum {
       if (kKernel > 1) {
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const int64_t at = state + r * state_stride + v;
-          Vector total = *(const Vector*)(slot[0] + at);
+          const int64_t at = r * Layout::state_stride + v;
+          Vector total = *(const Vector*)(sums[0] + at);
 #pragma GCC unroll 8
-          for (int j = 1; j < kSlots; ++j) total += *(const Vector*)(slot[j] + at);
-          *(Vector*)(slot[0] + at) = sum[r];
+          for (int j = 1; j < kSlots; ++j) total += *(const Vector*)(sums[j] + at);
+          *(Vector*)(sums[0] + at) = sum[r];
           sum[r] += total;
         }
       }
-      if (!complete) continue;
+      if (!ends) continue;
       bool any = false;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        sum[r] *= *(const Vector*)(s + r + v);
+        sum[r] *= *(const Vector*)(scales + r + v);
         any |= any_above<Vector>(sum[r], threshold[r]);
       }
       if (__builtin_expect(!any, 1)) continue;
+      T scores[kRows * L];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        if (any_above<Vector>(sum[r], threshold[r])) {
-          const Best<T> row = {best.score + m + r, best.index + m + r,
-                               best.second ? best.second + m + r : nullptr};
-          T scores[L];
-          *(Vector*)scores = sum[r];
-          merge_scores<T, Bits>(scores, L, first + m + r + v, columns, valid, index_begin, row);
-          threshold[r] = Vector{} + threshold_at(m + r, index_begin + first + m + r + v + L);
-        }
-      }
+      for (int r = 0; r < kRows; ++r) *(Vector*)(scores + r * L) = sum[r];
+      for (int r = 0; r < kRows; ++r) merge(scores + r * L, m + r, first + m + r + v, limit[r]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) threshold[r] = Vector{} + limit[r];
     }
   }
 
-  // Of scores that can replace the best ones of a patch; their indices begin at `next_index`.
-  T threshold_at(int64_t m, int64_t next_index) const {
-    const T threshold = threshold_of<T, Bits>(best.score[m], best.index[m] < next_index);
-    return best.second && best.second[m] < threshold ? best.second[m] : threshold;
+  // Merges the scores of keys `column` to `column + L`, not all of which need exist, into those of patch m.
+  __attribute__((noinline)) void merge(const T* scores, int64_t m, int64_t column, T& limit) const {
+    const Vector candidates = *(const Vector*)scores;
+    if (!any_above<Vector>(candidates, Vector{} + limit)) return;
+    const int64_t end = column + L < columns ? column + L : columns;
+    for (int64_t n = column < 0 ? 0 : column; n < end; ++n) {
+      const T candidate = scores[n - column];
+      if (!valid[n]) continue;
+      if (ranks_before(candidate, index_begin + n, score[m], index[m])) {
+        if (second) second[m] = score[m];
+        score[m] = candidate;
+        index[m] = index_begin + n;
+      } else if (second && candidate > second[m]) {
+        second[m] = candidate;
+      }
+    }
+    limit = threshold_at(m, index_begin + column + L);
   }
 
-  // All patches from column m up to `end`.
+  // Above it are the scores that can change those of patch m; their indices begin at `next_index`.
+  T threshold_at(int64_t m, int64_t next_index) const {
+    const T threshold = threshold_of<T, Bits>(score[m], index[m] < next_index);
+    return second && second[m] < threshold ? second[m] : threshold;
+  }
+
   void run(int64_t m, int64_t end) const {
     for (; m + kBoxRows <= end; m += kBoxRows) rows<kBoxRows>(m);
     for (; m < end; ++m) rows<1>(m);
   }
 };
 
+template <class T>
+void zero_rows(T* rows, int64_t count, int64_t stride, int64_t width) {
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t n = 0; n < width; ++n) rows[row * stride + n] = 0;
+  }
+}
+
 template <class E, int kKernel>
 void search_tiles(const SearchKernelParams& p) {
   using T = typename E::Score;
   using P = typename E::Packed;
   using Box = BoxSum<T, kKernel>;
+  using Layout = Workspace<T>;
   constexpr int64_t L = lanes<E>();
-  const Workspace layout(p.query, p.key, kKernel, L);
+  const Layout layout(p.query, kKernel);
   T* const product = (T*)p.workspace;
   T* const state = product + layout.product_size;
-  T* const end = state + (p.offset_end - p.offset_begin) * layout.state_size;
-  for (T* zero = product; zero < end; ++zero) *zero = 0;
+  Box box;
+  box.columns = p.key.columns;
+  zero_rows(product, 1, 0, layout.product_size);
+  zero_rows(state, (p.offset_end - p.offset_begin) * (kKernel - 1) * p.query.columns, Layout::state_stride,
+            round_up(p.key.columns + kBoxRows + L, L));
   const int64_t vectors = round_up(p.key.pixels, L) / L;
   const Panels panels(p.query.pixels);
-  // Where M of the tiles' first pixels lies; the next query pixel is one element left of the next row.
-  T* const first_product = product + layout.origin + p.query.left * (layout.product_stride - 1) + p.key.left;
+  constexpr int64_t kNextPixel = Layout::product_stride - 1;
+  T* const first_product = product + Layout::origin + p.query.left * kNextPixel + p.key.left;
 
   // y: image row of the query. The patches of grid row `row` end at image row `row + reach`.
   const int64_t reach = kKernel - 1 - p.padding;
@@ -296,32 +313,25 @@ void search_tiles(const SearchKernelParams& p) {
       const int64_t high = p.query_end < p.key_end - offset ? p.query_end : p.key_end - offset;
       if (y + offset < 0 || y < low - p.padding || row >= high) continue;
       const bool inside = y < p.query.height && y + offset < p.key.height;
-      Box box;
-      box.product = inside ? product + layout.origin : nullptr;
-      box.product_stride = layout.product_stride;
       T* const slots = state + (offset - p.offset_begin) * layout.state_size;
       for (int j = 0; j < Box::kSlots; ++j) box.slot[j] = slots + (y + j) % Box::kSlots * layout.slot_size;
-      box.state_stride = layout.state_stride;
-      box.columns = p.key.columns;
+      box.product = inside ? product + Layout::origin : nullptr;
       box.complete = row >= low;
       const int64_t key_row = (row + offset - p.key_begin) * p.scale_stride;
       box.scale = (const T*)p.scale + key_row;
       box.valid = (const typename Box::Bits*)p.valid + key_row;
       box.index_begin = p.index_begin + (row + offset) * p.index_stride;
       const int64_t query_row = (row - p.query_begin) * p.score_stride;
-      box.best = {(T*)p.score + query_row, p.index + query_row,
-                  p.second ? (T*)p.second + query_row : nullptr};
-      if (!inside) {
-        box.run(0, p.query.columns);
-        continue;
-      }
-      const P* const query = (const P*)p.query.rows + (y - p.query.first_row) * p.query.row_stride;
-      const P* const key = (const P*)p.key.rows + (y + offset - p.key.first_row) * p.key.row_stride;
-      int64_t m = 0;
-      for (int64_t panel = 0; panel < panels.count; ++panel) {
+      box.score = (T*)p.score + query_row;
+      box.index = p.index + query_row;
+      box.second = p.second ? (T*)p.second + query_row : nullptr;
+      int64_t m = 0;  // first patch that is not summed yet
+      for (int64_t panel = 0; inside && panel < panels.count; ++panel) {
         const int64_t begin = panels.begin(panel), end = panels.begin(panel + 1);
-        multiply_panel<E>(query + begin * p.depth, end - begin, key, vectors, p.depth,
-                          first_product + begin * (layout.product_stride - 1), layout.product_stride - 1);
+        multiply_panel<E>(
+            (const P*)p.query.rows + (y - p.query.first_row) * p.query.row_stride + begin * p.depth,
+            end - begin, (const P*)p.key.rows + (y + offset - p.key.first_row) * p.key.row_stride, vectors,
+            p.depth, first_product + begin * kNextPixel, kNextPixel);
         const int64_t ready = (p.query.left + end - (kKernel - 1)) / kBoxRows * kBoxRows;
         if (panel + 1 < panels.count && ready > m) {
           box.run(m, ready);
