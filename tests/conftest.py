@@ -53,6 +53,7 @@ CPU_MODULES = {
     "test_gpu_check",
     "test_images",
     "test_imports",
+    "test_isa",
     "test_memory",
     "test_metrics",
     "test_offline",
@@ -71,7 +72,7 @@ CPU_MODULES = {
 # About what nvcc makes of the kernels, or a compiler of C++: left out where it cannot be used.
 NVCC_MODULES = {"test_cuda_library"}
 COMPILER_MODULES = {"test_build", "test_build_changes", "test_cuda_kernels", "test_cuda_slab"}
-COMPILER_MODULES |= {"test_emulator"}
+COMPILER_MODULES |= {"test_emulator", "test_isa"}
 
 # What a module cannot be imported without; it is left out where that is missing or too old. Where
 # the tools of development are installed, of which mypy is one, that is an error.

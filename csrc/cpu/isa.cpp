@@ -7,6 +7,9 @@
 #include <stdexcept>
 
 #include "../common.h"
+#ifdef TTSR_X86
+#include "x86.h"
+#endif
 
 namespace ttsr_fast {
 
@@ -14,32 +17,24 @@ namespace {
 
 struct Candidate {
   Isa isa;
-  bool supported;
+  bool (*supported)();  // called only where the choice depends on it
 };
 
 const Isa& choose() {
-#ifdef TTSR_X86
-  __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
   // Best first.
   static const Candidate candidates[] = {
 #ifdef TTSR_X86
-      {{"avx512_bf16", 64, true, avx512_bf16::search_kernel}, avx512 && __builtin_cpu_supports("avx512bf16")},
-      {{"avx512", 64, false, avx512::search_kernel}, avx512},
-      {{"avx2", 32, false, avx2::search_kernel},
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {{"avx512_bf16", 64, true, avx512_bf16::search_kernel}, [] { return x86_features().avx512_bf16; }},
+      {{"avx512", 64, false, avx512::search_kernel}, [] { return x86_features().avx512; }},
+      {{"avx2", 32, false, avx2::search_kernel}, [] { return x86_features().avx2; }},
 #endif
-      {{"baseline", 16, false, baseline::search_kernel}, true},
+      {{"baseline", 16, false, baseline::search_kernel}, [] { return true; }},
   };
   const char* wanted = std::getenv("TTSR_FAST_ISA");
   if (wanted && !*wanted) wanted = nullptr;
   for (const Candidate& c : candidates) {
-    if (wanted ? std::strcmp(wanted, c.isa.name) == 0 : c.supported) {
-      if (!c.supported) break;
-      return c.isa;
-    }
+    const bool named = wanted && std::strcmp(wanted, c.isa.name) == 0;
+    if ((named || !wanted) && c.supported()) return c.isa;
   }
   throw std::runtime_error("TTSR_FAST_ISA must name an instruction set of this processor, got '" +
                            std::string(wanted) + "'");
