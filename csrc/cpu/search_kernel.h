@@ -12,7 +12,16 @@
 
 namespace ttsr_fast {
 
-enum class Element { kFloat, kDouble, kBFloat16 };  // kBFloat16: pairs of channels, summed in float
+// What the kernel multiplies; bfloat16 in pairs of channels, summed in float.
+enum class Element {
+  kFloat,
+  kDouble,
+  kBFloat16,       // features rounded once
+  kBFloat16Parts,  // float as the sum of two, of which the product of the low ones is left out
+};
+
+// Channels in bfloat16 of a pixel lie in blocks, one for each part, if a tile unit multiplies them.
+constexpr int64_t kTileChannels = 32, kTilePixels = 16;
 
 // A column tile of one image, packed for the matrix product.
 struct Tile {
@@ -67,11 +76,18 @@ constexpr int kBoxRows = 4;
 constexpr int64_t kKeyTileBytes = 768;  // most pixels of a key tile, as elements of the score
 constexpr int kScalePadding = 2;        // they read so many vectors beyond the columns at most
 
-// Query pixels, split into panels of nearly equal size.
+// Query pixels that are multiplied at once: panels of nearly equal size, or of two tiles.
 struct Panels {
   int64_t count, pixels;
-  explicit Panels(int64_t pixels_) : count((pixels_ + kPanel - 1) / kPanel), pixels(pixels_) {}
-  int64_t begin(int64_t p) const { return p * pixels / count; }
+  bool tiles;
+  explicit Panels(int64_t pixels_, bool tiles_ = false) : pixels(pixels_), tiles(tiles_) {
+    const int64_t most = tiles ? 2 * kTilePixels : kPanel;
+    count = (pixels + most - 1) / most;
+  }
+  int64_t begin(int64_t p) const {
+    if (!tiles) return p * pixels / count;
+    return p < count ? p * 2 * kTilePixels : pixels;
+  }
 };
 
 // Layout of the kernel's workspace, in elements of the score.
@@ -87,7 +103,7 @@ struct Workspace {
   int64_t product_size, slot_size;  // a slot holds the sums along the diagonals for one image row
   int64_t state_size;               // of one row offset: kernel_size - 1 slots
   Workspace(const Tile& query, int64_t kernel_size)
-      : product_size(origin + (query.columns + kernel_size) * product_stride),
+      : product_size(origin + (query.columns + kernel_size + kTilePixels) * product_stride),
         slot_size(query.columns * state_stride), state_size((kernel_size - 1) * slot_size) {}
   int64_t size(int64_t offsets) const { return product_size + offsets * state_size; }
 };

@@ -1,8 +1,9 @@
 // The search kernel for one instruction set: matrix product, box sum along the diagonal, running argmax.
 //
 // search_kernel_<isa>.cpp includes it after setting the target of all functions below. It defines TTSR_ISA (a
-// namespace), TTSR_VECTOR_BYTES and TTSR_VECTORS (key vectors of a register tile). Nothing here may call a
-// function of the standard library: the linker keeps one copy, perhaps the one for this instruction set.
+// namespace), TTSR_VECTOR_BYTES and TTSR_VECTORS (key vectors of a register tile); TTSR_BFLOAT16 or
+// TTSR_TILES adds products of bfloat16. Nothing here may call a function of the standard library: the linker
+// keeps one copy, perhaps the one for this instruction set.
 //
 // A register tile is kPanel query pixels by TTSR_VECTORS vectors of key pixels. Every M(i, j) is summed over
 // the channels in the same order wherever it is computed. Equal patches thus have bit-equal scores, and the
@@ -33,6 +34,7 @@ struct Simd<double> {
 
 template <class T>
 struct Plain {  // one channel per packed element
+  static constexpr bool kTiles = false;
   using Score = T;
   using Packed = T;
   using Vector = typename Simd<T>::Vector;
@@ -41,6 +43,7 @@ struct Plain {  // one channel per packed element
 
 #ifdef TTSR_BFLOAT16
 struct BFloat16Pair {  // two channels per packed element
+  static constexpr bool kTiles = false;
   using Score = float;
   using Packed = int32_t;
   using Vector = Simd<float>::Vector;
@@ -96,28 +99,112 @@ constexpr MultiplyTile<E> tile_of(int64_t rows) {
 
 // One panel of query pixels times all key pixels of a row.
 template <class E>
-void multiply_panel(const typename E::Packed* query, int64_t rows, const typename E::Packed* key,
-                    int64_t vectors, int64_t depth, typename E::Score* product, int64_t product_stride) {
-  constexpr int64_t L = lanes<E>();
-  for (int64_t d = 0; d < depth; d += kDepthBlock) {
-    const int64_t n_d = depth - d < kDepthBlock ? depth - d : kDepthBlock;
-    int64_t v = 0;
-    for (int64_t left = (vectors + kVectors - 1) / kVectors; left > 0; --left) {
-      const int64_t n_v = (vectors - v + left - 1) / left;  // nearly equal tiles
-      const MultiplyTile<E> multiply = n_v == 1   ? tile_of<E, 1>(rows)
-                                       : n_v == 2 ? tile_of<E, 2>(rows)
+struct Multiplier {
+  using T = typename E::Score;
+  using P = typename E::Packed;
+
+  void panel(const P* query, int64_t rows, const P* key, int64_t vectors, int64_t depth, T* product,
+             int64_t product_stride) {
+    constexpr int64_t L = lanes<E>();
+    for (int64_t d = 0; d < depth; d += kDepthBlock) {
+      const int64_t n_d = depth - d < kDepthBlock ? depth - d : kDepthBlock;
+      int64_t v = 0;
+      for (int64_t left = (vectors + kVectors - 1) / kVectors; left > 0; --left) {
+        const int64_t n_v = (vectors - v + left - 1) / left;  // nearly equal tiles
+        const MultiplyTile<E> multiply = n_v == 1   ? tile_of<E, 1>(rows)
+                                         : n_v == 2 ? tile_of<E, 2>(rows)
 #if TTSR_VECTORS >= 4
-                                       : n_v == 4 ? tile_of<E, 4>(rows)
-                                                  : tile_of<E, 3>(rows);
+                                         : n_v == 4 ? tile_of<E, 4>(rows)
+                                                    : tile_of<E, 3>(rows);
 #else
-                                                  : nullptr;
+                                                    : nullptr;
 #endif
-      multiply(query + d * rows, key + (v * depth + d) * L, depth * L, n_d, d > 0, product + v * L,
-               product_stride);
-      v += n_v;
+        multiply(query + d * rows, key + (v * depth + d) * L, depth * L, n_d, d > 0, product + v * L,
+                 product_stride);
+        v += n_v;
+      }
     }
   }
-}
+};
+
+#ifdef TTSR_TILES
+template <int kParts_>
+struct BFloat16Tiles {  // blocks of kTileChannels channels; the high part of each before the low one
+  static constexpr bool kTiles = true;
+  static constexpr int kParts = kParts_;
+  using Score = float;
+  using Packed = int32_t;
+  using Vector = Simd<float>::Vector;
+};
+
+template <int kParts>
+struct Multiplier<BFloat16Tiles<kParts>> {
+  static constexpr int64_t kTile = kTileBytes / sizeof(int32_t);  // of packed elements
+  TileUnit unit;
+
+  void panel(const int32_t* query, int64_t rows, const int32_t* key, int64_t vectors, int64_t depth,
+             float* product, int64_t product_stride) {
+    for (int64_t v = 0; v < vectors; v += 2) {
+      const int32_t* const k = key + v * depth * kTilePixels;
+      float* const out = product + v * kTilePixels;
+      if (rows > kTilePixels) {
+        v + 1 < vectors ? tiles<2, 2>(query, k, depth, out, product_stride)
+                        : tiles<2, 1>(query, k, depth, out, product_stride);
+      } else {
+        v + 1 < vectors ? tiles<1, 2>(query, k, depth, out, product_stride)
+                        : tiles<1, 1>(query, k, depth, out, product_stride);
+      }
+    }
+  }
+
+  // kRows x kCols tiles of the product. Sums are in tiles 0 to 3, two of the query in 4 and 5, two of the key
+  // in 6 and 7.
+  template <int kRows, int kCols>
+  TTSR_INLINE void tiles(const int32_t* query, const int32_t* key, int64_t depth, float* product,
+                         int64_t product_stride) {
+    const int64_t next = depth * kTilePixels;  // the second tile of a side
+    unit.template zero<0>();
+    if (kCols > 1) unit.template zero<1>();
+    if (kRows > 1) unit.template zero<2>();
+    if (kRows > 1 && kCols > 1) unit.template zero<3>();
+    for (int64_t d = 0; d < next; d += kParts * kTile) {
+      load_query<kRows>(query + d + (kParts - 1) * kTile, next);
+      load_key<kCols>(key + d, next);
+      multiply<kRows, kCols>();  // low query, high key; the only product if there is one part
+      if (kParts == 1) continue;
+      load_query<kRows>(query + d, next);
+      multiply<kRows, kCols>();  // both high
+      load_key<kCols>(key + d + kTile, next);
+      multiply<kRows, kCols>();  // high query, low key
+    }
+    unit.template store<0>(product, product_stride);
+    if (kCols > 1) unit.template store<1>(product + kTilePixels, product_stride);
+    product += kTilePixels * product_stride;
+    if (kRows > 1) unit.template store<2>(product, product_stride);
+    if (kRows > 1 && kCols > 1) unit.template store<3>(product + kTilePixels, product_stride);
+  }
+
+  template <int kRows>
+  TTSR_INLINE void load_query(const int32_t* tile, int64_t next) {
+    unit.template load<4>(tile);
+    if (kRows > 1) unit.template load<5>(tile + next);
+  }
+
+  template <int kCols>
+  TTSR_INLINE void load_key(const int32_t* tile, int64_t next) {
+    unit.template load<6>(tile);
+    if (kCols > 1) unit.template load<7>(tile + next);
+  }
+
+  template <int kRows, int kCols>
+  TTSR_INLINE void multiply() {
+    unit.template multiply<0, 4, 6>();
+    if (kCols > 1) unit.template multiply<1, 4, 7>();
+    if (kRows > 1) unit.template multiply<2, 5, 6>();
+    if (kRows > 1 && kCols > 1) unit.template multiply<3, 5, 7>();
+  }
+};
+#endif
 
 // A score that exceeds the threshold, or is NaN, can replace `best`. The threshold is `best` if its index is
 // lower than all that follow; else the next number below it, because an equal score may have a lower index.
@@ -298,7 +385,8 @@ void search_tiles(const SearchKernelParams& p) {
   zero_rows(state, (p.offset_end - p.offset_begin) * (kKernel - 1) * p.query.columns, Layout::state_stride,
             round_up(p.key.columns + kBoxRows + L, L));
   const int64_t vectors = round_up(p.key.pixels, L) / L;
-  const Panels panels(p.query.pixels);
+  const Panels panels(p.query.pixels, E::kTiles);
+  Multiplier<E> multiplier;
   constexpr int64_t kNextPixel = Layout::product_stride - 1;
   T* const first_product = product + Layout::origin + p.query.left * kNextPixel + p.key.left;
 
@@ -328,7 +416,7 @@ void search_tiles(const SearchKernelParams& p) {
       int64_t m = 0;  // first patch that is not summed yet
       for (int64_t panel = 0; inside && panel < panels.count; ++panel) {
         const int64_t begin = panels.begin(panel), end = panels.begin(panel + 1);
-        multiply_panel<E>(
+        multiplier.panel(
             (const P*)p.query.rows + (y - p.query.first_row) * p.query.row_stride + begin * p.depth,
             end - begin, (const P*)p.key.rows + (y + offset - p.key.first_row) * p.key.row_stride, vectors,
             p.depth, first_product + begin * kNextPixel, kNextPixel);
@@ -354,12 +442,16 @@ void search_elements(const SearchKernelParams& p, int kernel_size) {
 }
 
 void search_kernel(const SearchKernelParams& p, Element element, int kernel_size) {
-#ifdef TTSR_BFLOAT16
+#ifdef TTSR_TILES
+  if (element == Element::kBFloat16) return search_elements<BFloat16Tiles<1>>(p, kernel_size);
+  if (element == Element::kBFloat16Parts) return search_elements<BFloat16Tiles<2>>(p, kernel_size);
+  avx512::search_kernel(p, element, kernel_size);
+#elif defined(TTSR_BFLOAT16)
   if (element == Element::kBFloat16) return search_elements<BFloat16Pair>(p, kernel_size);
   avx512::search_kernel(p, element, kernel_size);
 #else
-  if (element == Element::kDouble) return search_elements<Plain<double> >(p, kernel_size);
-  search_elements<Plain<float> >(p, kernel_size);
+  if (element == Element::kDouble) return search_elements<Plain<double>>(p, kernel_size);
+  search_elements<Plain<float>>(p, kernel_size);
 #endif
 }
 
