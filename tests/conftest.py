@@ -61,6 +61,7 @@ CPU_MODULES = {
     "test_photographs",
     "test_resize",
     "test_resume",
+    "test_search_kernel",
     "test_table",
     "test_ranks",
     "test_train_demo",
@@ -72,7 +73,7 @@ CPU_MODULES = {
 # About what nvcc makes of the kernels, or a compiler of C++: left out where it cannot be used.
 NVCC_MODULES = {"test_cuda_library"}
 COMPILER_MODULES = {"test_build", "test_build_changes", "test_cuda_kernels", "test_cuda_slab"}
-COMPILER_MODULES |= {"test_emulator", "test_isa"}
+COMPILER_MODULES |= {"test_emulator", "test_isa", "test_search_kernel"}
 
 # What a module cannot be imported without; it is left out where that is missing or too old. Where
 # the tools of development are installed, of which mypy is one, that is an error.

@@ -15,6 +15,12 @@ namespace ttsr_fast {
 
 namespace {
 
+#ifdef __aarch64__
+constexpr const char* kBaseline = "neon";  // every such processor has it
+#else
+constexpr const char* kBaseline = "baseline";
+#endif
+
 struct Candidate {
   Isa isa;
   bool (*supported)();  // called only where the choice depends on it
@@ -28,7 +34,7 @@ const Isa& choose() {
       {{"avx512", 64, false, avx512::search_kernel}, [] { return x86_features().avx512; }},
       {{"avx2", 32, false, avx2::search_kernel}, [] { return x86_features().avx2; }},
 #endif
-      {{"baseline", 16, false, baseline::search_kernel}, [] { return true; }},
+      {{kBaseline, 16, false, baseline::search_kernel}, [] { return true; }},
   };
   const char* wanted = std::getenv("TTSR_FAST_ISA");
   if (wanted && !*wanted) wanted = nullptr;

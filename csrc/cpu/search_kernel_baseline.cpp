@@ -1,4 +1,8 @@
-// The search kernel for any processor, with vectors of 16 bytes.
+// The search kernel for any processor, with vectors of 16 bytes: those of SSE2, NEON on AArch64.
+
+#if defined(__aarch64__) && !defined(__clang__)
+#pragma GCC optimize("no-schedule-insns")  // early loads would push sums out of the 32 registers
+#endif
 
 #include "isa.h"
 
