@@ -21,6 +21,10 @@ constexpr const char* kBaseline = "neon";  // every such processor has it
 constexpr const char* kBaseline = "baseline";
 #endif
 
+#ifdef TTSR_X86
+constexpr Isa kAmx = {"amx", 64, true, true, amx::search_kernel};
+#endif
+
 struct Candidate {
   Isa isa;
   bool (*supported)();  // called only where the choice depends on it
@@ -30,11 +34,18 @@ const Isa& choose() {
   // Best first.
   static const Candidate candidates[] = {
 #ifdef TTSR_X86
-      {{"avx512_bf16", 64, true, avx512_bf16::search_kernel}, [] { return x86_features().avx512_bf16; }},
-      {{"avx512", 64, false, avx512::search_kernel}, [] { return x86_features().avx512; }},
-      {{"avx2", 32, false, avx2::search_kernel}, [] { return x86_features().avx2; }},
+#ifndef TTSR_PORTABLE_TILES
+      {kAmx, [] { return x86_features().avx512 && request_amx(); }},
 #endif
-      {{kBaseline, 16, false, baseline::search_kernel}, [] { return true; }},
+      {{"avx512_bf16", 64, true, false, avx512_bf16::search_kernel},
+       [] { return x86_features().avx512_bf16; }},
+      {{"avx512", 64, false, false, avx512::search_kernel}, [] { return x86_features().avx512; }},
+      {{"avx2", 32, false, false, avx2::search_kernel}, [] { return x86_features().avx2; }},
+#endif
+      {{kBaseline, 16, false, false, baseline::search_kernel}, [] { return true; }},
+#if defined(TTSR_X86) && defined(TTSR_PORTABLE_TILES)
+      {kAmx, [] { return x86_features().avx512; }},  // if named: it is slow
+#endif
   };
   const char* wanted = std::getenv("TTSR_FAST_ISA");
   if (wanted && !*wanted) wanted = nullptr;

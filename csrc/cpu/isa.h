@@ -27,12 +27,14 @@ namespace baseline { SearchKernel search_kernel; }
 namespace avx2 { SearchKernel search_kernel; }
 namespace avx512 { SearchKernel search_kernel; }
 namespace avx512_bf16 { SearchKernel search_kernel; }
+namespace amx { SearchKernel search_kernel; }
 #endif
 
 struct Isa {
   const char* name;
   int64_t vector_bytes;
   bool bfloat16;  // it multiplies pairs of bfloat16
+  bool tiles;     // in a tile unit, float as two parts too
   SearchKernel* search_kernel;
 };
 
