@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ttsr_fast.functional import Match
-from ttsr_fast.operators import pytorch
+from ttsr_fast.operators import backends, pytorch
 from ttsr_fast.operators.index import at_index
 from ttsr_fast.operators.patch import Patch, Score, Transfer, patch_norm
 
@@ -50,7 +50,8 @@ def certified(
     Returns:
         `[N, H, W]`, bool.
 
-    Cost: a search in plain PyTorch, whatever the backend of `match`.
+    Cost: a search, which finds the best other key too: by the compiled kernels on the CPU, in plain
+    PyTorch on other devices.
 
     Raises:
         ValueError: `precision` rounds nothing or is unknown, or `match` has another grid.
@@ -63,7 +64,7 @@ def certified(
         raise ValueError(f"match must have the query grid {grid}, got {list(match.index.shape)}")
     query, key = query.detach().float(), key.detach().float()
     with torch.autocast(query.device.type, enabled=False):
-        certain = _certain(query, key, match.index, _DTYPES[precision], patch, key_mask)
+        certain = _certain(query, key, match.index, precision, patch, key_mask)
     return certain & ~match.score.isnan()
 
 
@@ -71,11 +72,11 @@ def _certain(
     query: Tensor,  # [N, C, H, W]
     key: Tensor,  # [N or 1, C, HK, WK]
     index: Tensor,  # [N, H, W]
-    dtype: torch.dtype,
+    precision: str,
     patch: Patch,
     key_mask: Tensor | None,  # [N or 1, HK, WK]
 ) -> Tensor:  # [N, H, W]
-    rounded_q, rounded_k = (_rounded(x, dtype) for x in (query, key))
+    rounded_q, rounded_k = (_rounded(x, _DTYPES[precision]) for x in (query, key))
     angle_q = _angle(query, rounded_q, patch)
     angle_k = _angle(key, rounded_k, patch)
     if key_mask is not None:
@@ -83,8 +84,8 @@ def _certain(
     angle_best = at_index(angle_k, index)
     best = _cosine_at(rounded_q, rounded_k, index, patch)
     other = torch.empty_like(best)
-    second = (other, torch.empty_like(index))
-    pytorch.search_excluding(index, rounded_q, rounded_k, key_mask, second, patch, _COSINE)
+    score_excluding = backends.choose("score_excluding", query, None)
+    score_excluding(index, rounded_q, rounded_k, key_mask, other, patch, _COSINE, precision)
     nearest = torch.acos((best - _SLACK).clamp(-1, 1)) + angle_best + angle_q
     next_one = (
         torch.acos((other + _SLACK).clamp(-1, 1)) - angle_k.amax((1, 2), keepdim=True) - angle_q

@@ -164,7 +164,8 @@ void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& sca
     p.index = results.index(thread) + query.tile_begin(q);
     p.score_stride = query.grid_width;
     p.workspace = results.workspace(thread);
-    p.second = nullptr;
+    p.keep = 1;
+    p.keep_stride = 0;
     p.stop = o.stop;
     for (int64_t k = 0; k < key.tiles; ++k) {
       p.key = key.tile(k);

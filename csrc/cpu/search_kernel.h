@@ -47,10 +47,11 @@ struct SearchKernelParams {
   int64_t scale_stride;
   int64_t index_begin;   // index of the key tile's first patch in row 0
   int64_t index_stride;  // patches in a row of the key grid
-  void* score;           // [query_end - query_begin, score_stride], best score so far
-  int64_t* index;        // [query_end - query_begin, score_stride], its key
-  void* second;          // [query_end - query_begin, score_stride], best score of another key; may be null
+  void* score;           // [keep][query_end - query_begin, score_stride], best scores so far, descending
+  int64_t* index;        // [keep][query_end - query_begin, score_stride], their keys
   int64_t score_stride;
+  int64_t keep;         // scores of a query patch
+  int64_t keep_stride;  // from one score of a patch to the next best
   void* workspace;      // Workspace::size() elements of the score, aligned to 64 bytes
   const int32_t* stop;  // another thread sets it to end the kernel early; may be null
 };

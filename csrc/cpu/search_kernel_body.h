@@ -263,9 +263,9 @@ struct BoxSum {
   const T* scale;
   const Bits* valid;
   int64_t index_begin;
-  T* score;  // best scores of the query patches, their keys, and the best scores of other keys or null
-  int64_t* index;
-  T* second;
+  T* score;        // best scores of the query patches, `keep` of each, descending
+  int64_t* index;  // their keys
+  int64_t keep, keep_stride;
 
   // Columns of M, n - m, in which query patches from m on have taps: aligned vectors.
   static int64_t first_column(int64_t m) { return -((m + kBoxRows - 1 + L - 1) / L * L); }
@@ -337,23 +337,28 @@ struct BoxSum {
     if (!any_above<Vector>(candidates, Vector{} + limit)) return;
     const int64_t end = column + L < columns ? column + L : columns;
     for (int64_t n = column < 0 ? 0 : column; n < end; ++n) {
-      const T candidate = scores[n - column];
-      if (!valid[n]) continue;
-      if (ranks_before(candidate, index_begin + n, score[m], index[m])) {
-        if (second) second[m] = score[m];
-        score[m] = candidate;
-        index[m] = index_begin + n;
-      } else if (second && candidate > second[m]) {
-        second[m] = candidate;
-      }
+      if (valid[n]) insert(scores[n - column], index_begin + n, m);
     }
     limit = threshold_at(m, index_begin + column + L);
   }
 
+  void insert(T candidate, int64_t candidate_index, int64_t m) const {
+    int64_t at = m + (keep - 1) * keep_stride;
+    if (!ranks_before(candidate, candidate_index, score[at], index[at])) return;
+    for (; at > m; at -= keep_stride) {
+      const int64_t above = at - keep_stride;
+      if (!ranks_before(candidate, candidate_index, score[above], index[above])) break;
+      score[at] = score[above];
+      index[at] = index[above];
+    }
+    score[at] = candidate;
+    index[at] = candidate_index;
+  }
+
   // Above it are the scores that can change those of patch m; their indices begin at `next_index`.
   T threshold_at(int64_t m, int64_t next_index) const {
-    const T threshold = threshold_of<T, Bits>(score[m], index[m] < next_index);
-    return second && second[m] < threshold ? second[m] : threshold;
+    const int64_t last = m + (keep - 1) * keep_stride;
+    return threshold_of<T, Bits>(score[last], index[last] < next_index);
   }
 
   void run(int64_t m, int64_t end) const {
@@ -381,6 +386,8 @@ void search_tiles(const SearchKernelParams& p) {
   T* const state = product + layout.product_size;
   Box box;
   box.columns = p.key.columns;
+  box.keep = p.keep;
+  box.keep_stride = p.keep_stride;
   zero_rows(product, 1, 0, layout.product_size);
   zero_rows(state, (p.offset_end - p.offset_begin) * (kKernel - 1) * p.query.columns, Layout::state_stride,
             round_up(p.key.columns + kBoxRows + L, L));
@@ -412,7 +419,6 @@ void search_tiles(const SearchKernelParams& p) {
       const int64_t query_row = (row - p.query_begin) * p.score_stride;
       box.score = (T*)p.score + query_row;
       box.index = p.index + query_row;
-      box.second = p.second ? (T*)p.second + query_row : nullptr;
       int64_t m = 0;  // first patch that is not summed yet
       for (int64_t panel = 0; inside && panel < panels.count; ++panel) {
         const int64_t begin = panels.begin(panel), end = panels.begin(panel + 1);

@@ -87,7 +87,7 @@ def _warn_of_missing_kernels(device: torch.device, op: str, dtype: torch.dtype) 
             reason = triton.why_not_triton() if dtype != torch.float64 else None
             if reason is not None:
                 _warn_once(f"ttsr-fast searches without its kernels, slowly: {reason}")
-        elif torch.version.cuda is not None:
+        elif op != "score_excluding" and torch.version.cuda is not None:
             reason = library.load_cuda_library()
             if reason is not None:
                 _warn_once(f"ttsr-fast transfers without its CUDA kernels: {reason}")

@@ -76,14 +76,42 @@ def search(
     scoring: Score,
     precision: str,
 ) -> None:
+    _search(query, key, key_mask, match, patch, scoring, precision, None)
+    if precision == "bf16" and query.dtype != torch.bfloat16:
+        _rescore(query, key, match, patch, scoring)
+
+
+def score_excluding(
+    index: Tensor,  # [N, Ho, Wo]
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N or 1, C, HK, WK]
+    key_mask: Tensor | None,  # [N or 1, HKo, WKo]
+    score: Tensor,  # [N, Ho, Wo], filled
+    patch: Patch,
+    scoring: Score,
+    precision: str,
+) -> None:
+    second, found = torch.empty_like(score), torch.empty_like(index)
+    _search(query, key, key_mask, (score, found), patch, scoring, precision, second)
+    score.copy_(torch.where(found == index, second, score))
+
+
+def _search(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    match: tuple[Tensor, Tensor],
+    patch: Patch,
+    scoring: Score,
+    precision: str,
+    second: Tensor | None,  # [N, Ho, Wo], filled with the best score of another key
+) -> None:
     normalize = (scoring.of_query, scoring.of_key, scoring.eps, scoring.add_eps)
-    arguments = (query, key, key_mask, *match, *patch, *normalize, precision == "bf16")
+    arguments = (query, key, key_mask, *match, *patch, *normalize, precision == "bf16", second, None)
     if _seconds(query, key, patch.kernel_size) > _LONG:
         interruptible(torch.ops.ttsr_fast.cpp_search, *arguments)
     else:
         torch.ops.ttsr_fast.cpp_search(*arguments)
-    if precision == "bf16" and query.dtype != torch.bfloat16:
-        _rescore(query, key, match, patch, scoring)
 
 
 def _seconds(query: Tensor, key: Tensor, kernel_size: int) -> float:
@@ -184,7 +212,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return library.load_library()
     if device.type != "cuda":
         return "the compiled kernels are for the CPU and for CUDA"
-    if op == "search":
+    if op in ("search", "score_excluding"):
         return "the compiled search is for the CPU; backend='triton' searches on a GPU"
     return library.load_cuda_library() or library.why_not_gpu(device)
 

@@ -37,10 +37,25 @@ def search(
 
     Computes in the dtype of the score, which is at least as accurate as any `precision` asks for.
     """
-    search_excluding(None, query, key, key_mask, match, patch, scoring)
+    _search(None, query, key, key_mask, match, patch, scoring)
 
 
-def search_excluding(
+def score_excluding(
+    index: Tensor,  # [N, Ho, Wo]
+    query: Tensor,  # [N, C, H, W]
+    key: Tensor,  # [N or 1, C, HK, WK]
+    key_mask: Tensor | None,  # [N or 1, HKo, WKo]
+    score: Tensor,  # [N, Ho, Wo], filled
+    patch: Patch,
+    scoring: Score,
+    precision: str,
+) -> None:
+    """The score of a `search` in which every query passes over the key in `index`."""
+    match = (score, torch.empty_like(index))
+    _search(index, query, key, key_mask, match, patch, scoring)
+
+
+def _search(
     excluded_index: Tensor | None,  # [N, Ho, Wo]
     query: Tensor,
     key: Tensor,
@@ -49,7 +64,6 @@ def search_excluding(
     patch: Patch,
     scoring: Score,
 ) -> None:
-    """`search` in which every query passes over one key: the second best, if that is the best."""
     if key.dtype != query.dtype:
         raise TypeError(f"key must have the dtype {query.dtype} of query, got {key.dtype}")
     score, index = match
