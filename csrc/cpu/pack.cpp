@@ -1,7 +1,7 @@
 #include "pack.h"
 
+#include <bit>
 #include <cmath>
-#include <cstring>
 
 namespace ttsr_fast {
 
@@ -19,25 +19,56 @@ constexpr int64_t kChunkBytes = 128 << 20, kChunkPatches = 1 << 18;
 
 int64_t element_bytes(Element e) { return e == Element::kDouble ? 8 : 4; }
 
-// Packs pixels [begin, begin + count) of `row` ([channels][pixels]) as [depth][stride].
-template <class S>
-void pack_columns(const S* row, int64_t pixels, int64_t channels, int64_t begin, int64_t count,
-                  int64_t stride, Element element, void* out) {
-  if (element == Element::kBFloat16) {
-    BFloat16* pairs = static_cast<BFloat16*>(out);
-    for (int64_t c = 0; c < round_up(channels, 2); ++c) {
-      for (int64_t x = 0; x < stride; ++x) {
-        const bool inside = c < channels && x < count;
-        pairs[((c / 2) * stride + x) * 2 + c % 2] =
-            inside ? BFloat16(float(row[c * pixels + begin + x])) : BFloat16(0.f);
-      }
+// Channels of a row that are packed together: they stay in the L1 cache between the steps.
+constexpr int64_t kChannelBlock = 16;
+
+// Copies `channels` rows of pixels from one address as [channels][pixels], `stride` elements apart.
+template <class S, class T>
+void load_rows(const T* from, int64_t stride_c, int64_t stride_w, int64_t channels, int64_t pixels,
+               int64_t stride, S* rows) {
+  if (stride_w == 1) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t u = 0; u < pixels; ++u) rows[c * stride + u] = S(from[c * stride_c + u]);
     }
     return;
   }
-  S* plain = static_cast<S*>(out);
-  for (int64_t c = 0; c < channels; ++c) {
-    std::memcpy(plain + c * stride, row + c * pixels + begin, count * sizeof(S));
-    std::fill(plain + c * stride + count, plain + (c + 1) * stride, S(0));
+  for (int64_t u = 0; u < pixels; ++u) {
+    for (int64_t c = 0; c < channels; ++c) rows[c * stride + u] = S(from[c * stride_c + u * stride_w]);
+  }
+}
+
+// Makes pairs of the rows of two channels: bfloat16 values, which are the upper halves of floats.
+void pair_rows(float* rows, int64_t channels, int64_t stride) {
+  if (channels % 2) std::fill(rows + channels * stride, rows + (channels + 1) * stride, 0.f);
+  for (int64_t c = 0; c < channels; c += 2) {
+    const float* even = rows + c * stride;
+    float* pair = rows + c / 2 * stride;
+    for (int64_t u = 0; u < stride; ++u) {
+      const uint32_t low = std::bit_cast<uint32_t>(even[u]), high = std::bit_cast<uint32_t>(even[stride + u]);
+      pair[u] = std::bit_cast<float>(low >> 16 | (high & 0xffff0000u));
+    }
+  }
+}
+
+// Packs kCount pixels of all rows as [rows][kCount].
+template <int kCount, class S>
+void pack_columns(const S* from, int64_t stride, int64_t rows, S* out) {
+  for (int64_t c = 0; c < rows; ++c) {
+    for (int u = 0; u < kCount; ++u) out[c * kCount + u] = from[c * stride + u];
+  }
+}
+
+template <class S>
+void pack_columns(const S* from, int64_t stride, int64_t rows, int64_t count, S* out) {
+  switch (count) {
+    case 1: return pack_columns<1>(from, stride, rows, out);
+    case 2: return pack_columns<2>(from, stride, rows, out);
+    case 3: return pack_columns<3>(from, stride, rows, out);
+    case 4: return pack_columns<4>(from, stride, rows, out);
+    case 5: return pack_columns<5>(from, stride, rows, out);
+    case 6: return pack_columns<6>(from, stride, rows, out);
+    case 8: return pack_columns<8>(from, stride, rows, out);
+    case 16: return pack_columns<16>(from, stride, rows, out);
   }
 }
 
@@ -102,72 +133,66 @@ int64_t Packed::stored_pixels(int64_t t) const {
   return side == Side::kKey ? round_up(stop - start, lanes) : stop - start;
 }
 
-double Packed::patch_norm(int64_t y, int64_t x) const {
-  const double* map = data_of<double>(squared_);
-  double sum = 0;
+// Sums the squares of a patch row by row, for several patches at once.
+void Packed::set_norms(int64_t y, int64_t begin, int64_t count, double* norms) const {
+  std::fill(norms, norms + count, 0.0);
   for (int64_t v = std::max<int64_t>(y - padding, 0); v < std::min(height, y - padding + kernel_size); ++v) {
-    for (int64_t u = std::max<int64_t>(x - padding, 0); u < std::min(width, x - padding + kernel_size); ++u) {
-      sum += map[(v - row_begin()) * width + u];
+    const double* row = data_of<double>(squared_) + (v - row_begin()) * width;
+    for (int64_t u = begin - padding; u < begin - padding + kernel_size; ++u) {
+      const int64_t first = std::max<int64_t>(-u, 0), last = std::min(width - u, count);
+      for (int64_t x = first; x < last; ++x) norms[x] += row[u + x];
     }
   }
-  return std::sqrt(sum);
+  for (int64_t x = 0; x < count; ++x) norms[x] = std::sqrt(norms[x]);
 }
 
-void Packed::fill(const Tensor& x, int64_t n, int64_t begin_, int64_t end_, const int32_t* stop) {
+void Packed::fill(const Tensor& x, int64_t n, int64_t begin_, int64_t end_, int64_t threads,
+                  const int32_t* stop) {
   begin = begin_;
   end = end_;
   with_element(x, [&](auto element) {
     const Maps<const decltype(element)> maps(x);
     const int64_t rows = row_end() - row_begin();
-    parallel_tasks(rows, 5.0 * rows * width * channels,
-                   [&](int64_t row, int64_t) { fill_row(maps, n, row_begin() + row, stop); });
+    const auto fill_row = [&](int64_t row, int64_t) {
+      if (!stopped(stop)) this->fill_row(maps, n, row_begin() + row);
+    };
+    parallel_tasks(rows, 1.5 * rows * width * channels, fill_row, threads);
   });
 }
 
 template <class T>
-void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y, const int32_t* stop) {
+void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y) {
   using S = Sum<T>;
-  std::vector<S> row;
-  std::vector<double> norm;
-  for (int64_t t = 0; t < tiles && !stopped(stop); ++t) {
+  S block[kChannelBlock * kKeyTileBytes / sizeof(S)];
+  double* const squares = mutable_data_of<double>(squared_) + (y - row_begin()) * width;
+  for (int64_t t = 0; t < tiles; ++t) {
     const Tile tile = this->tile(t);
     const int64_t start = tile_begin(t) - padding + tile.left, pixels = tile.pixels;
-    row.resize(channels * pixels);
-    norm.assign(pixels, 0.0);
-    const auto take = [&](int64_t c, int64_t u) { row[c * pixels + u] = S(*maps.at(n, c, y, start + u)); };
-    if (maps.stride_c < maps.stride_w) {
-      for (int64_t u = 0; u < pixels; ++u) {
-        for (int64_t c = 0; c < channels; ++c) take(c, u);
+    const int64_t stride = stored_pixels(t);
+    Panels panels(stride);
+    if (side == Side::kKey) panels.count = stride / lanes;
+    double* const square = squares + start;
+    std::fill(square, square + pixels, 0.0);
+    S* const out = static_cast<S*>(const_cast<void*>(tile.rows)) + (y - row_begin()) * tile.row_stride;
+    for (int64_t c = 0; c < channels; c += kChannelBlock) {
+      const int64_t count = std::min(channels - c, kChannelBlock);
+      load_rows(maps.at(n, c, y, start), maps.stride_c, maps.stride_w, count, pixels, stride, block);
+      for (int64_t r = 0; r < count; ++r) {
+        S* const row = block + r * stride;
+        if (rounded) {
+          for (int64_t u = 0; u < pixels; ++u) row[u] = S(float(BFloat16(float(row[u]))));
+        }
+        for (int64_t u = 0; u < pixels; ++u) square[u] += double(row[u]) * double(row[u]);
+        std::fill(row + pixels, row + stride, S(0));
       }
-    } else {
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t u = 0; u < pixels; ++u) take(c, u);
+      const bool pairs = element == Element::kBFloat16;
+      if constexpr (sizeof(S) == sizeof(float)) {
+        if (pairs) pair_rows(block, count, stride);
       }
-    }
-    if (rounded) {
-      for (S& value : row) value = S(float(BFloat16(float(value))));
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t u = 0; u < pixels; ++u) {
-        norm[u] += double(row[c * pixels + u]) * double(row[c * pixels + u]);
-      }
-    }
-    std::copy(norm.begin(), norm.end(),
-              mutable_data_of<double>(squared_) + (y - row_begin()) * width + start);
-
-    char* out = static_cast<char*>(const_cast<void*>(tile.rows)) +
-                (y - row_begin()) * tile.row_stride * element_bytes(element);
-    const auto pack = [&](int64_t from, int64_t count, int64_t stride) {
-      pack_columns(row.data(), pixels, channels, from, count, stride, element, out);
-      out += stride * depth * element_bytes(element);
-    };
-    if (side == Side::kKey) {
-      for (int64_t u = 0; u < pixels; u += lanes) pack(u, std::min(lanes, pixels - u), lanes);
-    } else {
-      const Panels panels(pixels);
+      const int64_t rows = pairs ? (count + 1) / 2 : count, first = pairs ? c / 2 : c;
       for (int64_t p = 0; p < panels.count; ++p) {
-        const int64_t count = panels.begin(p + 1) - panels.begin(p);
-        pack(panels.begin(p), count, count);
+        const int64_t u = panels.begin(p), panel = panels.begin(p + 1) - u;
+        pack_columns(block + u, stride, rows, panel, out + u * depth + first * panel);
       }
     }
   }

@@ -25,11 +25,22 @@ struct Packed {
 
   Packed(Side side, const Tensor& x, Element element, int kernel_size, int64_t padding, const Isa& isa);
 
-  // Packs patch rows [begin, end) of image n; ends early if `stop` is set.
-  void fill(const Tensor& x, int64_t n, int64_t begin, int64_t end, const int32_t* stop);
+  // Packs patch rows [begin, end) of image n on at most `threads` threads; ends early if `stop` is set.
+  void fill(const Tensor& x, int64_t n, int64_t begin, int64_t end, int64_t threads, const int32_t* stop);
   Tile tile(int64_t t) const;
   int64_t tile_begin(int64_t t) const { return t ? padding + t * (tile_pixels - kernel_size + 1) : 0; }
-  double patch_norm(int64_t y, int64_t x) const;  // of the packed values
+  int64_t bytes() const { return rows_.numel(); }
+
+  // Calls f(x, norm) for the patches [begin, end) of row y, with the norm of their packed values.
+  template <class F>
+  void patch_norms(int64_t y, int64_t begin, int64_t end, const F& f) const {
+    double norms[64];
+    for (int64_t x = begin; x < end; x += 64) {
+      const int64_t count = std::min<int64_t>(64, end - x);
+      set_norms(y, x, count, norms);
+      for (int64_t j = 0; j < count; ++j) f(x + j, norms[j]);
+    }
+  }
 
  private:
   std::vector<int64_t> offset_;  // of every tile, in pixels of a stored row
@@ -40,8 +51,9 @@ struct Packed {
   int64_t row_end() const { return std::min(end - padding + kernel_size - 1, height); }
   int64_t stored_pixels(int64_t t) const;
   int64_t set_tiles(int64_t pixels);
+  void set_norms(int64_t y, int64_t begin, int64_t count, double* norms) const;
   template <class T>
-  void fill_row(const Maps<const T>& maps, int64_t n, int64_t y, const int32_t* stop);
+  void fill_row(const Maps<const T>& maps, int64_t n, int64_t y);
 };
 
 }  // namespace ttsr_fast

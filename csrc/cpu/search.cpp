@@ -1,8 +1,9 @@
-// cpp_search: packs a chunk of the query and a chunk of the key, searches their tiles on all threads and
-// merges the argmax of the threads; chunk by chunk, image by image.
+// cpp_search: packs a chunk of the query and a chunk of the key, searches their tiles and merges the argmax
+// of the threads. Threads take whole images of a batch, or the tasks of one image after another.
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <tuple>
 
 #include "../check.h"
@@ -27,9 +28,8 @@ struct SearchOptions {
 // cache.
 int64_t offsets_per_call(int kernel_size) { return kernel_size <= 3 ? 4 : 1; }
 
-void check_not_stopped(const SearchOptions& o) {
-  STD_TORCH_CHECK(!stopped(o.stop), "ttsr_fast: the search was interrupted");
-}
+// Most memory of an image that one thread searches alone.
+constexpr int64_t kImageBytes = 8 << 20;
 
 // Factor and validity of every patch of a key chunk, in the tile layout of the kernel.
 template <class T>
@@ -53,103 +53,133 @@ struct KeyScale {
     std::fill_n(mutable_data_of<T>(scale), kScalePadding * key.lanes, T(0));
   }
 
-  void fill(const Packed& key, const std::optional<Tensor>& key_mask, int64_t n, const SearchOptions& o) {
+  void fill(const Packed& key, const std::optional<Tensor>& key_mask, int64_t n, const SearchOptions& o,
+            int64_t threads) {
     const uint8_t* mask = nullptr;  // every byte but 0 is true; a C++ bool must be 0 or 1
-    if (key_mask) mask = data_of<uint8_t>(*key_mask) + n * key_mask->stride(0);
+    int64_t mask_h = 0, mask_w = 0;
+    if (key_mask) {
+      mask = data_of<uint8_t>(*key_mask) + (key_mask->size(0) > 1 ? n * key_mask->stride(0) : 0);
+      mask_h = key_mask->stride(1), mask_w = key_mask->stride(2);
+    }
     std::atomic<int64_t> lowest{kNone};
     const int64_t rows = key.end - key.begin;
-    parallel_tasks(rows, 10.0 * rows * key.grid_width, [&](int64_t row, int64_t) {
+    const auto fill_row = [&](int64_t row, int64_t) {
       const int64_t y = key.begin + row;
-      for (int64_t t = 0; t < key.tiles && !stopped(o.stop); ++t) {
+      int64_t first = kNone;
+      for (int64_t t = 0; t < key.tiles; ++t) {
         T* scales = mutable_data_of<T>(scale) + begin[t] + row * stride[t];
         Bits* valids = mutable_data_of<Bits>(valid) + begin[t] + row * stride[t];
-        const int64_t columns = key.tile(t).columns;
-        for (int64_t x = 0; x < stride[t]; ++x) {
-          const int64_t column = key.tile_begin(t) + x;
-          const bool allowed =
-              x < columns && (!mask || mask[y * key_mask->stride(1) + column * key_mask->stride(2)]);
-          valids[x] = allowed ? Bits(-1) : Bits(0);
-          scales[x] = 0;
-          if (!allowed) continue;
-          const double norm = key.patch_norm(y, column);
-          scales[x] = T(!std::isfinite(norm) ? std::nan("") : o.normalize_key ? 1 / o.denominator(norm) : 1);
-          const int64_t position = y * key.grid_width + column;
-          for (int64_t seen = lowest; position < seen && !lowest.compare_exchange_weak(seen, position);) {}
-        }
+        std::fill(scales, scales + stride[t], T(0));
+        std::fill(valids, valids + stride[t], Bits(0));
+        const int64_t left = key.tile_begin(t);
+        key.patch_norms(y, left, left + key.tile(t).columns, [&](int64_t x, double norm) {
+          if (mask && !mask[y * mask_h + x * mask_w]) return;
+          const double factor = o.normalize_key ? 1 / o.denominator(norm) : 1;
+          scales[x - left] = T(std::isfinite(norm) ? factor : std::nan(""));
+          valids[x - left] = Bits(-1);
+          first = std::min(first, y * key.grid_width + x);
+        });
       }
-    });
+      for (int64_t seen = lowest; first < seen && !lowest.compare_exchange_weak(seen, first);) {}
+    };
+    parallel_tasks(rows, 5.0 * rows * key.grid_width, fill_row, threads);
     first_valid = lowest;
   }
 };
 
-// Argmax of every thread over one pair of chunks, and the workspace of its kernel.
 template <class T>
-class ThreadResults {
+struct Argmax {  // of the patches of a query chunk
+  T* score;
+  int64_t* index;
+};
+
+// Workspaces of the threads that search an image, and the argmax of all but the first thread, whose argmax is
+// the result.
+template <class T>
+class ThreadMemory {
  public:
-  ThreadResults(const Packed& query, int64_t threads, int64_t workspace)
-      : query_(query), threads_(threads), patches_((query.end - query.begin) * query.grid_width),
-        workspace_bytes_(round_up(workspace * sizeof(T), 64)),
-        thread_bytes_(workspace_bytes_ + round_up(patches_ * (sizeof(T) + sizeof(int64_t)), 64)),
-        memory_(scratch(threads * thread_bytes_)), data_(mutable_data_of<char>(memory_)) {}
-
-  char* workspace(int64_t thread) const { return data_ + thread * thread_bytes_; }
-  int64_t* index(int64_t thread) const {
-    return reinterpret_cast<int64_t*>(workspace(thread) + workspace_bytes_);
-  }
-  T* score(int64_t thread) const { return reinterpret_cast<T*>(index(thread) + patches_); }
-
-  // Initial values. A query patch that is not finite has score NaN with any key.
-  void initialise(int64_t first_valid_key) const {
-    parallel_tasks(threads_, 5.0 * threads_ * patches_, [&](int64_t thread, int64_t) {
-      for (int64_t j = 0; j < patches_; ++j) {
-        const double norm = query_.patch_norm(query_.begin + j / query_.grid_width, j % query_.grid_width);
-        score(thread)[j] = std::isfinite(norm) ? -std::numeric_limits<T>::infinity() : T(std::nan(""));
-        index(thread)[j] = first_valid_key;
-      }
-    });
+  ThreadMemory(int64_t threads, const Packed& query, const Packed& key)
+      : threads_(threads), patches_(query.chunk_rows * query.grid_width) {
+    const Workspace<T> layout(query.tile(0), query.kernel_size);
+    workspace_bytes_ = round_up(layout.size(offsets_per_call(query.kernel_size)) * sizeof(T), 64);
+    const int64_t argmax_bytes = threads > 1 ? round_up(patches_ * (sizeof(T) + sizeof(int64_t)), 64) : 0;
+    thread_bytes_ = workspace_bytes_ + argmax_bytes;
+    memory_ = scratch(threads * thread_bytes_);
   }
 
-  // Merges all threads into `scores` and `indices`, or overwrites these if `first`.
-  void merge(bool first, T* scores, int64_t* indices) const {
-    parallel_tasks(query_.end - query_.begin, 3.0 * threads_ * patches_, [&](int64_t row, int64_t) {
-      for (int64_t j = row * query_.grid_width; j < (row + 1) * query_.grid_width; ++j) {
-        for (int64_t thread = 0; thread < threads_; ++thread) {
-          const T s = score(thread)[j];
-          const int64_t i = index(thread)[j];
-          if ((first && thread == 0) || ranks_before(s, i, scores[j], indices[j])) {
-            scores[j] = s;
-            indices[j] = i;
-          }
-        }
-      }
-    });
+  int64_t threads() const { return threads_; }
+  char* workspace(int64_t thread) const { return mutable_data_of<char>(memory_) + thread * thread_bytes_; }
+  Argmax<T> argmax(int64_t thread, const Argmax<T>& result) const {
+    if (thread == 0) return result;
+    int64_t* const index = reinterpret_cast<int64_t*>(workspace(thread) + workspace_bytes_);
+    return {reinterpret_cast<T*>(index + patches_), index};
   }
 
  private:
-  const Packed& query_;
   int64_t threads_, patches_, workspace_bytes_, thread_bytes_;
   Tensor memory_;
-  char* data_;
 };
 
-// Argmax of a query chunk over a key chunk, in `score` (not divided by the query's norm) and `index`. Merges
-// into the results of earlier key chunks unless `first`.
+// Rough time of a search on one thread.
+double nanoseconds(double query_pixels, double key_pixels, int64_t channels) {
+  return query_pixels * key_pixels * (channels / 16.0 + 0.5);
+}
+
+// Initial values of `threads` threads. The first one has the result of earlier key chunks unless `first`. A
+// query patch that is not finite has score NaN with any key.
+template <class T>
+void initialise(const Packed& query, const ThreadMemory<T>& memory, const Argmax<T>& result, bool first,
+                int64_t first_valid_key, int64_t threads) {
+  const int64_t rows = query.end - query.begin, columns = query.grid_width;
+  const auto fill_row = [&](int64_t row, int64_t) {
+    for (int64_t thread = first ? 0 : 1; thread < threads; ++thread) {
+      const Argmax<T> own = memory.argmax(thread, result);
+      std::fill_n(own.score + row * columns, columns, -std::numeric_limits<T>::infinity());
+      std::fill_n(own.index + row * columns, columns, first_valid_key);
+    }
+    if (!first) return;
+    query.patch_norms(query.begin + row, 0, columns, [&](int64_t x, double norm) {
+      if (!std::isfinite(norm)) result.score[row * columns + x] = T(std::nan(""));
+    });
+  };
+  parallel_tasks(rows, (4.0 + threads) * rows * columns, fill_row, threads);
+}
+
+// Merges the argmax of all threads into the result, that of the first one.
+template <class T>
+void merge(const Packed& query, const ThreadMemory<T>& memory, const Argmax<T>& result, int64_t threads) {
+  const int64_t rows = query.end - query.begin, columns = query.grid_width;
+  const auto merge_row = [&](int64_t row, int64_t) {
+    for (int64_t thread = 1; thread < threads; ++thread) {
+      const Argmax<T> own = memory.argmax(thread, result);
+      for (int64_t j = row * columns; j < (row + 1) * columns; ++j) {
+        if (!ranks_before(own.score[j], own.index[j], result.score[j], result.index[j])) continue;
+        result.score[j] = own.score[j];
+        result.index[j] = own.index[j];
+      }
+    }
+  };
+  if (threads > 1) parallel_tasks(rows, 3.0 * threads * rows * columns, merge_row, threads);
+}
+
+// Argmax of a query chunk over a key chunk, not divided by the query's norm, on at most `most` threads.
+// Merges into the result of earlier key chunks unless `first`.
 template <class T>
 void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& scale, const SearchOptions& o,
-                  bool first, T* score, int64_t* index) {
+                  const ThreadMemory<T>& memory, const Argmax<T>& result, bool first, int64_t most) {
   const Isa& isa = best_isa();
   const int64_t offset_begin = key.begin - query.end + 1, offset_end = key.end - query.begin;
   const int64_t group = offsets_per_call(o.kernel_size);
   // A task is one query tile and one group of row offsets; keys ascend within a tile.
   const int64_t tasks = (offset_end - offset_begin + group - 1) / group * query.tiles;
-  const double pairs = double(query.end - query.begin) * query.width * (key.end - key.begin) * key.width;
-  const double nanoseconds = pairs * (query.channels / 16.0 + 0.5);
-  const Workspace<T> layout(query.tile(0), o.kernel_size);
-  const ThreadResults<T> results(query, threads_for(tasks, nanoseconds), layout.size(group));
-  results.initialise(scale.first_valid);
-  parallel_tasks(tasks, nanoseconds, [&](int64_t task, int64_t thread) {
+  const double work = nanoseconds(double(query.end - query.begin) * query.width,
+                                  double(key.end - key.begin) * key.width, query.channels);
+  const int64_t threads = std::min(most, threads_for(tasks, work));
+  initialise(query, memory, result, first, scale.first_valid, threads);
+  const auto search_tiles = [&](int64_t task, int64_t thread) {
     if (stopped(o.stop)) return;
     const int64_t q = task % query.tiles;
+    const Argmax<T> own = memory.argmax(thread, result);
     SearchKernelParams p;
     p.depth = query.depth;
     p.padding = o.padding;
@@ -160,12 +190,12 @@ void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& sca
     p.key_begin = key.begin;
     p.key_end = key.end;
     p.query = query.tile(q);
-    p.score = results.score(thread) + query.tile_begin(q);
-    p.index = results.index(thread) + query.tile_begin(q);
+    p.score = own.score + query.tile_begin(q);
+    p.index = own.index + query.tile_begin(q);
     p.score_stride = query.grid_width;
-    p.workspace = results.workspace(thread);
     p.keep = 1;
     p.keep_stride = 0;
+    p.workspace = memory.workspace(thread);
     p.stop = o.stop;
     for (int64_t k = 0; k < key.tiles; ++k) {
       p.key = key.tile(k);
@@ -176,45 +206,112 @@ void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& sca
       p.index_stride = key.grid_width;
       isa.search_kernel(p, key.element, o.kernel_size);
     }
-  });
-  check_not_stopped(o);
-  results.merge(first, score, index);
+  };
+  parallel_tasks(tasks, work, search_tiles, threads);
+  merge(query, memory, result, threads);
 }
+
+template <class T>
+void normalise(const Packed& query, const SearchOptions& o, T* score, int64_t threads) {
+  const int64_t rows = query.end - query.begin, columns = query.grid_width;
+  const auto divide_row = [&](int64_t row, int64_t) {
+    query.patch_norms(query.begin + row, 0, columns, [&](int64_t x, double norm) {
+      T& value = score[row * columns + x];
+      value = T(double(value) / o.denominator(norm));
+    });
+  };
+  parallel_tasks(rows, 6.0 * rows * columns, divide_row, threads);
+}
+
+// Memory for the search of one image. One key and its scale can belong to several images.
+template <class T>
+struct ImageMemory {
+  Packed query;
+  std::shared_ptr<Packed> key;
+  std::shared_ptr<KeyScale<T>> scale;
+  ThreadMemory<T> threads;
+
+  ImageMemory(Packed query_, std::shared_ptr<Packed> key_, std::shared_ptr<KeyScale<T>> scale_,
+              int64_t threads_)
+      : query(std::move(query_)), key(std::move(key_)), scale(std::move(scale_)),
+        threads(threads_, query, *key) {}
+};
+
+template <class T>
+struct Batch {
+  const Tensor &query, &key;
+  const std::optional<Tensor>& key_mask;
+  Argmax<T> result;
+  const SearchOptions& o;
+  bool one_key, one_scale;  // packed once for all images
+
+  // Searches image n on at most `most` threads; ends early if it is stopped. Returns false if no key is
+  // valid.
+  bool search_image(int64_t n, ImageMemory<T>& memory, int64_t most) const {
+    Packed &q = memory.query, &k = *memory.key;
+    KeyScale<T>& scale = *memory.scale;
+    for (int64_t y_q = 0; y_q < q.grid_height; y_q += q.chunk_rows) {
+      q.fill(query, n, y_q, std::min(y_q + q.chunk_rows, q.grid_height), most, o.stop);
+      const int64_t patch = (n * q.grid_height + y_q) * q.grid_width;
+      const Argmax<T> best{result.score + patch, result.index + patch};
+      bool first = true;
+      for (int64_t y_k = 0; y_k < k.grid_height; y_k += k.chunk_rows) {
+        if (!one_key) k.fill(key, n, y_k, std::min(y_k + k.chunk_rows, k.grid_height), most, o.stop);
+        if (!one_scale) scale.fill(k, key_mask, n, o, most);
+        if (stopped(o.stop)) return true;
+        if (scale.first_valid == scale.kNone) continue;
+        search_chunk(q, k, scale, o, memory.threads, best, first, most);
+        first = false;
+      }
+      if (first) return false;
+      if (o.normalize_query) normalise(q, o, best.score, most);
+    }
+    return true;
+  }
+};
 
 template <class T>
 void search_typed(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask,
                   const Tensor& score, const Tensor& index, const SearchOptions& o, Element element) {
-  Packed q(Side::kQuery, query, element, o.kernel_size, o.padding, best_isa());
-  Packed k(Side::kKey, key, element, o.kernel_size, o.padding, best_isa());
-  KeyScale<T> scale(k);
-  const bool one_key =
-      key.size(0) == 1 && (!key_mask || key_mask->size(0) == 1) && k.chunk_rows == k.grid_height;
-  for (int64_t n = 0; n < query.size(0); ++n) {
-    for (int64_t y_q = 0; y_q < q.grid_height; y_q += q.chunk_rows) {
-      q.fill(query, n, y_q, std::min(y_q + q.chunk_rows, q.grid_height), o.stop);
-      const int64_t patch = (n * q.grid_height + y_q) * q.grid_width;
-      T* const scores = mutable_data_of<T>(score) + patch;
-      int64_t* const indices = mutable_data_of<int64_t>(index) + patch;
-      bool first = true;
-      for (int64_t y_k = 0; y_k < k.grid_height; y_k += k.chunk_rows) {
-        check_not_stopped(o);
-        if (!one_key || k.end == 0) {
-          k.fill(key, n, y_k, std::min(y_k + k.chunk_rows, k.grid_height), o.stop);
-          scale.fill(k, key_mask, key_mask && key_mask->size(0) > 1 ? n : 0, o);
-        }
-        check_not_stopped(o);
-        if (scale.first_valid == scale.kNone) continue;
-        search_chunk(q, k, scale, o, first, scores, indices);
-        first = false;
-      }
-      STD_TORCH_CHECK(!first, "ttsr_fast: key_mask must leave at least one key position True in every image");
-      if (!o.normalize_query) continue;
-      for (int64_t j = 0; j < (q.end - q.begin) * q.grid_width; ++j) {
-        const double norm = q.patch_norm(q.begin + j / q.grid_width, j % q.grid_width);
-        scores[j] = T(double(scores[j]) / o.denominator(norm));
-      }
-    }
+  const auto pack = [&](Side side) {
+    return Packed(side, side == Side::kKey ? key : query, element, o.kernel_size, o.padding, best_isa());
+  };
+  Packed q = pack(Side::kQuery);
+  const auto k = std::make_shared<Packed>(pack(Side::kKey));
+  const auto scale = std::make_shared<KeyScale<T>>(*k);
+  const bool whole_key = k->chunk_rows == k->grid_height;
+  Batch<T> batch{query, key, key_mask, {mutable_data_of<T>(score), mutable_data_of<int64_t>(index)}, o};
+  batch.one_key = whole_key && (key.size(0) == 1 || key.stride(0) == 0);
+  batch.one_scale = batch.one_key && (!key_mask || key_mask->size(0) == 1 || key_mask->stride(0) == 0);
+
+  // Every thread takes whole images, if they are small and as many as the threads that one image keeps busy.
+  const int64_t images = query.size(0);
+  const double work = nanoseconds(double(q.height) * q.width, double(k->height) * k->width, q.channels);
+  const int64_t most = threads_for(kMostThreads, work);
+  const bool small = whole_key && q.chunk_rows == q.grid_height && q.bytes() + k->bytes() <= kImageBytes;
+  int64_t alone = small && images >= most ? images : 0;
+  const int64_t searches = alone ? threads_for(images, images * work) : 1;
+  if (images % searches < most) alone -= images % searches;  // fewer than threads: one after another
+
+  std::vector<ImageMemory<T>> memory;
+  memory.emplace_back(std::move(q), k, scale, alone < images ? most : 1);
+  while (int64_t(memory.size()) < searches) {
+    const auto own_key = batch.one_key ? k : std::make_shared<Packed>(pack(Side::kKey));
+    const auto own_scale = batch.one_scale ? scale : std::make_shared<KeyScale<T>>(*own_key);
+    memory.emplace_back(pack(Side::kQuery), own_key, own_scale, 1);
   }
+  if (batch.one_key) k->fill(key, 0, 0, k->grid_height, kMostThreads, o.stop);
+  if (batch.one_scale) scale->fill(*k, key_mask, 0, o, kMostThreads);
+  std::atomic<bool> no_key{false};
+  const auto search_image = [&](int64_t n, int64_t thread, int64_t threads) {
+    if (stopped(o.stop) || no_key) return;
+    if (!batch.search_image(n, memory[thread], threads)) no_key = true;
+  };
+  const auto search_alone = [&](int64_t n, int64_t thread) { search_image(n, thread, 1); };
+  parallel_tasks(alone, alone * work, search_alone, searches);
+  for (int64_t n = alone; n < images; ++n) search_image(n, 0, most);
+  STD_TORCH_CHECK(!stopped(o.stop), "ttsr_fast: the search was interrupted");
+  STD_TORCH_CHECK(!no_key, "ttsr_fast: key_mask must leave at least one key position True in every image");
 }
 
 void check_search(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask,
