@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cmath>
+#include <limits>
 
 namespace ttsr_fast {
 
@@ -37,6 +38,13 @@ void load_rows(const T* from, int64_t stride_c, int64_t stride_w, int64_t channe
   }
 }
 
+// Rounded to bfloat16, ties to even; denormals are 0, as a tile unit takes them.
+inline float rounded_to_bfloat16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const float rounded = std::bit_cast<float>((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
+  return std::fabs(rounded) < std::numeric_limits<float>::min() ? 0 : rounded;
+}
+
 // Makes pairs of the rows of two channels: bfloat16 values, which are the upper halves of floats.
 void pair_rows(float* rows, int64_t channels, int64_t stride) {
   if (channels % 2) std::fill(rows + channels * stride, rows + (channels + 1) * stride, 0.f);
@@ -47,6 +55,18 @@ void pair_rows(float* rows, int64_t channels, int64_t stride) {
       const uint32_t low = std::bit_cast<uint32_t>(even[u]), high = std::bit_cast<uint32_t>(even[stride + u]);
       pair[u] = std::bit_cast<float>(low >> 16 | (high & 0xffff0000u));
     }
+  }
+}
+
+// Splits features into two parts, and adds up the squares of the low parts and of what both leave out.
+void split(float* features, float* low, int64_t pixels, double* low_square, double* left_out_square) {
+  for (int64_t u = 0; u < pixels; ++u) {
+    const float feature = features[u], high = rounded_to_bfloat16(feature);
+    features[u] = high;
+    low[u] = rounded_to_bfloat16(feature - high);
+    const double left_out = double(feature) - double(high) - double(low[u]);
+    low_square[u] += double(low[u]) * double(low[u]);
+    left_out_square[u] += left_out * left_out;
   }
 }
 
@@ -77,13 +97,18 @@ void pack_columns(const S* from, int64_t stride, int64_t rows, int64_t count, S*
 Packed::Packed(Side side_, const Tensor& x, Element element_, int kernel_size_, int64_t padding_,
                const Isa& isa)
     : side(side_), element(element_), kernel_size(kernel_size_), padding(padding_),
-      lanes(isa.vector_bytes / element_bytes(element_)), channels(x.size(1)),
-      depth(element_ == Element::kBFloat16 ? (x.size(1) + 1) / 2 : x.size(1)), height(x.size(2)),
-      width(x.size(3)), grid_height(height + 2 * padding - kernel_size + 1),
-      grid_width(width + 2 * padding - kernel_size + 1),
+      lanes(isa.vector_bytes / element_bytes(element_)),
+      blocks(isa.tiles && element_ != Element::kFloat && element_ != Element::kDouble), channels(x.size(1)),
+      depth(x.size(1)), height(x.size(2)), width(x.size(3)),
+      grid_height(height + 2 * padding - kernel_size + 1), grid_width(width + 2 * padding - kernel_size + 1),
       rounded(element_ == Element::kBFloat16 && x.scalar_type() != ScalarType::BFloat16) {
+  if (blocks) {
+    depth = parts() * round_up(channels, kTileChannels) / 2;
+  } else if (element == Element::kBFloat16) {
+    depth = (channels + 1) / 2;
+  }
   const int64_t widest = tile_bytes(side, kernel_size) / element_bytes(element);
-  if (side == Side::kQuery) {  // equal tiles
+  if (side == Side::kQuery && !blocks) {  // equal tiles
     const int64_t halo = kernel_size - 1, count = (width - halo + widest - halo - 1) / (widest - halo);
     set_tiles(count > 1 ? (width - halo + count - 1) / count + halo : std::max<int64_t>(width, kernel_size));
   } else {  // whole vectors; the width with the fewest unused lanes, the widest of several
@@ -100,7 +125,7 @@ Packed::Packed(Side side_, const Tensor& x, Element element_, int kernel_size_, 
   chunk_rows = std::clamp<int64_t>(chunk_rows, 1, grid_height);
   const int64_t image_rows = std::min(chunk_rows + kernel_size - 1, height);
   rows_ = scratch(image_rows * row_bytes);
-  squared_ = scratch(image_rows * width * sizeof(double));
+  squared_ = scratch((parts() == 2 ? 3 : 1) * image_rows * width * sizeof(double));
 }
 
 // Splits the columns into tiles of that many pixels, halo included. Returns the stored pixels of a row.
@@ -130,14 +155,14 @@ Tile Packed::tile(int64_t t) const {
 int64_t Packed::stored_pixels(int64_t t) const {
   const int64_t start = std::max<int64_t>(tile_begin(t) - padding, 0);
   const int64_t stop = t + 1 < tiles ? tile_begin(t + 1) - padding + kernel_size - 1 : width;
-  return side == Side::kKey ? round_up(stop - start, lanes) : stop - start;
+  return side == Side::kKey || blocks ? round_up(stop - start, lanes) : stop - start;
 }
 
 // Sums the squares of a patch row by row, for several patches at once.
-void Packed::set_norms(int64_t y, int64_t begin, int64_t count, double* norms) const {
+void Packed::set_norms(int64_t y, int64_t begin, int64_t count, Norm which, double* norms) const {
   std::fill(norms, norms + count, 0.0);
   for (int64_t v = std::max<int64_t>(y - padding, 0); v < std::min(height, y - padding + kernel_size); ++v) {
-    const double* row = data_of<double>(squared_) + (v - row_begin()) * width;
+    const double* const row = squares(v, which);
     for (int64_t u = begin - padding; u < begin - padding + kernel_size; ++u) {
       const int64_t first = std::max<int64_t>(-u, 0), last = std::min(width - u, count);
       for (int64_t x = first; x < last; ++x) norms[x] += row[u + x];
@@ -163,36 +188,75 @@ void Packed::fill(const Tensor& x, int64_t n, int64_t begin_, int64_t end_, int6
 template <class T>
 void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y) {
   using S = Sum<T>;
-  S block[kChannelBlock * kKeyTileBytes / sizeof(S)];
-  double* const squares = mutable_data_of<double>(squared_) + (y - row_begin()) * width;
+  constexpr int64_t kBlock = kChannelBlock * kKeyTileBytes / sizeof(S);
+  S block[2 * kBlock];
+  S* const low = block + kBlock;
+  const bool pairs = element != Element::kFloat && element != Element::kDouble, two = parts() == 2;
   for (int64_t t = 0; t < tiles; ++t) {
     const Tile tile = this->tile(t);
     const int64_t start = tile_begin(t) - padding + tile.left, pixels = tile.pixels;
     const int64_t stride = stored_pixels(t);
-    Panels panels(stride);
-    if (side == Side::kKey) panels.count = stride / lanes;
-    double* const square = squares + start;
-    std::fill(square, square + pixels, 0.0);
+    double* square[3];
+    for (int which = kFeatures; which <= (two ? kLeftOut : kFeatures); ++which) {
+      square[which] = squares(y, Norm(which)) + start;
+      std::fill(square[which], square[which] + pixels, 0.0);
+    }
     S* const out = static_cast<S*>(const_cast<void*>(tile.rows)) + (y - row_begin()) * tile.row_stride;
-    for (int64_t c = 0; c < channels; c += kChannelBlock) {
-      const int64_t count = std::min(channels - c, kChannelBlock);
-      load_rows(maps.at(n, c, y, start), maps.stride_c, maps.stride_w, count, pixels, stride, block);
+    for (int64_t c = 0; c < (blocks ? round_up(channels, kTileChannels) : channels); c += kChannelBlock) {
+      const int64_t count = std::clamp<int64_t>(channels - c, 0, kChannelBlock);
+      if (count)
+        load_rows(maps.at(n, c, y, start), maps.stride_c, maps.stride_w, count, pixels, stride, block);
       for (int64_t r = 0; r < count; ++r) {
         S* const row = block + r * stride;
         if (rounded) {
           for (int64_t u = 0; u < pixels; ++u) row[u] = S(float(BFloat16(float(row[u]))));
         }
-        for (int64_t u = 0; u < pixels; ++u) square[u] += double(row[u]) * double(row[u]);
+        for (int64_t u = 0; u < pixels; ++u) {
+          square[kFeatures][u] += double(row[u]) * double(row[u]);
+          // Not finite features decide by their norm. As numbers they would spoil the scores beside them.
+          row[u] = std::fabs(row[u]) <= std::numeric_limits<S>::max() ? row[u] : S(0);
+        }
         std::fill(row + pixels, row + stride, S(0));
+        if constexpr (sizeof(S) == sizeof(float)) {
+          if (two) split(row, low + r * stride, pixels, square[kLowParts], square[kLeftOut]);
+          std::fill(low + r * stride + pixels, low + (r + 1) * stride, 0.f);
+        }
       }
-      const bool pairs = element == Element::kBFloat16;
       if constexpr (sizeof(S) == sizeof(float)) {
+        if (blocks) {
+          for (int64_t part = 0; part < parts(); ++part) {
+            S* const rows = part ? low : block;
+            std::fill(rows + count * stride, rows + kChannelBlock * stride, 0.f);
+            pair_rows(rows, kChannelBlock, stride);
+            pack_blocks(rows, stride, c, part, out);
+          }
+          continue;
+        }
         if (pairs) pair_rows(block, count, stride);
       }
+      Panels panels(stride);
+      if (side == Side::kKey) panels.count = stride / lanes;
       const int64_t rows = pairs ? (count + 1) / 2 : count, first = pairs ? c / 2 : c;
       for (int64_t p = 0; p < panels.count; ++p) {
-        const int64_t u = panels.begin(p), panel = panels.begin(p + 1) - u;
+        const int64_t u = side == Side::kKey ? p * lanes : panels.begin(p);
+        const int64_t panel = side == Side::kKey ? lanes : panels.begin(p + 1) - u;
         pack_columns(block + u, stride, rows, panel, out + u * depth + first * panel);
+      }
+    }
+  }
+}
+
+// Packs one part of kChannelBlock channels, from c on, in pairs.
+void Packed::pack_blocks(const float* rows, int64_t stride, int64_t c, int64_t part, float* out) const {
+  constexpr int64_t kPairs = kTileChannels / 2, kRows = kChannelBlock / 2;
+  const int64_t first = c % kTileChannels / 2;
+  for (int64_t u = 0; u < stride; u += kTilePixels) {
+    float* const block = out + u * depth + (c / kTileChannels * parts() + part) * kPairs * kTilePixels;
+    if (side == Side::kKey) {
+      pack_columns<kTilePixels>(rows + u, stride, kRows, block + first * kTilePixels);
+    } else {
+      for (int64_t x = 0; x < kTilePixels; ++x) {
+        for (int64_t r = 0; r < kRows; ++r) block[x * kPairs + first + r] = rows[r * stride + u + x];
       }
     }
   }

@@ -9,12 +9,15 @@ namespace ttsr_fast {
 enum class Side { kQuery, kKey };
 
 // A chunk of patch rows of one image, split into column tiles and packed. Query tiles are stored in panels
-// [depth][pixels of the panel], key tiles in zero-padded vectors [depth][lanes].
+// [depth][pixels of the panel], key tiles in zero-padded vectors [depth][lanes]. For a tile unit both are in
+// blocks of 16 pixels and kTileChannels channels, one for each part: [pixel][pair] of the query,
+// [pair][pixel] of the key.
 struct Packed {
   Side side;
   Element element;
   int kernel_size;
   int64_t padding, lanes;
+  bool blocks;              // for a tile unit
   int64_t channels, depth;  // depth: packed elements per pixel
   int64_t height, width;    // of the image
   int64_t grid_height, grid_width;
@@ -31,13 +34,19 @@ struct Packed {
   int64_t tile_begin(int64_t t) const { return t ? padding + t * (tile_pixels - kernel_size + 1) : 0; }
   int64_t bytes() const { return rows_.numel(); }
 
-  // Calls f(x, norm) for the patches [begin, end) of row y, with the norm of their packed values.
+  int64_t parts() const { return element == Element::kBFloat16Parts ? 2 : 1; }
+
+  // What a patch has a norm of: the features, rounded if only that is packed; with two parts also the low
+  // parts, and what both parts leave out.
+  enum Norm { kFeatures, kLowParts, kLeftOut };
+
+  // Calls f(x, norm) for the patches [begin, end) of row y.
   template <class F>
-  void patch_norms(int64_t y, int64_t begin, int64_t end, const F& f) const {
+  void patch_norms(int64_t y, int64_t begin, int64_t end, const F& f, Norm which = kFeatures) const {
     double norms[64];
     for (int64_t x = begin; x < end; x += 64) {
       const int64_t count = std::min<int64_t>(64, end - x);
-      set_norms(y, x, count, norms);
+      set_norms(y, x, count, which, norms);
       for (int64_t j = 0; j < count; ++j) f(x + j, norms[j]);
     }
   }
@@ -45,15 +54,20 @@ struct Packed {
  private:
   std::vector<int64_t> offset_;  // of every tile, in pixels of a stored row
   Tensor rows_;                  // [tiles][image rows][stored pixels of the tile]
-  Tensor squared_;               // [image rows, width] double: squared norm of every pixel
+  Tensor squared_;               // [norms][image rows, width] double: squared norms of every pixel
 
   int64_t row_begin() const { return std::max<int64_t>(begin - padding, 0); }
   int64_t row_end() const { return std::min(end - padding + kernel_size - 1, height); }
   int64_t stored_pixels(int64_t t) const;
   int64_t set_tiles(int64_t pixels);
-  void set_norms(int64_t y, int64_t begin, int64_t count, double* norms) const;
+  double* squares(int64_t y, Norm which) const {
+    const int64_t rows = std::min(chunk_rows + kernel_size - 1, height);
+    return mutable_data_of<double>(squared_) + (which * rows + y - row_begin()) * width;
+  }
+  void set_norms(int64_t y, int64_t begin, int64_t count, Norm which, double* norms) const;
   template <class T>
   void fill_row(const Maps<const T>& maps, int64_t n, int64_t y);
+  void pack_blocks(const float* rows, int64_t stride, int64_t c, int64_t part, float* out) const;
 };
 
 }  // namespace ttsr_fast

@@ -1,165 +1,22 @@
 // cpp_search: packs a chunk of the query and a chunk of the key, searches their tiles and merges the argmax
 // of the threads. Threads take whole images of a batch, or the tasks of one image after another.
 
-#include <cmath>
-#include <limits>
 #include <memory>
 #include <tuple>
 
 #include "../check.h"
-#include "pack.h"
+#include "candidates.h"
 
 namespace ttsr_fast {
 
 namespace {
 
-struct SearchOptions {
-  int kernel_size;
-  int64_t padding;
-  bool normalize_query, normalize_key;
-  double eps;
-  bool add_eps;
-  const int32_t* stop;  // another thread sets it to end the search with an error; may be null
-
-  double denominator(double norm) const { return add_eps ? norm + eps : std::max(norm, eps); }
-};
-
-// Row offsets of one call of the kernel: it reads key rows once for all, and their partial sums share the
-// cache.
-int64_t offsets_per_call(int kernel_size) { return kernel_size <= 3 ? 4 : 1; }
-
 // Most memory of an image that one thread searches alone.
 constexpr int64_t kImageBytes = 8 << 20;
-
-// Factor and validity of every patch of a key chunk, in the tile layout of the kernel.
-template <class T>
-struct KeyScale {
-  using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  Tensor scale, valid;
-  std::vector<int64_t> begin, stride;  // of every tile
-  int64_t first_valid;                 // lowest index of a valid key patch, or kNone
-
-  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-
-  explicit KeyScale(const Packed& key) {
-    int64_t size = kScalePadding * key.lanes;
-    for (int64_t t = 0; t < key.tiles; ++t) {
-      begin.push_back(size);
-      stride.push_back(key.tile(t).columns + kScalePadding * key.lanes);
-      size += stride[t] * key.chunk_rows;
-    }
-    scale = scratch(size * sizeof(T));
-    valid = scratch(size * sizeof(Bits));
-    std::fill_n(mutable_data_of<T>(scale), kScalePadding * key.lanes, T(0));
-  }
-
-  void fill(const Packed& key, const std::optional<Tensor>& key_mask, int64_t n, const SearchOptions& o,
-            int64_t threads) {
-    const uint8_t* mask = nullptr;  // every byte but 0 is true; a C++ bool must be 0 or 1
-    int64_t mask_h = 0, mask_w = 0;
-    if (key_mask) {
-      mask = data_of<uint8_t>(*key_mask) + (key_mask->size(0) > 1 ? n * key_mask->stride(0) : 0);
-      mask_h = key_mask->stride(1), mask_w = key_mask->stride(2);
-    }
-    std::atomic<int64_t> lowest{kNone};
-    const int64_t rows = key.end - key.begin;
-    const auto fill_row = [&](int64_t row, int64_t) {
-      const int64_t y = key.begin + row;
-      int64_t first = kNone;
-      for (int64_t t = 0; t < key.tiles; ++t) {
-        T* scales = mutable_data_of<T>(scale) + begin[t] + row * stride[t];
-        Bits* valids = mutable_data_of<Bits>(valid) + begin[t] + row * stride[t];
-        std::fill(scales, scales + stride[t], T(0));
-        std::fill(valids, valids + stride[t], Bits(0));
-        const int64_t left = key.tile_begin(t);
-        key.patch_norms(y, left, left + key.tile(t).columns, [&](int64_t x, double norm) {
-          if (mask && !mask[y * mask_h + x * mask_w]) return;
-          const double factor = o.normalize_key ? 1 / o.denominator(norm) : 1;
-          scales[x - left] = T(std::isfinite(norm) ? factor : std::nan(""));
-          valids[x - left] = Bits(-1);
-          first = std::min(first, y * key.grid_width + x);
-        });
-      }
-      for (int64_t seen = lowest; first < seen && !lowest.compare_exchange_weak(seen, first);) {}
-    };
-    parallel_tasks(rows, 5.0 * rows * key.grid_width, fill_row, threads);
-    first_valid = lowest;
-  }
-};
-
-template <class T>
-struct Argmax {  // of the patches of a query chunk
-  T* score;
-  int64_t* index;
-};
-
-// Workspaces of the threads that search an image, and the argmax of all but the first thread, whose argmax is
-// the result.
-template <class T>
-class ThreadMemory {
- public:
-  ThreadMemory(int64_t threads, const Packed& query, const Packed& key)
-      : threads_(threads), patches_(query.chunk_rows * query.grid_width) {
-    const Workspace<T> layout(query.tile(0), query.kernel_size);
-    workspace_bytes_ = round_up(layout.size(offsets_per_call(query.kernel_size)) * sizeof(T), 64);
-    const int64_t argmax_bytes = threads > 1 ? round_up(patches_ * (sizeof(T) + sizeof(int64_t)), 64) : 0;
-    thread_bytes_ = workspace_bytes_ + argmax_bytes;
-    memory_ = scratch(threads * thread_bytes_);
-  }
-
-  int64_t threads() const { return threads_; }
-  char* workspace(int64_t thread) const { return mutable_data_of<char>(memory_) + thread * thread_bytes_; }
-  Argmax<T> argmax(int64_t thread, const Argmax<T>& result) const {
-    if (thread == 0) return result;
-    int64_t* const index = reinterpret_cast<int64_t*>(workspace(thread) + workspace_bytes_);
-    return {reinterpret_cast<T*>(index + patches_), index};
-  }
-
- private:
-  int64_t threads_, patches_, workspace_bytes_, thread_bytes_;
-  Tensor memory_;
-};
 
 // Rough time of a search on one thread.
 double nanoseconds(double query_pixels, double key_pixels, int64_t channels) {
   return query_pixels * key_pixels * (channels / 16.0 + 0.5);
-}
-
-// Initial values of `threads` threads. The first one has the result of earlier key chunks unless `first`. A
-// query patch that is not finite has score NaN with any key.
-template <class T>
-void initialise(const Packed& query, const ThreadMemory<T>& memory, const Argmax<T>& result, bool first,
-                int64_t first_valid_key, int64_t threads) {
-  const int64_t rows = query.end - query.begin, columns = query.grid_width;
-  const auto fill_row = [&](int64_t row, int64_t) {
-    for (int64_t thread = first ? 0 : 1; thread < threads; ++thread) {
-      const Argmax<T> own = memory.argmax(thread, result);
-      std::fill_n(own.score + row * columns, columns, -std::numeric_limits<T>::infinity());
-      std::fill_n(own.index + row * columns, columns, first_valid_key);
-    }
-    if (!first) return;
-    query.patch_norms(query.begin + row, 0, columns, [&](int64_t x, double norm) {
-      if (!std::isfinite(norm)) result.score[row * columns + x] = T(std::nan(""));
-    });
-  };
-  parallel_tasks(rows, (4.0 + threads) * rows * columns, fill_row, threads);
-}
-
-// Merges the argmax of all threads into the result, that of the first one.
-template <class T>
-void merge(const Packed& query, const ThreadMemory<T>& memory, const Argmax<T>& result, int64_t threads) {
-  const int64_t rows = query.end - query.begin, columns = query.grid_width;
-  const auto merge_row = [&](int64_t row, int64_t) {
-    for (int64_t thread = 1; thread < threads; ++thread) {
-      const Argmax<T> own = memory.argmax(thread, result);
-      for (int64_t j = row * columns; j < (row + 1) * columns; ++j) {
-        if (!ranks_before(own.score[j], own.index[j], result.score[j], result.index[j])) continue;
-        result.score[j] = own.score[j];
-        result.index[j] = own.index[j];
-      }
-    }
-  };
-  if (threads > 1) parallel_tasks(rows, 3.0 * threads * rows * columns, merge_row, threads);
 }
 
 // Argmax of a query chunk over a key chunk, not divided by the query's norm, on at most `most` threads.
@@ -193,8 +50,8 @@ void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& sca
     p.score = own.score + query.tile_begin(q);
     p.index = own.index + query.tile_begin(q);
     p.score_stride = query.grid_width;
-    p.keep = 1;
-    p.keep_stride = 0;
+    p.keep = own.keep;
+    p.keep_stride = own.stride;
     p.workspace = memory.workspace(thread);
     p.stop = o.stop;
     for (int64_t k = 0; k < key.tiles; ++k) {
@@ -230,20 +87,34 @@ struct ImageMemory {
   std::shared_ptr<Packed> key;
   std::shared_ptr<KeyScale<T>> scale;
   ThreadMemory<T> threads;
+  Tensor lists;  // of a chunk, if more than the best score is kept
 
   ImageMemory(Packed query_, std::shared_ptr<Packed> key_, std::shared_ptr<KeyScale<T>> scale_,
-              int64_t threads_)
+              int64_t threads_, int64_t keep)
       : query(std::move(query_)), key(std::move(key_)), scale(std::move(scale_)),
-        threads(threads_, query, *key) {}
+        threads(threads_, query, keep) {
+    if (keep > 1) lists = scratch(Argmax<T>::bytes(query.chunk_rows * query.grid_width, keep));
+  }
+};
+
+// What a search fills, for all images.
+template <class T>
+struct Results {
+  T* score;
+  int64_t* index;
+  T* second;         // the best score of another key; may be null
+  uint8_t* certain;  // of a search with two parts: see choose_candidates
+
+  int64_t keep() const { return certain ? kCandidates : second ? 2 : 1; }
 };
 
 template <class T>
 struct Batch {
   const Tensor &query, &key;
   const std::optional<Tensor>& key_mask;
-  Argmax<T> result;
   const SearchOptions& o;
-  bool one_key, one_scale;  // packed once for all images
+  const Results<T>& results;
+  bool one_key = false, one_scale = false;  // packed once for all images
 
   // Searches image n on at most `most` threads; ends early if it is stopped. Returns false if no key is
   // valid.
@@ -252,8 +123,12 @@ struct Batch {
     KeyScale<T>& scale = *memory.scale;
     for (int64_t y_q = 0; y_q < q.grid_height; y_q += q.chunk_rows) {
       q.fill(query, n, y_q, std::min(y_q + q.chunk_rows, q.grid_height), most, o.stop);
-      const int64_t patch = (n * q.grid_height + y_q) * q.grid_width;
-      const Argmax<T> best{result.score + patch, result.index + patch};
+      const int64_t patch = (n * q.grid_height + y_q) * q.grid_width, keep = results.keep();
+      const int64_t patches = q.chunk_rows * q.grid_width;
+      const Argmax<T> result{results.score + patch, results.index + patch};
+      const Argmax<T> best =
+          keep > 1 ? Argmax<T>::at(mutable_data_of<char>(memory.lists), patches, keep) : result;
+      Largest largest;
       bool first = true;
       for (int64_t y_k = 0; y_k < k.grid_height; y_k += k.chunk_rows) {
         if (!one_key) k.fill(key, n, y_k, std::min(y_k + k.chunk_rows, k.grid_height), most, o.stop);
@@ -261,10 +136,23 @@ struct Batch {
         if (stopped(o.stop)) return true;
         if (scale.first_valid == scale.kNone) continue;
         search_chunk(q, k, scale, o, memory.threads, best, first, most);
+        largest.merge(scale.largest);
         first = false;
       }
       if (first) return false;
-      if (o.normalize_query) normalise(q, o, best.score, most);
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (results.certain) {
+          choose_candidates(query, key, n, q, largest, best, o, most, result, results.certain + patch);
+        }
+      }
+      if (results.second) {
+        const int64_t count = (q.end - q.begin) * q.grid_width;
+        std::copy_n(best.score, count, result.score);
+        std::copy_n(best.index, count, result.index);
+        std::copy_n(best.score + best.stride, count, results.second + patch);
+        if (o.normalize_query) normalise(q, o, results.second + patch, most);
+      }
+      if (o.normalize_query) normalise(q, o, result.score, most);
     }
     return true;
   }
@@ -272,7 +160,7 @@ struct Batch {
 
 template <class T>
 void search_typed(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask,
-                  const Tensor& score, const Tensor& index, const SearchOptions& o, Element element) {
+                  const SearchOptions& o, Element element, const Results<T>& results) {
   const auto pack = [&](Side side) {
     return Packed(side, side == Side::kKey ? key : query, element, o.kernel_size, o.padding, best_isa());
   };
@@ -280,7 +168,7 @@ void search_typed(const Tensor& query, const Tensor& key, const std::optional<Te
   const auto k = std::make_shared<Packed>(pack(Side::kKey));
   const auto scale = std::make_shared<KeyScale<T>>(*k);
   const bool whole_key = k->chunk_rows == k->grid_height;
-  Batch<T> batch{query, key, key_mask, {mutable_data_of<T>(score), mutable_data_of<int64_t>(index)}, o};
+  Batch<T> batch{query, key, key_mask, o, results};
   batch.one_key = whole_key && (key.size(0) == 1 || key.stride(0) == 0);
   batch.one_scale = batch.one_key && (!key_mask || key_mask->size(0) == 1 || key_mask->stride(0) == 0);
 
@@ -294,11 +182,11 @@ void search_typed(const Tensor& query, const Tensor& key, const std::optional<Te
   if (images % searches < most) alone -= images % searches;  // fewer than threads: one after another
 
   std::vector<ImageMemory<T>> memory;
-  memory.emplace_back(std::move(q), k, scale, alone < images ? most : 1);
+  memory.emplace_back(std::move(q), k, scale, alone < images ? most : 1, results.keep());
   while (int64_t(memory.size()) < searches) {
     const auto own_key = batch.one_key ? k : std::make_shared<Packed>(pack(Side::kKey));
     const auto own_scale = batch.one_scale ? scale : std::make_shared<KeyScale<T>>(*own_key);
-    memory.emplace_back(pack(Side::kQuery), own_key, own_scale, 1);
+    memory.emplace_back(pack(Side::kQuery), own_key, own_scale, 1, results.keep());
   }
   if (batch.one_key) k->fill(key, 0, 0, k->grid_height, kMostThreads, o.stop);
   if (batch.one_scale) scale->fill(*k, key_mask, 0, o, kMostThreads);
@@ -312,6 +200,43 @@ void search_typed(const Tensor& query, const Tensor& key, const std::optional<Te
   for (int64_t n = alone; n < images; ++n) search_image(n, 0, most);
   STD_TORCH_CHECK(!stopped(o.stop), "ttsr_fast: the search was interrupted");
   STD_TORCH_CHECK(!no_key, "ttsr_fast: key_mask must leave at least one key position True in every image");
+}
+
+// Searches the queries that are not certain again, in float.
+void search_again(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask,
+                  const SearchOptions& o, const Results<float>& results) {
+  const int64_t shrink = o.kernel_size - 1 - 2 * o.padding;
+  const int64_t patches = (query.size(2) - shrink) * (query.size(3) - shrink);
+  const auto image_of = [](const Tensor& x, int64_t n) {
+    Tensor whole = x;
+    return x.size(0) == 1 ? x : torch::stable::narrow(whole, 0, n, 1);
+  };
+  for (int64_t n = 0; n < query.size(0); ++n) {
+    const int64_t first = n * patches;
+    const int64_t uncertain = std::count(results.certain + first, results.certain + first + patches, 0);
+    if (uncertain == 0) continue;
+    const Tensor key_n = image_of(key, n);
+    const std::optional<Tensor> mask = key_mask ? std::optional(image_of(*key_mask, n)) : std::nullopt;
+    if (uncertain * o.kernel_size * o.kernel_size > patches) {  // apart they would be more pixels
+      search_typed<float>(image_of(query, n), key_n, mask, o, Element::kFloat,
+                          {results.score + first, results.index + first, nullptr, nullptr});
+      continue;
+    }
+    for (int64_t begin = 0; begin < patches;) {
+      const Gathered some = gather_uncertain(query, n, results.certain + first, o, begin);
+      if (some.patch.empty()) break;
+      const int64_t columns = some.map.size(3) - shrink;
+      std::vector<float> score((2 * o.padding + 1) * columns);
+      std::vector<int64_t> index(score.size());
+      search_typed<float>(some.map, key_n, mask, o, Element::kFloat,
+                          {score.data(), index.data(), nullptr, nullptr});
+      for (size_t p = 0; p < some.patch.size(); ++p) {
+        const int64_t at = o.padding * columns + some.column[p];
+        results.score[first + some.patch[p]] = score[at];
+        results.index[first + some.patch[p]] = index[at];
+      }
+    }
+  }
 }
 
 void check_search(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask,
@@ -343,27 +268,53 @@ void check_search(const Tensor& query, const Tensor& key, const std::optional<Te
   check_memory(*key_mask, "key_mask");
 }
 
+// What the kernel multiplies. Runner-ups are wanted of one rounding only.
+Element element_for(const Tensor& query, const Tensor& key, bool bfloat16, bool second) {
+  const Isa& isa = best_isa();
+  if (query.scalar_type() == ScalarType::Double) return Element::kDouble;
+  if (bfloat16) return isa.bfloat16 ? Element::kBFloat16 : Element::kFloat;
+  return isa.tiles && !second ? Element::kBFloat16Parts : Element::kFloat;
+}
+
 void cpp_search(const Tensor& query,                    // [N, C, H, W]
                 const Tensor& key,                      // [N or 1, C, HK, WK]
                 const std::optional<Tensor>& key_mask,  // [N or 1, HKo, WKo]
                 Tensor score,                           // [N, Ho, Wo]
                 Tensor index,                           // [N, Ho, Wo]
                 int64_t kernel_size, int64_t padding, bool normalize_query, bool normalize_key, double eps,
-                bool add_eps, bool bfloat16, const std::optional<Tensor>& stop) {
+                bool add_eps, bool bfloat16,
+                std::optional<Tensor> second,   // [N, Ho, Wo], the best score of another key
+                std::optional<Tensor> certain,  // [N, Ho, Wo], uint8: 1 unless searched twice
+                const std::optional<Tensor>& stop) {
   if (stop) check_contiguous(*stop, ScalarType::Int, {1}, "stop");
   check_search(query, key, key_mask, score, index, kernel_size, padding);
-  const SearchOptions options{int(kernel_size),
-                              padding,
-                              normalize_query,
-                              normalize_key,
-                              eps,
-                              add_eps,
-                              stop ? data_of<int32_t>(*stop) : nullptr};
-  if (query.scalar_type() == ScalarType::Double) {
-    search_typed<double>(query, key, key_mask, score, index, options, Element::kDouble);
+  for (const auto& [out, type, name] :
+       {std::tuple{&second, score.scalar_type(), "second"}, {&certain, ScalarType::Byte, "certain"}}) {
+    if (*out) check_contiguous(**out, type, {score.size(0), score.size(1), score.size(2)}, name);
+  }
+  const SearchOptions o{int(kernel_size),
+                        padding,
+                        normalize_query,
+                        normalize_key,
+                        eps,
+                        add_eps,
+                        stop ? data_of<int32_t>(*stop) : nullptr};
+  const auto fill = [&](auto element_of_score, Element element, uint8_t* certain) {
+    using T = decltype(element_of_score);
+    T* const other = second ? mutable_data_of<T>(*second) : nullptr;
+    const Results<T> results{mutable_data_of<T>(score), mutable_data_of<int64_t>(index), other, certain};
+    search_typed<T>(query, key, key_mask, o, element, results);
+    return results;
+  };
+  if (certain) std::fill_n(mutable_data_of<uint8_t>(*certain), certain->numel(), 1);
+  const Element element = element_for(query, key, bfloat16, bool(second));
+  if (element == Element::kDouble) {
+    fill(double(), element, nullptr);
+  } else if (element == Element::kBFloat16Parts) {
+    if (!certain) certain = scratch(score.numel());
+    search_again(query, key, key_mask, o, fill(float(), element, mutable_data_of<uint8_t>(*certain)));
   } else {
-    const Element element = bfloat16 && best_isa().bfloat16 ? Element::kBFloat16 : Element::kFloat;
-    search_typed<float>(query, key, key_mask, score, index, options, element);
+    fill(float(), element, nullptr);
   }
 }
 

@@ -67,6 +67,22 @@ TTSR_INLINE bool ranks_before(T score, int64_t index, T best, int64_t best_index
   return index < best_index;
 }
 
+// Inserts a candidate into a list of scores in that order, if it ranks before the last one, which is dropped.
+template <class T>
+TTSR_INLINE void insert_ranked(T candidate, int64_t candidate_index, T* score, int64_t* index, int64_t keep,
+                               int64_t stride) {
+  int64_t at = (keep - 1) * stride;
+  if (!ranks_before(candidate, candidate_index, score[at], index[at])) return;
+  for (; at > 0; at -= stride) {
+    const int64_t above = at - stride;
+    if (!ranks_before(candidate, candidate_index, score[above], index[above])) break;
+    score[at] = score[above];
+    index[at] = index[above];
+  }
+  score[at] = candidate;
+  index[at] = candidate_index;
+}
+
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Most query pixels of a register tile; key vectors are its other side.

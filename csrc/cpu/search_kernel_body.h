@@ -337,22 +337,10 @@ struct BoxSum {
     if (!any_above<Vector>(candidates, Vector{} + limit)) return;
     const int64_t end = column + L < columns ? column + L : columns;
     for (int64_t n = column < 0 ? 0 : column; n < end; ++n) {
-      if (valid[n]) insert(scores[n - column], index_begin + n, m);
+      if (!valid[n]) continue;
+      insert_ranked(scores[n - column], index_begin + n, score + m, index + m, keep, keep_stride);
     }
     limit = threshold_at(m, index_begin + column + L);
-  }
-
-  void insert(T candidate, int64_t candidate_index, int64_t m) const {
-    int64_t at = m + (keep - 1) * keep_stride;
-    if (!ranks_before(candidate, candidate_index, score[at], index[at])) return;
-    for (; at > m; at -= keep_stride) {
-      const int64_t above = at - keep_stride;
-      if (!ranks_before(candidate, candidate_index, score[above], index[above])) break;
-      score[at] = score[above];
-      index[at] = index[above];
-    }
-    score[at] = candidate;
-    index[at] = candidate_index;
   }
 
   // Above it are the scores that can change those of patch m; their indices begin at `next_index`.

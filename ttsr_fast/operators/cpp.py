@@ -107,7 +107,7 @@ def _search(
     second: Tensor | None,  # [N, Ho, Wo], filled with the best score of another key
 ) -> None:
     normalize = (scoring.of_query, scoring.of_key, scoring.eps, scoring.add_eps)
-    arguments = (query, key, key_mask, *match, *patch, *normalize, precision == "bf16")
+    arguments = (query, key, key_mask, *match, *patch, *normalize, precision == "bf16", second, None)
     if _seconds(query, key, patch.kernel_size) > _LONG:
         interruptible(torch.ops.ttsr_fast.cpp_search, *arguments)
     else:

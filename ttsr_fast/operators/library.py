@@ -23,7 +23,7 @@ for _schema in (
     "cpp_isa() -> str",
     "cpp_search(Tensor query, Tensor key, Tensor? key_mask, Tensor(a!) score, Tensor(b!) index, "
     f"{PATCH}, bool normalize_query, bool normalize_key, float eps, bool add_eps, bool bfloat16, "
-    "Tensor? stop=None) -> ()",
+    "Tensor(c!)? second=None, Tensor(d!)? certain=None, Tensor? stop=None) -> ()",
     "cpp_gather_fold(Tensor value, Tensor index, Tensor? weight, Tensor(a!) out, "
     f"int stride, {PATCH}, {_GRID}) -> ()",
     "cpp_gather_fold_adjoint(Tensor grad, Tensor index, Tensor? weight, Tensor(a!) out, "

@@ -1,0 +1,246 @@
+#include "candidates.h"
+
+namespace ttsr_fast {
+
+namespace {
+
+// Pairs of patches that are multiplied together: enough for the planes of the key to be read once for many.
+constexpr int64_t kPairs = 4096;
+constexpr int64_t kGatheredBytes = 16 << 20;
+
+struct Pair {
+  int64_t patch;  // of the query
+  int64_t key;
+  double bound;  // of the error of the candidates' scores
+  double score;  // of the last candidate, which is not scored exactly
+  double product = 0, key_square = 0;
+  int64_t query_at = 0, key_at = 0;  // of their first tap, which may lie outside
+  bool inside = false;               // both patches lie inside their images
+};
+
+// A side of the pairs, and where its patches lie.
+template <class T>
+struct PatchMap {
+  Maps<const T> maps;
+  int64_t kernel_size, padding, columns;
+  const T* image;
+
+  PatchMap(const Tensor& x, int64_t n, const SearchOptions& o)
+      : maps(x), kernel_size(o.kernel_size), padding(o.padding),
+        columns(maps.width + 2 * padding - kernel_size + 1), image(maps.at(n, 0, 0, 0)) {}
+
+  Position first_tap(int64_t patch) const { return {patch / columns - padding, patch % columns - padding}; }
+  int64_t at(Position p) const { return p.y * maps.stride_h + p.x * maps.stride_w; }
+  bool has(Position p) const { return p.y >= 0 && p.y < maps.height && p.x >= 0 && p.x < maps.width; }
+  bool inside(Position first) const {
+    return has(first) && has({first.y + kernel_size - 1, first.x + kernel_size - 1});
+  }
+};
+
+template <class T>
+class PairProducts {
+ public:
+  PairProducts(const Tensor& query, const Tensor& key, int64_t n, const SearchOptions& o)
+      : query_(query, n, o), key_(key, n, o) {}
+
+  // Inner products of pairs, and the squared norms of their keys, from the features as given.
+  void fill(std::vector<Pair>& pairs) const {
+    for (Pair& pair : pairs) {
+      const Position q = query_.first_tap(pair.patch), k = key_.first_tap(pair.key);
+      pair.query_at = query_.at(q);
+      pair.key_at = key_.at(k);
+      pair.inside = query_.inside(q) && key_.inside(k);
+    }
+    const int64_t channels = query_.maps.channels;
+    if (query_.maps.stride_c < query_.maps.stride_w) {
+      for (Pair& pair : pairs) {
+        for (int64_t c = 0; c < channels; ++c) add(pair, c);
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (Pair& pair : pairs) add(pair, c);
+      }
+    }
+  }
+
+ private:
+  void add(Pair& pair, int64_t c) const {
+    const T* const q = query_.image + c * query_.maps.stride_c;
+    const T* const k = key_.image + c * key_.maps.stride_c;
+    if (pair.inside && query_.kernel_size == 3) {
+      add_taps<3>(pair, q + pair.query_at, k + pair.key_at);
+    } else {
+      add_taps_inside(pair, q, k);
+    }
+  }
+
+  template <int kKernel>
+  void add_taps(Pair& pair, const T* q, const T* k) const {
+    for (int64_t a = 0; a < kKernel; ++a) {
+      for (int64_t b = 0; b < kKernel; ++b) {
+        const double value = key_value(k, a, b);
+        pair.product += value * double(float(q[a * query_.maps.stride_h + b * query_.maps.stride_w]));
+        pair.key_square += value * value;
+      }
+    }
+  }
+
+  void add_taps_inside(Pair& pair, const T* q, const T* k) const {
+    const Position query = query_.first_tap(pair.patch), key = key_.first_tap(pair.key);
+    for (int64_t a = 0; a < query_.kernel_size; ++a) {
+      for (int64_t b = 0; b < query_.kernel_size; ++b) {
+        const Position at{query.y + a, query.x + b};
+        if (!key_.has({key.y + a, key.x + b})) continue;
+        const double value = key_value(k + pair.key_at, a, b);
+        if (query_.has(at)) pair.product += value * double(float(q[query_.at(at)]));
+        pair.key_square += value * value;
+      }
+    }
+  }
+
+  double key_value(const T* k, int64_t a, int64_t b) const {
+    return double(float(k[a * key_.maps.stride_h + b * key_.maps.stride_w]));
+  }
+
+  PatchMap<T> query_, key_;
+};
+
+// Bounds of the errors of the scores of a row's patches, not divided by the query's norm.
+struct ErrorBounds {
+  const Packed& query;
+  const Largest& key;
+  double rounding, flushed;
+
+  ErrorBounds(const Packed& query_, const Largest& key_) : query(query_), key(key_) {
+    // Roundings of a term on its way into a score: 16 of a tile's sum and its two halves, one for each tile
+    // and product, those of the box sum, of the factor and of its product; (1 + 2^-8)^2 bounds the parts.
+    const double tiles = std::ceil(double(query.channels) / kTileChannels), taps = query.kernel_size;
+    rounding = 1.02 * std::ldexp(17 + 3 * tiles + 2 * (taps - 1) + 2, -24);
+    flushed = std::ldexp(taps * taps * (4 * kTileChannels * tiles + 64), -126) * key.factor;
+  }
+
+  std::vector<double> row(int64_t y) const {
+    std::vector<double> bounds(query.grid_width, flushed);
+    const auto add = [&](Packed::Norm which, double factor) {
+      query.patch_norms(
+          y, 0, query.grid_width,
+          [&](int64_t x, double norm) {
+            bounds[x] += factor * norm;
+            // The sums can overflow.
+            if (which == Packed::kFeatures && !(norm * key.norm < 1e36)) bounds[x] = INFINITY;
+          },
+          which);
+    };
+    add(Packed::kLowParts, key.low_parts);
+    add(Packed::kLeftOut, key.features + key.left_out);
+    add(Packed::kFeatures, key.left_out + rounding * key.features);
+    return bounds;
+  }
+};
+
+// The factor of a key patch as the search in float has it.
+float factor_of(double key_square, const SearchOptions& o) {
+  return o.normalize_key ? float(1 / o.denominator(std::sqrt(key_square))) : 1;
+}
+
+template <class T>
+void choose_rows(const PairProducts<T>& products, const ErrorBounds& bounds, int64_t begin, int64_t end,
+                 const Argmax<float>& candidates, const SearchOptions& o, const Argmax<float>& result,
+                 uint8_t* certain) {
+  const int64_t columns = bounds.query.grid_width, first_patch = bounds.query.begin * columns;
+  std::vector<Pair> pairs;
+  for (int64_t row = begin; row < end; ++row) {
+    const std::vector<double> bound = bounds.row(bounds.query.begin + row);
+    for (int64_t x = 0; x < columns; ++x) {
+      const int64_t j = row * columns + x;
+      const float best = candidates.score[j];
+      result.score[j] = best;
+      result.index[j] = candidates.index[j];
+      certain[j] = std::isfinite(bound[x]) || std::isnan(bound[x]);
+      if (!certain[j] || std::isnan(best)) continue;
+      const double last = candidates.score[(kCandidates - 1) * candidates.stride + j];
+      for (int64_t r = 0; r < kCandidates - 1; ++r) {
+        const int64_t at = r * candidates.stride + j;
+        if (std::isinf(candidates.score[at]) || candidates.score[at] < best - 2 * bound[x]) break;
+        pairs.push_back({first_patch + j, candidates.index[at], bound[x], last});
+      }
+    }
+  }
+  products.fill(pairs);
+  for (size_t p = 0; p < pairs.size();) {
+    const int64_t j = pairs[p].patch - first_patch;
+    const double excluded = pairs[p].score + pairs[p].bound;
+    double best = -INFINITY;
+    result.score[j] = -INFINITY;
+    for (; p < pairs.size() && pairs[p].patch - first_patch == j; ++p) {
+      const float factor = factor_of(pairs[p].key_square, o), score = float(pairs[p].product) * factor;
+      best = std::max(best, pairs[p].product * double(factor));
+      if (!ranks_before(score, pairs[p].key, result.score[j], result.index[j])) continue;
+      result.score[j] = score;
+      result.index[j] = pairs[p].key;
+    }
+    certain[j] = excluded < best;
+  }
+}
+
+}  // namespace
+
+void choose_candidates(const Tensor& query, const Tensor& key, int64_t n, const Packed& packed_query,
+                       const Largest& largest_key, const Argmax<float>& candidates, const SearchOptions& o,
+                       int64_t threads, const Argmax<float>& result, uint8_t* certain) {
+  const ErrorBounds bounds(packed_query, largest_key);
+  const int64_t rows = packed_query.end - packed_query.begin, columns = packed_query.grid_width;
+  const int64_t step = std::max<int64_t>(1, std::min(kPairs / columns, (rows + threads - 1) / threads));
+  with_element(query, [&](auto element) {
+    const PairProducts<decltype(element)> products(query, key, n, o);
+    const auto choose = [&](int64_t task, int64_t) {
+      if (stopped(o.stop)) return;
+      const int64_t begin = task * step, end = std::min(begin + step, rows);
+      choose_rows(products, bounds, begin, end, candidates, o, result, certain);
+    };
+    const double work = 8.0 * rows * columns * packed_query.channels;
+    parallel_tasks((rows + step - 1) / step, work, choose, threads);
+  });
+}
+
+Gathered gather_uncertain(const Tensor& query, int64_t n, const uint8_t* certain, const SearchOptions& o,
+                          int64_t& begin) {
+  const int64_t channels = query.size(1), height = query.size(2), width = query.size(3);
+  const int64_t shrink = o.kernel_size - 1 - 2 * o.padding, columns = width - shrink;
+  const int64_t patches = (height - shrink) * columns;
+  const int64_t most = kGatheredBytes / (channels * o.kernel_size * int64_t(query.element_size()));
+
+  // Pixel columns of the map, by the first of their rows; patches beside each other share them.
+  std::vector<Position> pixels;
+  Gathered gathered;
+  for (; begin < patches && (pixels.empty() || int64_t(pixels.size()) < most); ++begin) {
+    if (certain[begin]) continue;
+    const Position first{begin / columns - o.padding, begin % columns - o.padding};
+    int64_t shared = 0;
+    if (!pixels.empty() && pixels.back().y == first.y) {
+      shared = std::max<int64_t>(0, pixels.back().x + 1 - first.x);
+    }
+    gathered.patch.push_back(begin);
+    gathered.column.push_back(int64_t(pixels.size()) - shared + o.padding);
+    for (int64_t b = shared; b < o.kernel_size; ++b) pixels.push_back({first.y, first.x + b});
+  }
+  if (pixels.empty()) return gathered;
+  const int64_t count = pixels.size();
+  gathered.map = torch::stable::empty({1, channels, o.kernel_size, count}, query.scalar_type());
+  with_element(query, [&](auto element) {
+    using T = decltype(element);
+    const Maps<const T> maps(query);
+    T* out = mutable_data_of<T>(gathered.map);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t a = 0; a < o.kernel_size; ++a) {
+        for (const Position& p : pixels) {
+          const bool inside = p.y + a >= 0 && p.y + a < height && p.x >= 0 && p.x < width;
+          *out++ = inside ? *maps.at(n, c, p.y + a, p.x) : T(0.f);
+        }
+      }
+    }
+  });
+  return gathered;
+}
+
+}  // namespace ttsr_fast
