@@ -8,14 +8,15 @@ namespace {
 constexpr int64_t kPairs = 4096;
 constexpr int64_t kGatheredBytes = 16 << 20;
 
+// Bytes of the key's planes that are read by turns.
+constexpr int64_t kPlaneBytes = 1 << 18;
+
 struct Pair {
   int64_t patch;  // of the query
   int64_t key;
   double bound;  // of the error of the candidates' scores
   double score;  // of the last candidate, which is not scored exactly
-  double product = 0, key_square = 0;
-  int64_t query_at = 0, key_at = 0;  // of their first tap, which may lie outside
-  bool inside = false;               // both patches lie inside their images
+  double product = 0;
 };
 
 // A side of the pairs, and where its patches lie.
@@ -43,63 +44,45 @@ class PairProducts {
   PairProducts(const Tensor& query, const Tensor& key, int64_t n, const SearchOptions& o)
       : query_(query, n, o), key_(key, n, o) {}
 
-  // Inner products of pairs, and the squared norms of their keys, from the features as given.
+  // Inner products of pairs of patches, from the features as given.
   void fill(std::vector<Pair>& pairs) const {
-    for (Pair& pair : pairs) {
-      const Position q = query_.first_tap(pair.patch), k = key_.first_tap(pair.key);
-      pair.query_at = query_.at(q);
-      pair.key_at = key_.at(k);
-      pair.inside = query_.inside(q) && key_.inside(k);
-    }
     const int64_t channels = query_.maps.channels;
-    if (query_.maps.stride_c < query_.maps.stride_w) {
-      for (Pair& pair : pairs) {
-        for (int64_t c = 0; c < channels; ++c) add(pair, c);
-      }
-    } else {
-      for (int64_t c = 0; c < channels; ++c) {
-        for (Pair& pair : pairs) add(pair, c);
-      }
+    const int64_t plane = key_.maps.height * key_.maps.width * int64_t(sizeof(T));
+    const bool planes = query_.maps.stride_c >= query_.maps.stride_w;
+    const int64_t step = planes ? std::clamp<int64_t>(kPlaneBytes / plane, 1, channels) : channels;
+    for (int64_t c = 0; c < channels; c += step) {
+      for (Pair& pair : pairs) pair.product += product(pair, c, std::min(c + step, channels));
     }
   }
 
  private:
-  void add(Pair& pair, int64_t c) const {
-    const T* const q = query_.image + c * query_.maps.stride_c;
-    const T* const k = key_.image + c * key_.maps.stride_c;
-    if (pair.inside && query_.kernel_size == 3) {
-      add_taps<3>(pair, q + pair.query_at, k + pair.key_at);
-    } else {
-      add_taps_inside(pair, q, k);
+  double product(const Pair& pair, int64_t begin, int64_t end) const {
+    const Position q = query_.first_tap(pair.patch), k = key_.first_tap(pair.key);
+    const T *a = query_.image + query_.at(q), *b = key_.image + key_.at(k);
+    const int64_t size = query_.kernel_size;
+    double sum = 0;
+    if (size == 3 && query_.inside(q) && key_.inside(k)) {
+      for (int64_t c = begin; c < end; ++c) {
+        for (int64_t y = 0; y < 3; ++y) {
+          for (int64_t x = 0; x < 3; ++x) sum += tap(a, b, c, y, x);
+        }
+      }
+      return sum;
     }
-  }
-
-  template <int kKernel>
-  void add_taps(Pair& pair, const T* q, const T* k) const {
-    for (int64_t a = 0; a < kKernel; ++a) {
-      for (int64_t b = 0; b < kKernel; ++b) {
-        const double value = key_value(k, a, b);
-        pair.product += value * double(float(q[a * query_.maps.stride_h + b * query_.maps.stride_w]));
-        pair.key_square += value * value;
+    for (int64_t y = 0; y < size; ++y) {
+      for (int64_t x = 0; x < size; ++x) {
+        if (!query_.has({q.y + y, q.x + x}) || !key_.has({k.y + y, k.x + x})) continue;
+        for (int64_t c = begin; c < end; ++c) sum += tap(a, b, c, y, x);
       }
     }
+    return sum;
   }
 
-  void add_taps_inside(Pair& pair, const T* q, const T* k) const {
-    const Position query = query_.first_tap(pair.patch), key = key_.first_tap(pair.key);
-    for (int64_t a = 0; a < query_.kernel_size; ++a) {
-      for (int64_t b = 0; b < query_.kernel_size; ++b) {
-        const Position at{query.y + a, query.x + b};
-        if (!key_.has({key.y + a, key.x + b})) continue;
-        const double value = key_value(k + pair.key_at, a, b);
-        if (query_.has(at)) pair.product += value * double(float(q[query_.at(at)]));
-        pair.key_square += value * value;
-      }
-    }
-  }
-
-  double key_value(const T* k, int64_t a, int64_t b) const {
-    return double(float(k[a * key_.maps.stride_h + b * key_.maps.stride_w]));
+  TTSR_INLINE double tap(const T* q, const T* k, int64_t c, int64_t y, int64_t x) const {
+    const auto value = [&](const T* first, const Maps<const T>& m) {
+      return double(float(first[c * m.stride_c + y * m.stride_h + x * m.stride_w]));
+    };
+    return value(q, query_.maps) * value(k, key_.maps);
   }
 
   PatchMap<T> query_, key_;
@@ -138,14 +121,9 @@ struct ErrorBounds {
   }
 };
 
-// The factor of a key patch as the search in float has it.
-float factor_of(double key_square, const SearchOptions& o) {
-  return o.normalize_key ? float(1 / o.denominator(std::sqrt(key_square))) : 1;
-}
-
 template <class T>
 void choose_rows(const PairProducts<T>& products, const ErrorBounds& bounds, int64_t begin, int64_t end,
-                 const Argmax<float>& candidates, const SearchOptions& o, const Argmax<float>& result,
+                 const Argmax<float>& candidates, const float* factors, const Argmax<float>& result,
                  uint8_t* certain) {
   const int64_t columns = bounds.query.grid_width, first_patch = bounds.query.begin * columns;
   std::vector<Pair> pairs;
@@ -173,7 +151,7 @@ void choose_rows(const PairProducts<T>& products, const ErrorBounds& bounds, int
     double best = -INFINITY;
     result.score[j] = -INFINITY;
     for (; p < pairs.size() && pairs[p].patch - first_patch == j; ++p) {
-      const float factor = factor_of(pairs[p].key_square, o), score = float(pairs[p].product) * factor;
+      const float factor = factors[pairs[p].key], score = float(pairs[p].product) * factor;
       best = std::max(best, pairs[p].product * double(factor));
       if (!ranks_before(score, pairs[p].key, result.score[j], result.index[j])) continue;
       result.score[j] = score;
@@ -186,8 +164,9 @@ void choose_rows(const PairProducts<T>& products, const ErrorBounds& bounds, int
 }  // namespace
 
 void choose_candidates(const Tensor& query, const Tensor& key, int64_t n, const Packed& packed_query,
-                       const Largest& largest_key, const Argmax<float>& candidates, const SearchOptions& o,
-                       int64_t threads, const Argmax<float>& result, uint8_t* certain) {
+                       const Largest& largest_key, const float* factors, const Argmax<float>& candidates,
+                       const SearchOptions& o, int64_t threads, const Argmax<float>& result,
+                       uint8_t* certain) {
   const ErrorBounds bounds(packed_query, largest_key);
   const int64_t rows = packed_query.end - packed_query.begin, columns = packed_query.grid_width;
   const int64_t step = std::max<int64_t>(1, std::min(kPairs / columns, (rows + threads - 1) / threads));
@@ -196,7 +175,7 @@ void choose_candidates(const Tensor& query, const Tensor& key, int64_t n, const 
     const auto choose = [&](int64_t task, int64_t) {
       if (stopped(o.stop)) return;
       const int64_t begin = task * step, end = std::min(begin + step, rows);
-      choose_rows(products, bounds, begin, end, candidates, o, result, certain);
+      choose_rows(products, bounds, begin, end, candidates, factors, result, certain);
     };
     const double work = 8.0 * rows * columns * packed_query.channels;
     parallel_tasks((rows + step - 1) / step, work, choose, threads);

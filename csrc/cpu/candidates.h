@@ -19,8 +19,9 @@ constexpr int64_t kCandidates = 4;
 // exact score of another by more than that is excluded, and the last of the best scores excludes all keys
 // that are not candidates.
 void choose_candidates(const Tensor& query, const Tensor& key, int64_t n, const Packed& packed_query,
-                       const Largest& largest_key, const Argmax<float>& candidates, const SearchOptions& o,
-                       int64_t threads, const Argmax<float>& result, uint8_t* certain);
+                       const Largest& largest_key, const float* factors,  // of all key patches
+                       const Argmax<float>& candidates, const SearchOptions& o, int64_t threads,
+                       const Argmax<float>& result, uint8_t* certain);
 
 // The patches of some queries of image n side by side, in the rows of one map: see `Gathered::column`.
 struct Gathered {

@@ -39,7 +39,8 @@ struct KeyScale {
   Tensor scale, valid;
   std::vector<int64_t> begin, stride;  // of every tile
   int64_t first_valid;                 // lowest index of a valid key patch, or kNone
-  Largest largest;                     // of the valid patches
+  Largest largest;                     // of the valid patches, if features have two parts
+  std::vector<T> factors;              // of all patches of the image, if features have two parts
 
   static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
@@ -50,6 +51,7 @@ struct KeyScale {
       stride.push_back(key.tile(t).columns + kScalePadding * key.lanes);
       size += stride[t] * key.chunk_rows;
     }
+    if (key.parts() == 2) factors.resize(key.grid_height * key.grid_width);
     scale = scratch(size * sizeof(T));
     valid = scratch(size * sizeof(Bits));
     std::fill_n(mutable_data_of<T>(scale), kScalePadding * key.lanes, T(0));
@@ -84,7 +86,10 @@ struct KeyScale {
           valids[x - left] = Bits(-1);
           first = std::min(first, y * key.grid_width + x);
         });
-        if (key.parts() == 2) add_largest(key, y, t, scales, own);
+        if (key.parts() == 2) {
+          std::copy_n(scales, key.tile(t).columns, factors.data() + y * key.grid_width + left);
+          add_largest(key, y, t, scales, own);
+        }
       }
       if (key.parts() == 2) {
         const std::lock_guard<std::mutex> lock(mutex);

@@ -58,15 +58,28 @@ void pair_rows(float* rows, int64_t channels, int64_t stride) {
   }
 }
 
-// Splits features into two parts, and adds up the squares of the low parts and of what both leave out.
-void split(float* features, float* low, int64_t pixels, double* low_square, double* left_out_square) {
+// Splits rows of features into two parts, and adds up the squares of the low parts and of what both leave
+// out.
+void split_rows(float* features, float* low, int64_t rows, int64_t pixels, int64_t stride, double* low_square,
+                double* left_out_square) {
+  constexpr int64_t kMost = kKeyTileBytes / sizeof(float);
+  float low_sum[kMost] = {}, left_out_sum[kMost] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    float *const high = features + r * stride, *const rest = low + r * stride;
+    for (int64_t u = 0; u < pixels; ++u) {
+      const float feature = high[u];
+      high[u] = rounded_to_bfloat16(feature);
+      const float error = feature - high[u];
+      rest[u] = rounded_to_bfloat16(error);
+      const float left_out = error - rest[u];
+      low_sum[u] += rest[u] * rest[u];
+      left_out_sum[u] += left_out * left_out;
+    }
+    std::fill(rest + pixels, rest + stride, 0.f);
+  }
   for (int64_t u = 0; u < pixels; ++u) {
-    const float feature = features[u], high = rounded_to_bfloat16(feature);
-    features[u] = high;
-    low[u] = rounded_to_bfloat16(feature - high);
-    const double left_out = double(feature) - double(high) - double(low[u]);
-    low_square[u] += double(low[u]) * double(low[u]);
-    left_out_square[u] += left_out * left_out;
+    low_square[u] += double(low_sum[u]);
+    left_out_square[u] += double(left_out_sum[u]);
   }
 }
 
@@ -217,12 +230,9 @@ void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y) {
           row[u] = std::fabs(row[u]) <= std::numeric_limits<S>::max() ? row[u] : S(0);
         }
         std::fill(row + pixels, row + stride, S(0));
-        if constexpr (sizeof(S) == sizeof(float)) {
-          if (two) split(row, low + r * stride, pixels, square[kLowParts], square[kLeftOut]);
-          std::fill(low + r * stride + pixels, low + (r + 1) * stride, 0.f);
-        }
       }
       if constexpr (sizeof(S) == sizeof(float)) {
+        if (two) split_rows(block, low, count, pixels, stride, square[kLowParts], square[kLeftOut]);
         if (blocks) {
           for (int64_t part = 0; part < parts(); ++part) {
             S* const rows = part ? low : block;

@@ -2,6 +2,10 @@
 #pragma once
 
 #include <atomic>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <limits>
 
 #include "../common.h"
@@ -37,7 +41,16 @@ void parallel_tasks(int64_t tasks, double nanoseconds, const F& f, int64_t most 
   });
 }
 
-// Uninitialised memory from PyTorch's allocator, aligned to 64 bytes.
-inline Tensor scratch(int64_t bytes) { return torch::stable::empty({bytes}, ScalarType::Byte); }
+// Uninitialised memory from PyTorch's allocator, aligned to 64 bytes; in huge pages where it is large and the
+// system has them: a search reads it in many rows at once, and walks of page tables would take half its time.
+inline Tensor scratch(int64_t bytes) {
+  const Tensor memory = torch::stable::empty({bytes}, ScalarType::Byte);
+#ifdef __linux__
+  constexpr uintptr_t kPage = 4096, kLarge = 4 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory.const_data_ptr()) + kPage - 1) / kPage * kPage;
+  if (uintptr_t(bytes) >= kLarge) madvise(reinterpret_cast<void*>(begin), bytes - kPage, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
 
 }  // namespace ttsr_fast

@@ -142,7 +142,8 @@ struct Batch {
       if (first) return false;
       if constexpr (sizeof(T) == sizeof(float)) {
         if (results.certain) {
-          choose_candidates(query, key, n, q, largest, best, o, most, result, results.certain + patch);
+          choose_candidates(query, key, n, q, largest, scale.factors.data(), best, o, most, result,
+                            results.certain + patch);
         }
       }
       if (results.second) {
@@ -268,12 +269,22 @@ void check_search(const Tensor& query, const Tensor& key, const std::optional<Te
   check_memory(*key_mask, "key_mask");
 }
 
-// What the kernel multiplies. Runner-ups are wanted of one rounding only.
+#ifdef TTSR_PORTABLE_TILES
+constexpr bool kAnySize = true;  // tests are small
+#else
+constexpr bool kAnySize = false;
+#endif
+
+// What the kernel multiplies: 16 bits, if that is allowed and faster. Products of two parts are allowed for
+// the best key alone.
 Element element_for(const Tensor& query, const Tensor& key, bool bfloat16, bool second) {
-  const Isa& isa = best_isa();
   if (query.scalar_type() == ScalarType::Double) return Element::kDouble;
-  if (bfloat16) return isa.bfloat16 ? Element::kBFloat16 : Element::kFloat;
-  return isa.tiles && !second ? Element::kBFloat16Parts : Element::kFloat;
+  const Isa& isa = best_isa();
+  const int64_t queries = query.size(2) * query.size(3), keys = key.size(2) * key.size(3);
+  // The choice among candidates, packing and blocks that are not full cost more than they save below.
+  const bool large = query.size(1) >= 8 && queries >= 256 && keys >= 1024;
+  if (bfloat16) return isa.bfloat16 && (large || kAnySize) ? Element::kBFloat16 : Element::kFloat;
+  return isa.tiles && !second && (large || kAnySize) ? Element::kBFloat16Parts : Element::kFloat;
 }
 
 void cpp_search(const Tensor& query,                    // [N, C, H, W]
