@@ -4,7 +4,7 @@
 //
 // Compiled together with search_kernel_<isa>.cpp, ISA and VECTOR_BYTES defined. Both files hold doubles. A
 // case is a header, query, key, the initial score of every query patch, factor and validity of every key
-// patch; a result is score, second-best score and index of every query patch.
+// patch; a result is the best scores of every query patch, then their keys.
 
 #include <algorithm>
 #include <cmath>
@@ -33,7 +33,7 @@ struct Map {
 
 struct Case {
   bool is_double;
-  bool with_second;
+  int64_t keep;     // best scores of a query patch
   int64_t offsets;  // row offsets of one call of the kernel
   Map query, key;
   Doubles score;         // initial, [query patches]
@@ -106,8 +106,9 @@ struct KeyScale {
 template <class T>
 Doubles search(const Case& c) {
   const int64_t first_valid = std::find(c.valid.begin(), c.valid.end(), 1.0) - c.valid.begin();
-  std::vector<T> score(c.score.begin(), c.score.end()), second = score;
-  std::vector<int64_t> index(c.query.patches(), first_valid);
+  std::vector<T> score;
+  for (int64_t n = 0; n < c.keep; ++n) score.insert(score.end(), c.score.begin(), c.score.end());
+  std::vector<int64_t> index(score.size(), first_valid);
   const auto queries = pack<T>(c.query, true), keys = pack<T>(c.key, false);
   SearchKernelParams p{};
   p.depth = c.query.channels;
@@ -116,6 +117,8 @@ Doubles search(const Case& c) {
   p.key_end = c.key.grid_height();
   p.index_stride = c.key.grid_width();
   p.score_stride = c.query.grid_width();
+  p.keep = c.keep;
+  p.keep_stride = c.query.patches();
   for (const auto& key : keys) {
     const KeyScale<T> scale(c, key);
     p.key = key.tile;
@@ -126,7 +129,6 @@ Doubles search(const Case& c) {
     for (const auto& query : queries) {
       p.query = query.tile;
       p.score = score.data() + query.begin;
-      p.second = c.with_second ? second.data() + query.begin : nullptr;
       p.index = index.data() + query.begin;
       const int64_t size = Workspace<T>(p.query, c.query.kernel_size).size(c.offsets);
       T* const workspace = new (std::align_val_t(64)) T[size];
@@ -140,7 +142,6 @@ Doubles search(const Case& c) {
     }
   }
   Doubles result(score.begin(), score.end());
-  result.insert(result.end(), second.begin(), second.end());
   result.insert(result.end(), index.begin(), index.end());
   return result;
 }
@@ -160,7 +161,7 @@ Case read_case(std::FILE* file, bool is_double) {
   const Doubles h = read(file, 11);
   const auto at = [&](int i) { return int64_t(h[i]); };
   Case c{is_double,
-         at(0) != 0,
+         at(0),
          at(1),
          {at(2), at(5), at(6), at(3), at(4), at(9), {}},
          {at(2), at(7), at(8), at(3), at(4), at(10), {}},

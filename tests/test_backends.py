@@ -192,7 +192,7 @@ def test_reference_backend_runs_everything():
 
 
 BASELINE = "neon" if platform.machine() in ("aarch64", "arm64") else "baseline"
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", BASELINE)
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", BASELINE)
 
 
 @pytest.mark.compiled
