@@ -126,18 +126,20 @@ void choose_rows(const PairProducts<T>& products, const ErrorBounds& bounds, int
                  const Argmax<float>& candidates, const float* factors, const Argmax<float>& result,
                  uint8_t* certain) {
   const int64_t columns = bounds.query.grid_width, first_patch = bounds.query.begin * columns;
+  const int64_t scored = std::max<int64_t>(candidates.keep - 1, 1);
   std::vector<Pair> pairs;
   for (int64_t row = begin; row < end; ++row) {
-    const std::vector<double> bound = bounds.row(bounds.query.begin + row);
+    const std::vector<double> bound =
+        certain ? bounds.row(bounds.query.begin + row) : std::vector(columns, 0.0);
     for (int64_t x = 0; x < columns; ++x) {
       const int64_t j = row * columns + x;
       const float best = candidates.score[j];
       result.score[j] = best;
       result.index[j] = candidates.index[j];
-      certain[j] = std::isfinite(bound[x]) || std::isnan(bound[x]);
-      if (!certain[j] || std::isnan(best)) continue;
-      const double last = candidates.score[(kCandidates - 1) * candidates.stride + j];
-      for (int64_t r = 0; r < kCandidates - 1; ++r) {
+      if (certain) certain[j] = bound[x] < INFINITY || std::isnan(bound[x]);
+      if (std::isnan(best) || bound[x] == INFINITY) continue;
+      const double last = candidates.score[(candidates.keep - 1) * candidates.stride + j];
+      for (int64_t r = 0; r < scored; ++r) {
         const int64_t at = r * candidates.stride + j;
         if (std::isinf(candidates.score[at]) || candidates.score[at] < best - 2 * bound[x]) break;
         pairs.push_back({first_patch + j, candidates.index[at], bound[x], last});
@@ -157,7 +159,7 @@ void choose_rows(const PairProducts<T>& products, const ErrorBounds& bounds, int
       result.score[j] = score;
       result.index[j] = pairs[p].key;
     }
-    certain[j] = excluded < best;
+    if (certain) certain[j] = excluded < best;
   }
 }
 

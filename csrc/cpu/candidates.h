@@ -1,4 +1,4 @@
-// The exact choice among the best candidates of a search with features in two parts.
+// Exact scores of what a search with rounded products chose, and the exact choice among its best candidates.
 #pragma once
 
 #include "argmax.h"
@@ -6,16 +6,16 @@
 
 namespace ttsr_fast {
 
-// Best scores that such a search keeps. All but the last one can be scored exactly.
+// Best scores that a search with features in two parts keeps. All but the last one can be scored exactly.
 constexpr int64_t kCandidates = 4;
 
 // Chooses the best of the candidates of a query chunk by their exact scores. Writes score and index as a
 // search in float would find them, and whether no other key can be better: `certain`, 1 or 0 for every query
-// patch.
+// patch. Of one candidate only the score is computed; `certain` is null.
 //
 // With x = h + l + e, the parts of a feature and what they leave out, the search takes h h' + h l' + l h' for
 // x x'. So the inner product of two patches is off by at most |l||l'| + |e||x'| + (|x| + |e|)|e'|, and by the
-// rounding of its sums and the denormals that they flush, see `choose_row`. Every key with a score below the
+// rounding of its sums and the denormals that they flush, see ErrorBounds. Every key with a score below the
 // exact score of another by more than that is excluded, and the last of the best scores excludes all keys
 // that are not candidates.
 void choose_candidates(const Tensor& query, const Tensor& key, int64_t n, const Packed& packed_query,

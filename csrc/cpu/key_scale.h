@@ -40,7 +40,7 @@ struct KeyScale {
   std::vector<int64_t> begin, stride;  // of every tile
   int64_t first_valid;                 // lowest index of a valid key patch, or kNone
   Largest largest;                     // of the valid patches, if features have two parts
-  std::vector<T> factors;              // of all patches of the image, if features have two parts
+  std::vector<T> factors;              // of all patches of the image, as given, if choices are approximate
 
   static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
@@ -51,7 +51,7 @@ struct KeyScale {
       stride.push_back(key.tile(t).columns + kScalePadding * key.lanes);
       size += stride[t] * key.chunk_rows;
     }
-    if (key.parts() == 2) factors.resize(key.grid_height * key.grid_width);
+    if (key.approximate()) factors.resize(key.grid_height * key.grid_width);
     scale = scratch(size * sizeof(T));
     valid = scratch(size * sizeof(Bits));
     std::fill_n(mutable_data_of<T>(scale), kScalePadding * key.lanes, T(0));
@@ -86,10 +86,13 @@ struct KeyScale {
           valids[x - left] = Bits(-1);
           first = std::min(first, y * key.grid_width + x);
         });
-        if (key.parts() == 2) {
-          std::copy_n(scales, key.tile(t).columns, factors.data() + y * key.grid_width + left);
-          add_largest(key, y, t, scales, own);
-        }
+        if (key.parts() == 2) add_largest(key, y, t, scales, own);
+        if (!key.approximate()) continue;
+        const auto set_factor = [&](int64_t x, double norm) {
+          factors[y * key.grid_width + x] = T(o.normalize_key ? 1 / o.denominator(norm) : 1);
+        };
+        key.patch_norms(y, left, left + key.tile(t).columns, set_factor,
+                        key.rounded ? Packed::kAsGiven : Packed::kFeatures);
       }
       if (key.parts() == 2) {
         const std::lock_guard<std::mutex> lock(mutex);

@@ -138,7 +138,7 @@ Packed::Packed(Side side_, const Tensor& x, Element element_, int kernel_size_, 
   chunk_rows = std::clamp<int64_t>(chunk_rows, 1, grid_height);
   const int64_t image_rows = std::min(chunk_rows + kernel_size - 1, height);
   rows_ = scratch(image_rows * row_bytes);
-  squared_ = scratch((parts() == 2 ? 3 : 1) * image_rows * width * sizeof(double));
+  squared_ = scratch(norms() * image_rows * width * sizeof(double));
 }
 
 // Splits the columns into tiles of that many pixels, halo included. Returns the stored pixels of a row.
@@ -210,7 +210,7 @@ void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y) {
     const int64_t start = tile_begin(t) - padding + tile.left, pixels = tile.pixels;
     const int64_t stride = stored_pixels(t);
     double* square[3];
-    for (int which = kFeatures; which <= (two ? kLeftOut : kFeatures); ++which) {
+    for (int64_t which = 0; which < norms(); ++which) {
       square[which] = squares(y, Norm(which)) + start;
       std::fill(square[which], square[which] + pixels, 0.0);
     }
@@ -222,7 +222,10 @@ void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y) {
       for (int64_t r = 0; r < count; ++r) {
         S* const row = block + r * stride;
         if (rounded) {
-          for (int64_t u = 0; u < pixels; ++u) row[u] = S(float(BFloat16(float(row[u]))));
+          for (int64_t u = 0; u < pixels; ++u) {
+            square[kAsGiven][u] += double(row[u]) * double(row[u]);
+            row[u] = S(float(BFloat16(float(row[u]))));
+          }
         }
         for (int64_t u = 0; u < pixels; ++u) {
           square[kFeatures][u] += double(row[u]) * double(row[u]);

@@ -36,9 +36,13 @@ struct Packed {
 
   int64_t parts() const { return element == Element::kBFloat16Parts ? 2 : 1; }
 
-  // What a patch has a norm of: the features, rounded if only that is packed; with two parts also the low
-  // parts, and what both parts leave out.
-  enum Norm { kFeatures, kLowParts, kLeftOut };
+  // What a patch has a norm of: the features, rounded if only that is packed; then the features as given,
+  // with two parts the low parts and what both leave out.
+  enum Norm { kFeatures, kAsGiven = 1, kLowParts = 1, kLeftOut = 2 };
+  int64_t norms() const { return parts() == 2 ? 3 : rounded ? 2 : 1; }
+
+  // Choices are approximate, scores are computed again.
+  bool approximate() const { return parts() == 2 || rounded; }
 
   // Calls f(x, norm) for the patches [begin, end) of row y.
   template <class F>

@@ -69,13 +69,17 @@ void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& sca
 }
 
 template <class T>
-void normalise(const Packed& query, const SearchOptions& o, T* score, int64_t threads) {
+void normalise(const Packed& query, const SearchOptions& o, T* score, int64_t threads,
+               Packed::Norm which = Packed::kFeatures) {
   const int64_t rows = query.end - query.begin, columns = query.grid_width;
   const auto divide_row = [&](int64_t row, int64_t) {
-    query.patch_norms(query.begin + row, 0, columns, [&](int64_t x, double norm) {
-      T& value = score[row * columns + x];
-      value = T(double(value) / o.denominator(norm));
-    });
+    query.patch_norms(
+        query.begin + row, 0, columns,
+        [&](int64_t x, double norm) {
+          T& value = score[row * columns + x];
+          value = T(double(value) / o.denominator(norm));
+        },
+        which);
   };
   parallel_tasks(rows, 6.0 * rows * columns, divide_row, threads);
 }
@@ -141,9 +145,9 @@ struct Batch {
       }
       if (first) return false;
       if constexpr (sizeof(T) == sizeof(float)) {
-        if (results.certain) {
+        if (q.approximate() && !results.second) {
           choose_candidates(query, key, n, q, largest, scale.factors.data(), best, o, most, result,
-                            results.certain + patch);
+                            results.certain ? results.certain + patch : nullptr);
         }
       }
       if (results.second) {
@@ -153,7 +157,9 @@ struct Batch {
         std::copy_n(best.score + best.stride, count, results.second + patch);
         if (o.normalize_query) normalise(q, o, results.second + patch, most);
       }
-      if (o.normalize_query) normalise(q, o, result.score, most);
+      const bool as_given = q.rounded && !results.second;
+      const Packed::Norm norm = as_given ? Packed::kAsGiven : Packed::kFeatures;
+      if (o.normalize_query) normalise(q, o, result.score, most, norm);
     }
     return true;
   }

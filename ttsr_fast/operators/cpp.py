@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ttsr_fast.operators import library
 from ttsr_fast.operators.index import InverseIndex, checks_index
-from ttsr_fast.operators.patch import Patch, Score, Transfer, patch_norm, sum_dtype
+from ttsr_fast.operators.patch import Patch, Score, Transfer, sum_dtype
 
 # Seconds from which on a search is interruptible. The threads of the main thread wait actively for
 # a few milliseconds after their last work, beside those that the search then has of its own.
@@ -77,8 +77,6 @@ def search(
     precision: str,
 ) -> None:
     _search(query, key, key_mask, match, patch, scoring, precision, None)
-    if precision == "bf16" and query.dtype != torch.bfloat16:
-        _rescore(query, key, match, patch, scoring)
 
 
 def score_excluding(
@@ -107,7 +105,8 @@ def _search(
     second: Tensor | None,  # [N, Ho, Wo], filled with the best score of another key
 ) -> None:
     normalize = (scoring.of_query, scoring.of_key, scoring.eps, scoring.add_eps)
-    arguments = (query, key, key_mask, *match, *patch, *normalize, precision == "bf16", second, None)
+    options = (*patch, *normalize, precision == "bf16")
+    arguments = (query, key, key_mask, *match, *options, second, None)
     if _seconds(query, key, patch.kernel_size) > _LONG:
         interruptible(torch.ops.ttsr_fast.cpp_search, *arguments)
     else:
@@ -123,23 +122,6 @@ def _seconds(query: Tensor, key: Tensor, kernel_size: int) -> float:
     nanoseconds = pairs * (channels / 60 + 0.35 * kernel_size + 0.7) + 7 * pixels * channels
     wide = 2 if query.dtype == torch.float64 else 1
     return 1e-9 * wide * nanoseconds / torch.get_num_threads()
-
-
-def _rescore(
-    query: Tensor, key: Tensor, match: tuple[Tensor, Tensor], patch: Patch, scoring: Score
-) -> None:
-    """Scores of the chosen pairs from the features as given, not as rounded for the choice."""
-    score, index = match
-    exact = torch.empty_like(score)
-    gather_dot([key], [query], index, exact, Transfer([1], patch, "none"))
-    if scoring.of_key:
-        chosen = torch.empty_like(score.unsqueeze(1))
-        norm = scoring.denominator(patch_norm(key, patch))
-        gather_fold([norm], index, None, [chosen], Transfer([1], Patch(1, 0), "none"))
-        exact /= chosen[:, 0]
-    if scoring.of_query:
-        exact /= scoring.denominator(patch_norm(query, patch)[:, 0])
-    score.copy_(torch.where(score.isnan(), score, exact))
 
 
 def gather_fold(
