@@ -225,24 +225,36 @@ T threshold_of(T best, bool lower) {
 
 // Compilers load a value again for every addition that can read it from memory.
 template <class Vector>
-TTSR_INLINE void keep_in_register([[maybe_unused]] Vector& value) {
+TTSR_INLINE Vector in_register(Vector value) {
 #if TTSR_VECTOR_BYTES == 64
   asm("" : "+v"(value));
 #endif
+  return value;
 }
 
-// True if a lane of `score` exceeds the threshold or is NaN.
-template <class Vector>
-TTSR_INLINE bool any_above(const Vector& score, const Vector& threshold) {
+// True if a lane of one of the scores exceeds its threshold or is NaN.
+template <class T, int kRows>
+TTSR_INLINE bool any_above(const typename Simd<T>::Vector* scores,
+                           const typename Simd<T>::Vector* thresholds) {
 #if TTSR_VECTOR_BYTES == 64
-  if (sizeof(score[0]) == 4) return _mm512_cmp_ps_mask((__m512)score, (__m512)threshold, _CMP_NLE_UQ) != 0;
-  return _mm512_cmp_pd_mask((__m512d)score, (__m512d)threshold, _CMP_NLE_UQ) != 0;
-#elif TTSR_VECTOR_BYTES == 32
-  return _mm256_movemask_epi8((__m256i) ~(score <= threshold)) != 0;
+  unsigned above = 0;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    above |= sizeof(T) == 4 ? _mm512_cmp_ps_mask((__m512)scores[r], (__m512)thresholds[r], _CMP_NLE_UQ)
+                            : _mm512_cmp_pd_mask((__m512d)scores[r], (__m512d)thresholds[r], _CMP_NLE_UQ);
+  }
+  return above != 0;
+#else
+  typename Simd<T>::Mask below = scores[0] <= thresholds[0];
+#pragma GCC unroll 8
+  for (int r = 1; r < kRows; ++r) below &= scores[r] <= thresholds[r];
+#if TTSR_VECTOR_BYTES == 32
+  return _mm256_movemask_epi8((__m256i)below) != -1;
 #else
   typedef int64_t Halves __attribute__((vector_size(16)));
-  const Halves above = (Halves) ~(score <= threshold);
-  return (above[0] | above[1]) != 0;
+  const Halves halves = (Halves)below;
+  return (halves[0] & halves[1]) != -1;
+#endif
 #endif
 }
 
@@ -275,7 +287,7 @@ struct BoxSum {
   template <int kRows>
   void rows(int64_t m) const {
     const int64_t first = first_column(m), width = vectors(m) * L;
-    const T* const taps = product + m * Layout::product_stride + first;
+    const T* const taps = product ? product + m * Layout::product_stride + first : nullptr;
     const T* const scales = scale + m + first;
     T* sums[kSlots];
     for (int j = 0; j < kSlots; ++j) sums[j] = slot[j] + m * Layout::state_stride;
@@ -293,8 +305,7 @@ struct BoxSum {
         Vector tap[kRows + kKernel - 1];
 #pragma GCC unroll 16
         for (int r = 0; r < kRows + kKernel - 1; ++r) {
-          tap[r] = *(const Vector*)(taps + r * Layout::product_stride + v);
-          keep_in_register(tap[r]);
+          tap[r] = in_register(*(const Vector*)(taps + r * Layout::product_stride + v));
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
@@ -315,13 +326,9 @@ struct BoxSum {
         }
       }
       if (!ends) continue;
-      bool any = false;
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        sum[r] *= *(const Vector*)(scales + r + v);
-        any |= any_above<Vector>(sum[r], threshold[r]);
-      }
-      if (__builtin_expect(!any, 1)) continue;
+      for (int r = 0; r < kRows; ++r) sum[r] *= *(const Vector*)(scales + r + v);
+      if (__builtin_expect(!any_above<T, kRows>(sum, threshold), 1)) continue;
       T scores[kRows * L];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) *(Vector*)(scores + r * L) = sum[r];
@@ -333,8 +340,8 @@ struct BoxSum {
 
   // Merges the scores of keys `column` to `column + L`, not all of which need exist, into those of patch m.
   __attribute__((noinline)) void merge(const T* scores, int64_t m, int64_t column, T& limit) const {
-    const Vector candidates = *(const Vector*)scores;
-    if (!any_above<Vector>(candidates, Vector{} + limit)) return;
+    const Vector candidates = *(const Vector*)scores, threshold = Vector{} + limit;
+    if (!any_above<T, 1>(&candidates, &threshold)) return;
     const int64_t end = column + L < columns ? column + L : columns;
     for (int64_t n = column < 0 ? 0 : column; n < end; ++n) {
       if (!valid[n]) continue;
