@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ttsr_fast import choices, gather_fold, search
-from ttsr_fast.operators import backends, library, triton
+from ttsr_fast.operators import backends, build, library, triton
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 OPERATORS = ("search", "gather_fold", "gather_fold_adjoint", "gather_dot")
@@ -197,12 +197,18 @@ INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", BASELINE)
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_every_instruction_set(instruction_set, request):
+def test_every_instruction_set(instruction_set, request, monkeypatch):
     """The tests of `search`, with the kernels that another processor would run."""
-    tests = str(request.path.with_name("test_search.py"))
-    chosen = "options or ties or (shapes and float32)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", chosen]
-    result = run(command, TTSR_FAST_ISA=instruction_set, TTSR_FAST_TEST_BACKENDS="cpp")
+    tests = [str(request.path.with_name(name)) for name in ("test_search.py", "test_parts.py")]
+    chosen = "options or ties or identical or (shapes and float32) or test_parts"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", chosen]
+    settings = {"TTSR_FAST_ISA": instruction_set, "TTSR_FAST_TEST_BACKENDS": "cpp"}
+    if instruction_set == "amx":  # with a tile unit in C++
+        portable = Path(__file__).parent.parent / "build/portable-tiles" / build.LIBRARY
+        monkeypatch.setenv("CXXFLAGS", "-DTTSR_PORTABLE_TILES")
+        build.compile_library(portable)
+        settings["TTSR_FAST_LIBRARY"] = str(portable)
+    result = run(command, **settings)
     refused = "TTSR_FAST_ISA must name an instruction set of this processor" in result.stdout
     assert result.returncode == 0 or (refused and instruction_set != BASELINE), result.stdout
 

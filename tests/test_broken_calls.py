@@ -95,6 +95,20 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
         ),
         "at least one key position True",
     ),
+    "small second": (
+        lambda: torch.ops.ttsr_fast.cpp_search(
+            *(rand(X), rand(X), None, torch.empty(1, 8, 8), index_of(1, 8, 8)),
+            *(3, 1, True, True, 1e-12, False, False, torch.empty(1, 8, 7)),
+        ),
+        r"second must be \[1, 8, 8\], got \[1, 8, 7\]",
+    ),
+    "float certain": (
+        lambda: torch.ops.ttsr_fast.cpp_search(
+            *(rand(X), rand(X), None, torch.empty(1, 8, 8), index_of(1, 8, 8)),
+            *(3, 1, True, True, 1e-12, False, False, None, torch.empty(1, 8, 8)),
+        ),
+        "certain must be Byte, got Float",
+    ),
     "key grid": (
         lambda: torch.ops.ttsr_fast.cpp_gather_fold(
             *(rand(X), index_of(1, 8, 8), None, torch.empty(X), 1, 3, 1, 80, 80, "area"),
@@ -248,7 +262,7 @@ def test_long_search_is_like_a_short_one_and_can_be_stopped(monkeypatch):
     with pytest.raises(RuntimeError, match="interrupted"):
         torch.ops.ttsr_fast.cpp_search(
             *(query, key, None, *match, 3, 1, True, True, 1e-12, False, False),
-            torch.ones(1, dtype=torch.int32),
+            stop=torch.ones(1, dtype=torch.int32),
         )
 
 

@@ -102,21 +102,20 @@ struct ErrorBounds {
     flushed = std::ldexp(taps * taps * (4 * kTileChannels * tiles + 64), -126) * key.factor;
   }
 
+  // Infinity where sums can overflow, NaN for patches that are not finite.
   std::vector<double> row(int64_t y) const {
     std::vector<double> bounds(query.grid_width, flushed);
     const auto add = [&](Packed::Norm which, double factor) {
-      query.patch_norms(
-          y, 0, query.grid_width,
-          [&](int64_t x, double norm) {
-            bounds[x] += factor * norm;
-            // The sums can overflow.
-            if (which == Packed::kFeatures && !(norm * key.norm < 1e36)) bounds[x] = INFINITY;
-          },
-          which);
+      const auto add_norm = [&](int64_t x, double norm) { bounds[x] += factor * norm; };
+      query.patch_norms(y, 0, query.grid_width, add_norm, which);
     };
     add(Packed::kLowParts, key.low_parts);
     add(Packed::kLeftOut, key.features + key.left_out);
     add(Packed::kFeatures, key.left_out + rounding * key.features);
+    query.patch_norms(y, 0, query.grid_width, [&](int64_t x, double norm) {
+      if (norm * key.norm >= 1e36) bounds[x] = INFINITY;
+      if (!std::isfinite(norm)) bounds[x] = NAN;
+    });
     return bounds;
   }
 };
@@ -136,7 +135,7 @@ void choose_rows(const PairProducts<T>& products, const ErrorBounds& bounds, int
       const float best = candidates.score[j];
       result.score[j] = best;
       result.index[j] = candidates.index[j];
-      if (certain) certain[j] = bound[x] < INFINITY || std::isnan(bound[x]);
+      if (certain) certain[j] = bound[x] != INFINITY;
       if (std::isnan(best) || bound[x] == INFINITY) continue;
       const double last = candidates.score[(candidates.keep - 1) * candidates.stride + j];
       for (int64_t r = 0; r < scored; ++r) {

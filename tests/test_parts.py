@@ -1,0 +1,122 @@
+"""The search with features in two parts: its choice is exact, by proof or by a second search.
+
+For the instruction set amx. `test_backends` runs these tests with its tile unit in C++, on any
+processor with AVX-512.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests import cases
+from tests.checks import assert_same_choice
+from ttsr_fast import reference, search
+from ttsr_fast.operators import library
+
+each = pytest.mark.parametrize
+# Features of which the search finds the best key in more than one way.
+FEATURES = {
+    **cases.FEATURES,
+    "smooth": lambda *size: F.interpolate(torch.randn(*size[:2], 4, 5), size[2:], mode="bicubic"),
+    "sparse": lambda *size: torch.randn(*size) * (torch.rand(size[0], 1, *size[2:]) > 0.7),
+    "of many sizes": lambda *size: (
+        torch.randn(*size) * 10 ** (12 * torch.rand(1, 1, *size[2:]) - 6)
+    ),
+    "near zero": lambda *size: 1e-37 * torch.randn(*size),
+    "near the largest": lambda *size: 1e17 * torch.randn(*size),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_a_tile_unit():
+    if library.load_library() is not None or library.instruction_set() != "amx":
+        pytest.skip("for the instruction set amx; test_backends runs this with its tiles in C++")
+
+
+def found(query: Tensor, key: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, keys, and which of them were proved by the first search."""
+    score = torch.empty(len(query), *query.shape[2:])
+    index = torch.empty_like(score, dtype=torch.int64)
+    certain = torch.full_like(score, 7, dtype=torch.uint8)
+    options = (3, 1, True, True, 1e-12, False, False)
+    maps = (query, key, mask)
+    torch.ops.ttsr_fast.cpp_search(*maps, score, index, *options, certain=certain)
+    assert ((certain == 0) | (certain == 1)).all()
+    return score, index, certain.bool()
+
+
+@each("name", FEATURES)
+def test_choices_and_proofs(name):
+    query, key = FEATURES[name](2, 24, 21, 40), FEATURES[name](2, 24, 30, 53)
+    mask = torch.rand(2, 30, 53) > 0.3
+    score, index, certain = found(query, key, mask)
+    assert_same_choice(search(query, key, key_mask=mask), query, key, mask)
+    exact, best = reference.search(query.double(), key.double(), mask)
+    if name in cases.FEATURES:
+        torch.testing.assert_close(score.double(), exact, atol=1e-6, rtol=0)
+        assert certain.float().mean() > 0.99
+        assert index[certain].equal(best[certain])
+
+
+def test_nearly_equal_keys_are_searched_again_where_more_than_candidates():
+    query, key = torch.randn(1, 16, 12, 33), torch.randn(1, 16, 14, 37)
+    for copies, proved in ((3, True), (5, False)):
+        copied = key.repeat(1, 1, copies, 1)
+        copied[:, :, ::14] = copied[:, :, 13::14] = 0  # patches of one copy alone
+        assert_same_choice(search(query, copied), query, copied)
+        _, index, certain = found(query, copied)
+        assert (certain.float().mean() > 0.9) == proved
+        assert (index < 14 * 37).all(), "the first of equal keys"
+
+
+def test_uncertain_queries_are_searched_together_and_apart():
+    """Some in a row, some alone, in the corners, and all of an image; 9 of 16 rows have none."""
+    key = torch.randn(2, 8, 8, 41)
+    key = torch.cat([key] * 6, 2)
+    query = torch.randn(2, 8, 16, 50)
+    query[0, :, ::2, 7:12] = key[0, :, :8, 7:12]
+    query[1] = F.pad(key[1, :, :16], [0, 9])
+    mask = torch.ones(2, 48, 41, dtype=torch.bool)
+    mask[0, 9:] = False  # one copy alone
+    for y, x in ((0, 0), (0, 40), (47, 0)):
+        mask[0, y, x] = True
+    match = search(query, key, key_mask=mask)
+    assert_same_choice(match, query, key, mask)
+    certain = found(query, key, mask)[2].float().mean((1, 2))
+    assert certain[0] > certain[1]
+
+
+@each("dtype", cases.HALF_DTYPES, ids=str)
+def test_16_bits_have_no_third_part(dtype):
+    query, key = (torch.randn(1, 40, 13, n).to(dtype) for n in (34, 35))
+    assert_same_choice(search(query, key, precision="fp32"), query, key)
+    assert found(query, key)[2].all()
+
+
+@each("layout", cases.LAYOUTS)
+def test_scores_are_those_of_the_features_as_given(layout):
+    query, key = (cases.LAYOUTS[layout](torch.randn(2, 6, 19, n)) for n in (34, 35))
+    for precision in ("fp32", "bf16"):
+        assert_same_choice(search(query, key, precision=precision), query, key, precision=precision)
+
+
+def test_sums_that_overflow_are_left_to_float():
+    query, key = 1e18 * torch.randn(1, 8, 9, 33), 1e19 * torch.randn(1, 8, 9, 34)
+    assert not found(query, key)[2].any()
+    expected = search(query.double(), key.double())
+    assert search(query, key).index.eq(expected.index).float().mean() > 0.99
+
+
+def test_nan_and_infinity():
+    query, key = torch.randn(1, 5, 12, 33), torch.randn(1, 5, 13, 40)
+    query[0, 2, 3, 4], query[0, 1, 8, 30] = float("nan"), float("inf")
+    mask = torch.ones(1, 13, 40, dtype=torch.bool)
+    key[0, 0, 6, 7] = float("nan")
+    mask[0, 5:8, 6:9] = False
+    score, _, certain = found(query, key, mask)
+    missing = score.isnan()
+    assert missing[0, 2:5, 3:6].all() and missing[0, 7:10, 29:32].all() and missing.sum() == 18
+    assert certain.all()
+    score, index, _ = found(query, key)
+    assert score.isnan().all() and index[~missing].eq(5 * 40 + 6).all()
