@@ -266,8 +266,9 @@ def _model(data: Data, full: bool) -> list[Table]:
         faster = "" if None in times else f"{digits(times[0] / times[1])} x"
         error = max((row["max_relative_error"] for row in found.values()), default=0)
         checked = "/".join({str(row.get("checked_queries", "all")) for row in found.values()})
+        losses = (f", {row['loss_db']:.4f} dB" for row in found.values() if "loss_db" in row)
         place = (case["operation"], case["title"])
-        rows.append([*place, *cells, faster, f"{error:.0e}", checked])
+        rows.append([*place, *cells, faster, f"{error:.0e}" + "".join(losses), checked])
         for name in [name for name in found if "stages_s" in found[name]]:
             staged.append((", ".join(place), labels[name], found[name]["stages_s"]))
             stages |= found[name]["stages_s"]

@@ -1,5 +1,6 @@
 """The learnable texture extractor: the first three levels of VGG19."""
 
+import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -7,6 +8,8 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+from ttsr_fast.model.convolution import channels_last_on_cpu, convolve
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -31,9 +34,9 @@ class LTE(nn.Module):
     def __init__(self, vgg19: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.sub_mean = nn.Conv2d(3, 3, 1).requires_grad_(False)
-        self.slice1 = _slice(0, _conv3(3, 64), _relu())
-        self.slice2 = _slice(2, _conv3(64, 64), _relu(), _pool(), _conv3(64, 128), _relu())
-        self.slice3 = _slice(7, _conv3(128, 128), _relu(), _pool(), _conv3(128, 256), _relu())
+        self.slice1 = _Slice(0, _conv3(3, 64), _relu())
+        self.slice2 = _Slice(2, _conv3(64, 64), _relu(), _pool(), _conv3(64, 128), _relu())
+        self.slice3 = _Slice(7, _conv3(128, 128), _relu(), _pool(), _conv3(128, 256), _relu())
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         scale = torch.diag(1 / std)[:, :, None, None]
         self.sub_mean.load_state_dict({"weight": scale, "bias": -mean / std})
@@ -45,14 +48,20 @@ class LTE(nn.Module):
     def forward(
         self,
         image: Tensor,  # [N, 3, H, W]
+        *,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Three levels of `image`, with pixels in [0, 1]; H and W are at least 4.
+
+        Args:
+            image: in the type of the weights.
+            dtype: type of the convolutions and their results; None for the type of the weights.
 
         Returns:
             lv1 `[N, 64, H, W]`, lv2 `[N, 128, H // 2, W // 2]` and lv3 `[N, 256, H // 4, W // 4]`,
             each after its ReLU.
         """
-        lv1 = self.slice1(channels_last_on_cpu(self._normalised(image)))
+        lv1 = self.slice1(channels_last_on_cpu(self._normalised(image).to(dtype or image.dtype)))
         lv2 = self.slice2(lv1)
         return lv1, lv2, self.slice3(lv2)
 
@@ -108,17 +117,22 @@ def _say_random() -> None:
     )
 
 
-def channels_last_on_cpu(x: Tensor) -> Tensor:
-    """`x` in the channels-last layout on the CPU; all maps made from it follow.
+class _Slice(nn.Sequential):
+    """Layers with their numbers in VGG19 as names; a ReLU follows each convolution."""
 
-    Convolutions take two thirds of the time then, and the transfer half; results do not change.
-    """
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    def __init__(self, first: int, *layers: nn.Module) -> None:
+        super().__init__(OrderedDict((str(i), layer) for i, layer in enumerate(layers, first)))
 
-
-def _slice(first: int, *layers: nn.Module) -> nn.Sequential:
-    """Layers with their numbers in VGG19 as names."""
-    return nn.Sequential(OrderedDict((str(i), layer) for i, layer in enumerate(layers, first)))
+    def forward(self, x: Tensor) -> Tensor:
+        relu = False  # done with the convolution before
+        for layer, following in itertools.zip_longest(self, list(self)[1:]):
+            if relu:
+                relu = False
+            elif isinstance(layer, nn.Conv2d) and isinstance(following, nn.ReLU):
+                x, relu = convolve(layer, x, relu=True), True
+            else:
+                x = layer(x)
+        return x
 
 
 def _conv3(channels: int, out_channels: int) -> nn.Conv2d:

@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttsr_fast.model.lte import channels_last_on_cpu
+from ttsr_fast.model.bicubic import bicubic_by_products
+from ttsr_fast.model.convolution import (
+    channels_last_on_cpu,
+    convolve,
+    is_inference,
+    is_large_on_cpu,
+)
 
 
 class MainNet(nn.Module):
@@ -106,31 +112,32 @@ class MainNet(nn.Module):
     def attend1(self, x: Tensor, S: Tensor | None, T_lv3: Tensor | None) -> Tensor:
         """Attention at 1x, and the residual blocks."""
         x1 = self.conv11_head(x, S, T_lv3)
-        return x1 + self.conv11_tail(self.RB11(x1))
+        return convolve(self.conv11_tail, self.RB11(x1), add=x1)
 
     def attend2(self, x1: Tensor, S: Tensor | None, T_lv2: Tensor | None) -> tuple[Tensor, Tensor]:
         """Attention at 2x, integration and residual blocks of both scales."""
-        x2 = F.pixel_shuffle(self.conv12(x1), 2).relu_()
+        x2 = F.pixel_shuffle(convolve(self.conv12, x1, relu=True), 2)
         x2 = self.conv22_head(x2, S, T_lv2)
         out1, out2 = self.ex12(x1, x2)
-        x1 = x1 + self.conv21_tail(self.RB21(out1))
-        return x1, x2 + self.conv22_tail(self.RB22(out2))
+        x1 = convolve(self.conv21_tail, self.RB21(out1), add=x1)
+        return x1, convolve(self.conv22_tail, self.RB22(out2), add=x2)
 
     def attend4(self, x2: Tensor, S: Tensor | None, T_lv1: Tensor | None) -> Tensor:
         """Attention at 4x."""
-        x4 = F.pixel_shuffle(self.conv23(x2), 2).relu_()
+        x4 = F.pixel_shuffle(convolve(self.conv23, x2, relu=True), 2)
         return self.conv33_head(x4, S, T_lv1)
 
     def refine(self, x1: Tensor, x2: Tensor, out1: Tensor, out2: Tensor) -> tuple[Tensor, Tensor]:
         """Last residual blocks of 1x and 2x, on the outputs of `ex123`."""
         return (
-            x1 + self.conv31_tail(self.RB31(out1)),
-            x2 + self.conv32_tail(self.RB32(out2)),
+            convolve(self.conv31_tail, self.RB31(out1), add=x1),
+            convolve(self.conv32_tail, self.RB32(out2), add=x2),
         )
 
     def merge(self, x1: Tensor, x2: Tensor, x4: Tensor, out4: Tensor) -> Tensor:
-        """Last residual blocks of 4x, and the image."""
-        return self.merge_tail(x1, x2, x4 + self.conv33_tail(self.RB33(out4)))
+        """Last residual blocks of 4x, and the image; `x4` may be overwritten."""
+        x4 = convolve(self.conv33_tail, self.RB33(out4), add=x4, in_place=True)
+        return self.merge_tail(x1, x2, x4)
 
 
 class SFE(nn.Module):
@@ -143,8 +150,8 @@ class SFE(nn.Module):
         self.conv_tail = _conv3(n_feats, n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_head(channels_last_on_cpu(x)).relu_()
-        return x + self.conv_tail(self.RBs(x))
+        x = convolve(self.conv_head, channels_last_on_cpu(x), relu=True)
+        return convolve(self.conv_tail, self.RBs(x), add=x, in_place=True)
 
 
 class Attention(nn.Conv2d):
@@ -160,8 +167,10 @@ class Attention(nn.Conv2d):
         S: Tensor,  # [N, 1, H, W]
         texture: Tensor,  # [N, channels, scale*H, scale*W]
     ) -> Tensor:  # as x
-        update = super().forward(torch.cat((x, texture), 1))
-        return x + (_up(S, self.scale) * update if self.soft else update)
+        if not self.soft:
+            return convolve(self, x, texture, add=x)
+        update, factor = convolve(self, x, texture), _up(S, self.scale)
+        return update.mul_(factor).add_(x) if is_inference() else x + factor * update
 
 
 class NoAttention(nn.Module):
@@ -180,9 +189,20 @@ class ResBlock(nn.Module):
         self.conv1 = _conv3(n_feats, n_feats)
         self.conv2 = _conv3(n_feats, n_feats)
 
+    def forward(self, x: Tensor, in_place: bool = False) -> Tensor:
+        inner = convolve(self.conv1, x, relu=True)
+        if self.res_scale == 1:
+            return convolve(self.conv2, inner, add=x.to(inner.dtype), in_place=in_place)
+        return (convolve(self.conv2, inner) * self.res_scale).add_(x)
+
+
+class ResBlocks(nn.Sequential):
+    """Residual blocks one after another; without gradients all but the first share memory."""
+
     def forward(self, x: Tensor) -> Tensor:
-        update = self.conv2(self.conv1(x).relu_())
-        return (update if self.res_scale == 1 else update * self.res_scale).add_(x)
+        for number, block in enumerate(self):
+            x = block(x, in_place=number > 0)
+        return x
 
 
 class CSFI2(nn.Module):
@@ -196,11 +216,11 @@ class CSFI2(nn.Module):
         self.conv_merge2 = _conv3(2 * n_feats, n_feats)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        from1 = _up(self.conv12(x1), 2).relu_()
-        from2 = self.conv21(x2).relu_()
+        from1 = _up(convolve(self.conv12, x1), 2).relu_()
+        from2 = convolve(self.conv21, x2, relu=True)
         return (
-            self.conv_merge1(torch.cat((x1, from2), 1)).relu_(),
-            self.conv_merge2(torch.cat((x2, from1), 1)).relu_(),
+            convolve(self.conv_merge1, x1, from2, relu=True),
+            convolve(self.conv_merge2, x2, from1, relu=True),
         )
 
 
@@ -225,20 +245,20 @@ class CSFI3(nn.Module):
 
     def integrate_lower(self, x1: Tensor, x2: Tensor, x4: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs at 1x and 2x."""
-        x21 = self.conv21(x2).relu_()
-        x41 = self.conv31_2(self.conv31_1(x4).relu_()).relu_()
-        x12 = _up(self.conv12(x1), 2).relu_()
-        x42 = self.conv32(x4).relu_()
+        x21 = convolve(self.conv21, x2, relu=True)
+        x41 = convolve(self.conv31_2, convolve(self.conv31_1, x4, relu=True), relu=True)
+        x12 = _up(convolve(self.conv12, x1), 2).relu_()
+        x42 = convolve(self.conv32, x4, relu=True)
         return (
-            self.conv_merge1(torch.cat((x1, x21, x41), 1)).relu_(),
-            self.conv_merge2(torch.cat((x2, x12, x42), 1)).relu_(),
+            convolve(self.conv_merge1, x1, x21, x41, relu=True),
+            convolve(self.conv_merge2, x2, x12, x42, relu=True),
         )
 
     def integrate4(self, x1: Tensor, x2: Tensor, x4: Tensor) -> Tensor:
         """Output at 4x."""
-        x14 = _up(self.conv13(x1), 4).relu_()
-        x24 = _up(self.conv23(x2), 2).relu_()
-        return self.conv_merge3(torch.cat((x4, x14, x24), 1)).relu_()
+        x14 = _up(convolve(self.conv13, x1), 4).relu_()
+        x24 = _up(convolve(self.conv23, x2), 2).relu_()
+        return convolve(self.conv_merge3, x4, x14, x24, relu=True)
 
 
 class NoCSFI(nn.Module):
@@ -266,10 +286,13 @@ class MergeTail(nn.Module):
         self.conv_tail2 = _conv1(n_feats // 2, 3)
 
     def forward(self, x1: Tensor, x2: Tensor, x4: Tensor) -> Tensor:
-        x14 = _up(self.conv13(x1), 4).relu_()
-        x24 = _up(self.conv23(x2), 2).relu_()
-        x = self.conv_merge(torch.cat((x4, x14, x24), 1)).relu_()
-        return self.conv_tail2(self.conv_tail1(x)).clamp(-1, 1)
+        x14 = _up(convolve(self.conv13, x1), 4).relu_()
+        x24 = _up(convolve(self.conv23, x2), 2).relu_()
+        x = convolve(self.conv_merge, x4, x14, x24, relu=True)
+        x = convolve(self.conv_tail1, x)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.conv_tail2.weight.dtype)  # bfloat16 is too coarse for an image
+        return convolve(self.conv_tail2, x).clamp(-1, 1)
 
 
 def _conv3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -281,7 +304,7 @@ def _conv1(channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def _res_blocks(count: int, n_feats: int, res_scale: float) -> nn.Sequential:
-    return nn.Sequential(*(ResBlock(n_feats, res_scale) for _ in range(count)))
+    return ResBlocks(*(ResBlock(n_feats, res_scale) for _ in range(count)))
 
 
 def _up(x: Tensor, factor: int) -> Tensor:
@@ -289,6 +312,8 @@ def _up(x: Tensor, factor: int) -> Tensor:
         return x
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
         return _CompiledUp.apply(x, factor)
+    if x.shape[1] > 1 and is_large_on_cpu(x):
+        return bicubic_by_products(x, factor)
     return _bicubic(x, factor)
 
 

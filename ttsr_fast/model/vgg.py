@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ttsr_fast.model.checkpoint import read_tensors
-from ttsr_fast.model.lte import IMAGENET_MEAN, IMAGENET_STD, channels_last_on_cpu, copy_vgg19
+from ttsr_fast.model.convolution import channels_last_on_cpu
+from ttsr_fast.model.lte import IMAGENET_MEAN, IMAGENET_STD, copy_vgg19
 
 # Channels of the convolutions, block by block; between blocks are pools.
 _BLOCKS = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,))

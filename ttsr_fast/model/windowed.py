@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ttsr_fast.model.convolution import channels_last_on_cpu
 from ttsr_fast.model.lte import LTE
 from ttsr_fast.model.main_net import MainNet
 
@@ -112,7 +113,7 @@ def run_in_tiles(
     """
     for window in windows(tiling.grid, tiling.tile):
         outer = window.grown(tiling.halo, tiling.grid)
-        results = network(*(source(outer).to(device) for source in sources))
+        results = network(*(channels_last_on_cpu(source(outer).to(device)) for source in sources))
         for (out, scale), result in zip(outs, results, strict=False):
             window.of(out, scale).copy_(window.within(outer).of(result, scale))
         if step is not None:
@@ -149,14 +150,14 @@ def lte_in_tiles(
     dtype: torch.dtype | None = None,
     step: Callable[[], None] | None = None,
 ) -> list[Tensor]:
-    """Levels 1, 2 or 3 of `lte(image)`, computed where `lte` is, kept on `store` as `dtype`."""
+    """Levels 1, 2 or 3 of `lte(image, dtype=dtype)`, computed where `lte` is, kept on `store`."""
     weight = next(lte.parameters())
     grid = (image.shape[2] // SCALE, image.shape[3] // SCALE)
     shapes = [(len(image), 64 << (lv - 1), *(n << (3 - lv) for n in grid)) for lv in levels]
     outs = [empty_map(shape, dtype or weight.dtype, store) for shape in shapes]
 
     def network(part: Tensor) -> list[Tensor]:
-        maps = lte(part)
+        maps = lte(part, dtype=dtype)
         return [maps[level - 1] for level in levels]
 
     run_in_tiles(
@@ -200,6 +201,8 @@ def main_net_in_tiles(
 ) -> Tensor:  # [N, 3, 4*H, 4*W]
     """`net(lr, S, T_lv3, T_lv2, T_lv1)`, computed where `net` is, kept on `store`.
 
+    Maps have the type of `lr`, the result has the type of the weights.
+
     Maps at 1x and 2x are kept whole. Maps at 4x exist in windows only, and their inputs are
     computed twice: once for the other scales, and once for the image.
 
@@ -211,13 +214,13 @@ def main_net_in_tiles(
     batch, n, grid = len(lr), len(weight), (lr.shape[2], lr.shape[3])
     stages = {stage.name: stage for stage in main_net_stages(net)}
 
-    def empty(channels: int, scale: int) -> Tensor:
+    def empty(name: str, scale: int) -> Tensor:
+        channels, dtype = (3, weight.dtype) if name == "merge" else (n, lr.dtype)
         shape = (batch, channels, *(scale * size for size in grid))
-        return empty_map(shape, weight.dtype, store)
+        return empty_map(shape, dtype, store)
 
     def run(name: str, network: Callable[..., Any], sources: Sequence[Source], *scales: int):
-        channels = 3 if name == "merge" else n
-        outs = [(empty(channels, scale), scale) for scale in scales]
+        outs = [(empty(name, scale), scale) for scale in scales]
         tiling = Tiling(grid, tiles[name], stages[name].halo)
         run_in_tiles(network, sources, outs, tiling, device=weight.device, step=step)
         return [out for out, _ in outs]

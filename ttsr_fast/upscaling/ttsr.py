@@ -82,29 +82,24 @@ def super_resolve(
     del query
     if progress is not None:
         progress("search", 1, 1)
+    lr = lr.to(amp or lr.dtype)
     score = match.score.unsqueeze(1).to(lr.dtype)
     kept = ReferenceMatch(*(x.to(plan.store) for x in match))
     textures = partial(_textures, references, kept, backend)
     grid = (lr.shape[2], lr.shape[3])
     tiles = {name: side for name, side in plan.tiles.items() if name != "LTE"}
     step = _counter("MainNet", grid, [max(grid)] if plan.whole else tiles.values(), progress)
-    with _mixed(model, amp):
-        if plan.whole:
-            whole = Window(0, grid[0], 0, grid[1])
-            maps = (textures(level, whole).to(device) for level in (3, 2, 1))
-            sr = model.MainNet(lr.to(device), score, *maps)
-            step()
-        else:
-            sr = main_net_in_tiles(
-                model.MainNet, lr, score, textures, tiles=tiles, store=plan.store, step=step
-            )
+    if plan.whole:
+        whole = Window(0, grid[0], 0, grid[1])
+        maps = (textures(level, whole).to(device) for level in (3, 2, 1))
+        sr = model.MainNet(lr.to(device), score, *maps)
+        step()
+    else:
+        sr = main_net_in_tiles(
+            model.MainNet, lr, score, textures, tiles=tiles, store=plan.store, step=step
+        )
     check_finite("the result holds", sr, match.score, model=model, amp=amp)
     return sr, match
-
-
-def _mixed(model: TTSR, amp: torch.dtype | None) -> torch.autocast:
-    """Convolutions in the type `amp`, if there is one."""
-    return torch.autocast(model.device.type, amp, enabled=amp is not None)
 
 
 def _features(
@@ -119,11 +114,8 @@ def _features(
     """Levels of LTE on `store`, in the type of its convolutions."""
     tile, grid = plan.tiles["LTE"], (image.shape[2] // 4, image.shape[3] // 4)
     step = _counter(stage, grid, [tile], execution.progress)
-    dtype, pixels = execution.amp, (image + 1) / 2
-    with _mixed(model, dtype):
-        return lte_in_tiles(
-            model.LTE, pixels, levels, tile=tile, store=store, dtype=dtype, step=step
-        )
+    pixels, dtype = (image + 1) / 2, execution.amp
+    return lte_in_tiles(model.LTE, pixels, levels, tile=tile, store=store, dtype=dtype, step=step)
 
 
 def _textures(
