@@ -17,7 +17,8 @@ class WrongResult(Exception):
 class SearchTruth:
     """Float64 ground truth of a 3x3 cosine search for a random subset of the queries.
 
-    The keys come in strips, which fit at any size. The queries are the same on every device.
+    The keys of their images come in strips, which fit at any size. The queries are the same on
+    every device.
     """
 
     def __init__(
@@ -31,15 +32,17 @@ class SearchTruth:
         generator = torch.Generator("cpu").manual_seed(1)
         chosen = torch.randperm(query.shape[0] * n_q, generator=generator, device="cpu")[:limit]
         self.positions = chosen.sort().values.to(query.device)  # [n], row-major in [N, H, W]
-        self._key = F.pad(key, [1] * 4)
-        padded = F.pad(query, [1] * 4)
-        self._patches = _patches_at(padded, *self._split(self.positions), query.shape[3])
-        found = [self._search_image(n) for n in range(query.shape[0])]
+        images, self._image = (self.positions // n_q).unique(return_inverse=True)
+        self.checked_images = len(images)
+        self._key, padded = (F.pad(x[images], [1] * 4) for x in (key, query))
+        places = self.positions % n_q
+        self._patches = _patches_at(padded, self._image, places, query.shape[3])
+        found = [self._search_image(n) for n in range(len(images))]
         self.best, self.index = (torch.cat(parts) for parts in zip(*found, strict=True))
 
     def _search_image(self, n: int) -> tuple[Tensor, Tensor]:  # [m], [m]
-        """Maximum and its key, of the chosen queries of an image."""
-        patches = self._patches[self._split(self.positions)[0] == n]  # [m, C*9]
+        """Maximum and its key, of the chosen queries of the n-th of their images."""
+        patches = self._patches[self._image == n]  # [m, C*9]
         best = torch.full(patches.shape[:1], -math.inf, dtype=torch.float64, device=patches.device)
         index = torch.zeros_like(best, dtype=torch.int64)
         _, channels, height, columns = self.key_shape
@@ -52,11 +55,6 @@ class SearchTruth:
             best[better] = value[better]
             index[better] = where[better] + y * columns
         return best, index
-
-    def _split(self, positions: Tensor) -> tuple[Tensor, Tensor]:  # [n], [n]
-        """Image and place in its query grid."""
-        n_q = self.query_shape[2] * self.query_shape[3]
-        return positions // n_q, positions % n_q
 
     def check(
         self,
@@ -76,8 +74,7 @@ class SearchTruth:
         n_k = self.key_shape[2] * self.key_shape[3]
         if index.min() < 0 or index.max() >= n_k:
             raise WrongResult(f"an index outside [0, {n_k})")
-        image, _ = self._split(self.positions)
-        keys = _patches_at(self._key, image, index, self.key_shape[3])
+        keys = _patches_at(self._key, self._image, index, self.key_shape[3])
         chosen = torch.linalg.vecdot(keys, self._patches)
         loss = (self.best - chosen).max().item()
         own_error = (score.double() - chosen).abs().max().item()

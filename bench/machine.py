@@ -15,6 +15,7 @@ import torch
 
 import ttsr_fast
 from ttsr_fast import files
+from ttsr_fast.operators import library
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +63,7 @@ def facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": instruction_set(),
         "memory_bytes": _memory_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -69,6 +71,16 @@ def facts() -> dict[str, Any]:
         "commit": output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def instruction_set() -> str | None:
+    """Instruction set of this package's kernels for the CPU, None without them."""
+    return library.instruction_set() if library.load_library() is None else None
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it."""
+    return bool(re.search("bf16|amx", f"{instruction_set()} {_cpuinfo('flags|Features')}"))
 
 
 def output(*command: str) -> str | None:
@@ -97,7 +109,12 @@ def _memory_bytes() -> int:
 
 
 def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    return model[1].strip() if model else platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(names: str) -> str:
+    """A field of Linux's description of the first processor, empty without one."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    found = re.search(rf"^(?:{names})\s*: (.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""

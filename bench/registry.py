@@ -40,15 +40,21 @@ class Size:
     channels: int = 256
 
     @classmethod
-    def parse(cls, text: str) -> "Size":
-        """`HxW`, `HxW:HKxWK` where the grids differ, and `N*` before it for a batch of N."""
-        match = re.fullmatch(r"(?:(\d+)\*)?(\d+)x(\d+)(?::(\d+)x(\d+))?", text)
-        if match is None or any(n is not None and int(n) == 0 for n in match.groups()):
+    def parse(cls, text: str, channels: int = 0) -> "Size":
+        """`HxW`, `HxW:HKxWK` where the grids differ, and `N*` before it for a batch of N.
+
+        Where `channels`, the default, is given, also `@C` after it for C channels.
+        """
+        match = re.fullmatch(r"(?:(\d+)\*)?(\d+)x(\d+)(?::(\d+)x(\d+))?(?:@(\d+))?", text)
+        numbers = match.groups() if match else ["0"]
+        if any(n and int(n) == 0 for n in numbers) or (numbers[-1] and not channels):
+            also = ", with @64 after it for 64 channels" if channels else ""
             raise argparse.ArgumentTypeError(
-                f"must read 100x100, 100x100:108x96 or 9*40x40, got {text!r}"
+                f"size must read 100x100, 100x100:108x96 or 9*40x40, got {text!r}{also}"
             )
-        n, h, w, hk, wk = (int(n) if n else 0 for n in match.groups())
-        return cls((h, w), (hk, wk) if hk else (h, w), n or 1)
+        n, h, w, hk, wk, c = (int(n or 0) for n in numbers)
+        grids = (h, w), (hk, wk) if hk else (h, w)
+        return cls(*grids, n or 1, c or channels or cls.channels)
 
     @property
     def queries(self) -> int:

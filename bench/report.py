@@ -9,9 +9,10 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from statistics import median
+from statistics import median, mode
 from typing import Any
 
 Data = dict[str, Any]
@@ -55,11 +56,17 @@ def digits(x: float) -> str:
     return f"{x:.0f}" if x >= 99.95 else f"{x:.1f}" if x >= 9.995 else f"{x:.2f}"
 
 
-def size_title(entry: dict[str, Any]) -> str:
-    """`100x100`, `100x100 in 108x96` where the grids differ, `9 of 40x40` for a batch."""
+def size_title(entry: dict[str, Any], usual: int | None = None) -> str:
+    """`100x100`, `100x100 in 108x96` where the grids differ, `9 of 40x40` for a batch.
+
+    With `, C = 64` after it for 64 channels where `usual` is another number.
+    """
     query, key = ("x".join(map(str, entry[side])) for side in ("query", "key"))
     grids = query if query == key else f"{query} in {key}"
-    return grids if entry.get("batch", 1) == 1 else f"{entry['batch']} of {grids}"
+    if entry.get("batch", 1) != 1:
+        grids = f"{entry['batch']} of {grids}"
+    channels = entry.get("channels") if usual else None
+    return grids if channels in (None, usual) else f"{grids}, C = {channels}"
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ def machine_text(data: Data) -> str:
         others = ("faiss-cpu",)
     else:
         unit = [machine["cpu"], f"{machine['threads']} threads", machine["capability"]]
+        unit += [f"kernels for {isa}" for isa in [machine.get("instruction_set")] if isa]
         others = ("triton",)
     named = [f"{name} {version}" for name, version in versions.items() if name not in others]
     return ", ".join([*unit, *named, machine["date"][:10]])
@@ -187,32 +195,45 @@ def measured(cases: list[Data], names: Any) -> list[tuple[Data, str, Data]]:
 
 def _search(data: Data, full: bool) -> list[Table]:
     """All sizes in one table, and one size, or with `full` every size, in detail."""
-    cases, labels = sorted(data["cases"], key=lambda case: case["pairs"]), data["labels"]
+    labels, usual = data["labels"], mode(channels_of(case) for case in data["cases"])
+    cases = sorted(data["cases"], key=lambda case: (-channels_of(case), case["pairs"]))
     rows = [["queries in keys", "pairs", *labels.values()]]
     for case in cases:
         cells = (cell(case["rows"].get(name)) for name in labels)
-        rows.append([size_title(case), count_text(case["pairs"]), *cells])
+        rows.append([size_title(case, usual), count_text(case["pairs"]), *cells])
     if is_gpu(data):  # more candidates than sizes: a row for each
         rows = [list(cells) for cells in zip(*rows, strict=True)]
-    title = f"Search, {cases[0].get('channels', 256)} channels, float32; median time and {WITHOUT}"
+    title = f"Search, {usual} channels, float32; median time and {WITHOUT}"
     sweep = Table(f"{title}. {machine_text(data)}", rows[0], 1, rows[1:])
     # The largest size at which the whole matrix of scores still fits.
-    fitting = [c for c in cases if c["rows"].get("unfold", {}).get("status") == "ok"] or cases
-    return [sweep, *(_size(data, case, full) for case in (cases if full else fitting[-1:]))]
+    most = [case for case in cases if channels_of(case) == usual]
+    fitting = [c for c in most if c["rows"].get("unfold", {}).get("status") == "ok"] or most
+    details = cases if full else fitting[-1:]
+    return [sweep, *(_size(data, case, size_title(case, usual), full) for case in details)]
 
 
-def _size(data: Data, case: Data, full: bool) -> Table:
+def channels_of(case: Data) -> int:
+    return case.get("channels", 256)
+
+
+def _size(data: Data, case: Data, size: str, full: bool) -> Table:
     columns = _columns(is_gpu(data), full)
+    gemms = case["gemm_flop_per_s"]
+    rates = {name.split()[0]: rate for name, rate in gemms.items()}
     rows = []
     for _, name, row in measured([case], data["labels"]):
-        label, algorithm = data["labels"][name], row.get("algorithm") or ""
-        label += f" ({algorithm})" * (algorithm not in label)
-        rows.append([label, *(text(row) for text in columns.values())])
+        label = data["labels"][name]
+        choice = row.get("instruction_set") or row.get("algorithm") or ""
+        label += f" ({choice})" * (choice not in label)
+        shares = {operands: row["issued_flop_per_s"] / rate for operands, rate in rates.items()}
+        rows.append([label, *(text({**row, "shares": shares}) for text in columns.values())])
     operands = case.get("pixel_gemm_operands", "float32")
     pixels = "one product over pixels" + f" in {operands}" * (operands != "float32")
-    title = f"At {size_title(case)}, where {pixels} takes {seconds_text(case['pixel_gemm_s'])}"
-    gemms = case["gemm_flop_per_s"].items()
-    notes = [f"matrix product of {name}: {flop_text(rate)}" for name, rate in gemms]
+    device = data["device" if is_gpu(data) else "machine"]
+    title = f"At {size}, where {pixels} takes {seconds_text(case['pixel_gemm_s'])}"
+    title += f", on {device.get('name') or device['cpu']}"
+    notes = [f"matrix product of {name}: {flop_text(rate)}" for name, rate in gemms.items()]
+    notes += [f"checked: {case['checked']}"] if "checked" in case else []
     return Table(title, ["", *columns], 1, rows, [*notes, *reasons(data, [case])] if full else ())
 
 
@@ -224,13 +245,19 @@ def _columns(gpu: bool, full: bool) -> dict[str, Callable[[Data], str]]:
         "ps per pair": (gpu, lambda row: f"{1e12 / row['pairs_per_s']:.2f}"),
         "pairs/s": (not gpu, lambda row: count_text(row["pairs_per_s"])),
         "of 9 products": (gpu or not full, lambda row: flop_text(row["effective_flop_per_s"])),
-        "issued": (gpu, lambda row: flop_text(row["issued_flop_per_s"])),
-        "of GEMM": (True, lambda row: f"{row['gemm_share']:.0%}"),
+        "issued": (gpu or full, lambda row: flop_text(row["issued_flop_per_s"])),
+        "of GEMM": (gpu, lambda row: f"{row['gemm_share']:.0%}"),
+        "of fp32 GEMM": (not gpu, partial(_share, "float32")),
+        "of bf16 GEMM": (not gpu, partial(_share, "bfloat16")),
         "memory": (full, lambda row: bytes_text(row["peak_bytes"])),
         "error": (True, lambda row: f"{row['max_abs_error']:.0e}"),
         "same key": (True, lambda row: f"{row['index_agreement']:.2%}"),
     }
     return {name: text for name, (shown, text) in columns.items() if shown}
+
+
+def _share(operands: str, row: Data) -> str:
+    return f"{row['shares'][operands]:.0%}" if operands in row["shares"] else ""
 
 
 def _transfer(data: Data, full: bool) -> list[Table]:

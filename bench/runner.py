@@ -64,7 +64,7 @@ def parse(bench: ModuleType, argv: list[str] | None) -> argparse.Namespace:
     add, names = found.add_argument, " ".join(bench.CANDIDATES)
     device = "cuda or cpu; default: the GPU where there is one"
     add("--device", type=machine.pick, default="", metavar="DEVICE", help=device)
-    add("--sizes", nargs="+", type=Size.parse, metavar="SIZE", help="default: by device")
+    add("--sizes", nargs="+", metavar="SIZE", help="default: by device")
     add("--candidates", nargs="+", choices=bench.CANDIDATES, metavar="NAME", help=names)
     add("--no-memory", action="store_true", help="no memory: a process for each candidate")
     add("--seconds", type=float, help="time to spend on each candidate and case")
@@ -77,12 +77,13 @@ def parse(bench: ModuleType, argv: list[str] | None) -> argparse.Namespace:
         name for name, c in bench.CANDIDATES.items() if args.device.type in c.devices
     ]
     sizes, seconds, limit = bench.SETTINGS[kind]
-    args.sizes = args.sizes or [Size.parse(text) for text in sizes.split()]
     args.seconds = seconds if args.seconds is None else args.seconds
     args.limit = limit if args.limit is None else args.limit
+    channels = getattr(args, "channels", 0)
     try:
+        args.sizes = [Size.parse(text, channels) for text in args.sizes or sizes.split()]
         bench.resolve(args)
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentTypeError) as error:
         found.error(str(error))
     return args
 

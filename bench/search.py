@@ -4,6 +4,7 @@
     python bench/search.py --quick                  under a minute
     python bench/search.py --sizes 100x100:108x96   queries 100x100, keys 108x96
     python bench/search.py --sizes 9*40x40          nine images at once
+    python bench/search.py --sizes 270x480@16       16 channels, also after the other forms
 
 Runs on the GPU where there is one. Exits with status 1 if a result was wrong,
 which is not timed.
@@ -12,13 +13,13 @@ which is not timed.
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import runner
 import torch
 from gate import SearchTruth
+from machine import instruction_set, multiplies_bfloat16
 from registry import OPERANDS, Candidate, Case, Rows, Run, Size, gemm_run
 from report import size_title
 from search_candidates import CANDIDATES, PIXELS, maps, resolved
@@ -27,11 +28,12 @@ from torch import Tensor
 KIND, SUBJECTS = "search", ("cpp-fp32", "triton-fp16", "triton-fp16x3")
 SETTINGS = {
     "cpu": (
-        "40x40 37x53:61x45 80x80 100x100 100x100:108x96 125x185 160x160 270x480",
+        "40x40 37x53:61x45 80x80 100x100 100x100:108x96 125x185 160x160 270x480 "
+        "100x100:108x96@64 100x100:108x96@16 270x480@16 270x480@4 4000*24x24@32",
         3.0,
         60.0,
     ),
-    "quick cpu": ("16x16 24x24 37x53:61x45", 0.3, 5.0),
+    "quick cpu": ("16x16 24x24 37x53:61x45 10*24x24@32", 0.3, 5.0),
     "cuda": ("40x40 9*40x40 80x80 100x100:108x96 125x185 160x160 270x480 540x960", 0.5, 5.0),
     "quick cuda": ("9*40x40 80x80 125x185", 0.1, 2.0),
 }
@@ -42,22 +44,27 @@ GRAPH_PAIRS = 32_000_000  # beyond which launches are a small part of the time
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     for size in args.sizes:
-        size = replace(size, channels=args.channels)
         query, key = maps(size, args.device)
         truth = SearchTruth(query, key, limit=min(2048, TRUTH_BYTES // (8 * size.keys)))
-        operands = {CANDIDATES[name].operands for name in args.candidates}
+        candidates = [CANDIDATES[name] for name in args.candidates]
+        operands = {x.operands for x in candidates if x.backend != "cpp"}
         yield Case(
-            title=size_title(size.facts),
+            title=size_title({**size.facts, "channels": size.channels}, args.channels),
             operation="search",
             size=size,
             place=(size,),
             check=partial(check, truth),
             names=tuple(args.candidates),
-            facts={"channels": size.channels, "dtype": "float32"},
+            facts={"channels": size.channels, "dtype": "float32", "checked": checked(truth, size)},
             rooflines=gemm_runs(operands, size.channels, args.device),
             finish=partial(finish, size, (query, key)),
             skip=partial(skip, size, args.device),
         )
+
+
+def checked(truth: SearchTruth, size: Size) -> str:
+    queries = f"{len(truth.positions)} of {size.batch * size.queries} queries"
+    return f"{queries}, in {truth.checked_images} of {size.batch} images"
 
 
 def check(
@@ -78,10 +85,16 @@ def skip(size: Size, device: torch.device, candidate: Candidate) -> str | None:
 def gemm_runs(
     operands: set[str], channels: int, device: torch.device
 ) -> dict[str, tuple[Run, int]]:
-    """Products as deep as those of the search, by operands and depth; on a GPU also K = 3 C."""
+    """Products as deep as those of the search, by operands and depth.
+
+    On a GPU also K = 3 C. On a CPU that multiplies bfloat16 also of that, whatever the candidates.
+    """
     gpu = device.type == "cuda"
     depths = [channels, 3 * channels] if gpu else [channels]
-    names = [name for name in OPERANDS if name in operands | {"float32"}]
+    operands = operands | {"float32"}
+    if not gpu and multiplies_bfloat16():
+        operands.add("bfloat16")
+    names = [name for name in OPERANDS if name in operands]
     runs = {f"{name} {k}": gemm_run(name, k, device) for name in names for k in depths}
     if gpu and "float16" in operands and not torch.version.hip:  # PyTorch has none on ROCm
         for k in depths:
@@ -98,6 +111,8 @@ def finish(
     for name, row in rows.items():
         candidate = resolved(CANDIDATES[name], *inputs)
         row |= rates_of(row["median_s"], candidate, size, rates)
+        if candidate.backend == "cpp":
+            row["instruction_set"] = instruction_set()
     cheapest = "float16" if inputs[0].is_cuda and "float16" in rates else "float32"
     return {
         "gemm_flop_per_s": gemms,
@@ -117,6 +132,7 @@ def rates_of(
         "pairs_per_s": size.pairs / seconds,
         "effective_flop_per_s": 2 * size.channels * PIXELS * size.pairs / seconds,
         "issued_flop_per_s": issued,
+        "operands": candidate.operands,
         "gemm_share": issued / rates[candidate.operands],
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import CPU
+from machine import CPU, instruction_set
 from registry import OPERANDS, Candidate, Size, matmul_precision, noise, products_of
 from torch import Tensor
 
@@ -26,6 +26,13 @@ PRECISIONS = {
     "tf32": ("tf32", 1),
     "fp16": ("float16", 1),
     "bf16": ("bfloat16", 1),
+}
+# Products of bfloat16 that the compiled kernels sum, by precision and instruction set. Without any
+# they multiply float32. Queries that are searched again do not count.
+BFLOAT16_PRODUCTS = {
+    ("fp32", "amx"): 3,
+    ("bf16", "amx"): 1,
+    ("bf16", "avx512_bf16"): 1,
 }
 # Inner products of channels per pair; patches share those of their pixels, or those of three rows.
 ALGORITHMS = {"slab": 1, "rolled": 3, "direct": PIXELS}
@@ -68,7 +75,11 @@ def resolved(
     query: Tensor,  # [N, C, H, W]
     key: Tensor,  # [N, C, HK, WK]
 ) -> Candidate:
-    """The candidate with the algorithm that the Triton backend chooses for these maps."""
+    """The candidate with what its backend chooses for these maps, on this processor."""
+    if candidate.backend == "cpp":
+        products = BFLOAT16_PRODUCTS.get((candidate.precision, instruction_set()))
+        operands = "bfloat16" if products else "float32"
+        return replace(candidate, operands=operands, products=products or 1)
     if candidate.backend != "triton":
         return candidate
     from ttsr_fast.kernels import search as kernel_search
@@ -82,9 +93,8 @@ def resolved(
 
 
 def _copies_bytes(queries: int, keys: int, size: Size, operation: str) -> int:
-    """Copies of the unfolded maps in float32."""
-    positions = queries * size.queries + keys * size.keys
-    return 4 * PIXELS * size.channels * size.batch * positions
+    """Copies of the unfolded maps of an image in float32."""
+    return 4 * PIXELS * size.channels * (queries * size.queries + keys * size.keys)
 
 
 def _each_image(search: Search) -> Search:
@@ -107,7 +117,7 @@ def _unfold(query: Tensor, key: Tensor, operands: str) -> Match:
 
 def unfold_bytes(size: Size, operation: str) -> int:
     """All scores and all unfolded features."""
-    return _copies_bytes(1, 1, size, operation) + 4 * size.pairs
+    return size.batch * _copies_bytes(1, 1, size, operation) + 4 * size.pairs
 
 
 @cache
@@ -121,19 +131,23 @@ def _compiled(query: Tensor, key: Tensor) -> Match:
 
 
 def _chunked(query: Tensor, key: Tensor) -> Match:
-    """Unfolded keys times blocks of unfolded query rows."""
-    keys = F.normalize(F.unfold(key, 3, padding=1), dim=1)[0].T  # [Nk, C*9]
-    height, width = query.shape[2:]
-    rows = max(1, BLOCK_BYTES // (4 * width * len(keys)))
-    padded = F.pad(query, [1] * 4)
-    score = query.new_empty(1, height, width)
+    """Unfold, bmm and maximum of a block of small images, or of query rows of one image."""
+    batch, channels, height, width = query.shape
+    image = Size((height, width), (key.shape[2], key.shape[3]), channels=channels)
+    images = max(1, BLOCK_BYTES // unfold_bytes(image, "search"))
+    rows = max(1, BLOCK_BYTES // (4 * width * image.keys))
+    score = query.new_empty(batch, height, width)
     index = torch.empty_like(score, dtype=torch.int64)
-    for y in range(0, height, rows):
-        block = F.normalize(F.unfold(padded[:, :, y : y + rows + 2], 3), dim=1)[0]
-        with matmul_precision("highest"):
-            value, where = (keys @ block).max(dim=0)
-        score[0, y : y + rows] = value.view(-1, width)
-        index[0, y : y + rows] = where.view(-1, width)
+    for n in range(0, batch, images):
+        some = slice(n, n + images)
+        keys = F.normalize(F.unfold(key[some], 3, padding=1), dim=1).mT  # [n, Nk, C*9]
+        padded = F.pad(query[some], [1] * 4)
+        for y in range(0, height, rows):
+            block = F.normalize(F.unfold(padded[:, :, y : y + rows + 2], 3), dim=1)
+            with matmul_precision("highest"):
+                value, where = (keys @ block).max(dim=1)
+            score[some, y : y + rows] = value.unflatten(1, (-1, width))
+            index[some, y : y + rows] = where.unflatten(1, (-1, width))
     return score, index
 
 
@@ -201,7 +215,7 @@ CANDIDATES = {
     "unfold-fp16": _baseline(
         "unfold + bmm, fp16", partial(_unfold, operands="float16"), unfold_bytes, **IN_FP16
     ),
-    "chunked": _baseline("in chunks", _each_image(_chunked), partial(_copies_bytes, 0, 2)),
+    "chunked": _baseline("in chunks", _chunked, partial(_copies_bytes, 0, 2)),
     "compile": _baseline(
         "torch.compile", _compiled, unfold_bytes, compiled=True, devices=("cuda",)
     ),

@@ -183,6 +183,8 @@ def test_results_are_named_after_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         (search, ["--device", "meta"], "must be cpu or cuda"),
         (search, ["--device", "cuda"], "sees no CUDA device"),
         (search, ["--sizes", "0x4"], "must read 100x100, 100x100:108x96 or 9*40x40, got '0x4'"),
+        (search, ["--sizes", "4x4@0"], "got '4x4@0', with @64 after it for 64 channels"),
+        (transfer, ["--sizes", "4x4@8"], "9*40x40, got '4x4@8'\n"),
         (search, ["--channels", "0"], "--channels: must be positive"),
         (search, ["--threads", "0"], "--threads: must be positive"),
         (model, ["--pair", "300x300:1200x1200"], "--pair is too large"),
@@ -207,6 +209,11 @@ def test_sizes_are_read() -> None:
     assert size == Size((40, 41), (7, 5), batch=9)
     assert (size.queries, size.keys, size.pairs) == (1640, 35, 9 * 1640 * 35)
     assert report.size_title(size.facts) == "9 of 40x41 in 7x5"
+    size = Size.parse("9*40x41@32", 64)
+    assert (size, size.channels) == (Size((40, 41), (40, 41), 9, 32), 32)
+    assert Size.parse("8x9", 64).channels == 64
+    assert report.size_title({**size.facts, "channels": 32}, 64) == "9 of 40x41, C = 32"
+    assert report.size_title({**size.facts, "channels": 32}, 32) == "9 of 40x41"
 
 
 # --- candidates that are not tried ---

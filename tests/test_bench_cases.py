@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ttsr_fast import reference
+from ttsr_fast.operators import library
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # as for a script of that folder
 
@@ -90,6 +91,7 @@ def test_wrong_search_is_not_timed(
     assert len(calls) == 2, "one run per size, for the check"
 
 
+SMALL = Size((2, 3), (3, 2), batch=4, channels=2)
 BASELINES = {name for name, candidate in search.CANDIDATES.items() if candidate.baseline}
 
 
@@ -102,6 +104,39 @@ def test_baselines_of_the_search_are_right(name: str, size: Size) -> None:
         assert found["index_agreement"] == 1 or candidate.operands != "float32"
     else:
         assert candidate.why_not(CPU) in (None, f"{candidate.package} is not installed")
+
+
+@each("limit", [1, 2500])  # bytes of a row of an image, and of two images of four
+def test_baseline_in_chunks(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_candidates, "BLOCK_BYTES", limit)
+    candidate, maps = search.CANDIDATES["chunked"], search_candidates.maps(SMALL)
+    assert search.check(SearchTruth(*maps), candidate, candidate.prepare(*maps)())
+    assert candidate.bytes_needed(SMALL, "search") < 1000, "of an image"
+
+
+@pytest.mark.compiled
+def test_row_names_the_instruction_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_search(tmp_path, "cpp-fp32", "cpp-bf16") == 0
+    isa = library.instruction_set()
+    printed = capsys.readouterr().out
+    assert f"kernels for {isa}, " in printed and f"cpp bf16 ({isa})  " in printed
+    for case in json.loads((tmp_path / "search.json").read_text())["cases"]:
+        assert {row["instruction_set"] for row in case["rows"].values()} == {isa}
+        assert ("bfloat16 16" in case["gemm_flop_per_s"]) == machine.multiplies_bfloat16()
+        assert isa not in ("amx", "avx512_bf16") or machine.multiplies_bfloat16()
+    found = {}
+    for name in ("amx", "avx512_bf16", "avx2"):
+        monkeypatch.setattr(search_candidates, "instruction_set", lambda name=name: name)
+        maps = search_candidates.maps(SMALL)
+        rows = (search.resolved(search.CANDIDATES[x], *maps) for x in ("cpp-fp32", "cpp-bf16"))
+        found[name] = [(row.products, row.operands) for row in rows]
+    assert found == {
+        "amx": [(3, "bfloat16"), (1, "bfloat16")],
+        "avx512_bf16": [(1, "float32"), (1, "bfloat16")],
+        "avx2": [(1, "float32")] * 2,
+    }
 
 
 def test_results_of_a_gpu() -> None:

@@ -96,6 +96,10 @@ def test_gate_of_a_batch() -> None:
     assert truth.check(found) == pytest.approx(
         {"max_abs_error": 0, "max_loss": 0, "index_agreement": 1, "checked_queries": 60}, abs=1e-6
     )
+    few = SearchTruth(*maps, limit=2)
+    assert few.checked_images == len((few.positions // 20).unique()) < 3
+    torch.testing.assert_close(few.best, truth.best[few.positions])
+    assert few.check(found)["index_agreement"] == 1
     first_image = (found[0], found[1][:1].expand(3, -1, -1))
     with pytest.raises(WrongResult, match="below the maximum"):
         truth.check(first_image)

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import median, mode
 from typing import Any
 
 from ttsr_fast import files
@@ -102,9 +102,11 @@ def pyplot() -> Any:
 
 
 def _search(plt: Any, data: Data) -> Any:
-    """Time and memory against the number of pairs."""
+    """Time and memory against the number of pairs, at the channels of most cases."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    cases = sorted(data["cases"], key=lambda case: case["pairs"])
+    usual = mode(case.get("channels") for case in data["cases"])
+    cases = [case for case in data["cases"] if case.get("channels") == usual]
+    cases.sort(key=lambda case: case["pairs"])
     labels = {name: label for name, label in data["labels"].items() if name in STYLES}
     device = data.get("device", data["machine"])
     limit = device["memory_bytes"] / 4
