@@ -157,6 +157,20 @@ TTSR_INLINE Vector in_register(Vector value) {
   return value;
 }
 
+// Lanes that exceed the threshold or are NaN, as bits.
+template <class T>
+TTSR_INLINE unsigned lanes_above(typename Simd<T>::Vector score, typename Simd<T>::Vector threshold) {
+#if TTSR_VECTOR_BYTES == 64
+  return sizeof(T) == 4 ? _mm512_cmp_ps_mask((__m512)score, (__m512)threshold, _CMP_NLE_UQ)
+                        : _mm512_cmp_pd_mask((__m512d)score, (__m512d)threshold, _CMP_NLE_UQ);
+#else
+  const typename Simd<T>::Mask below = score <= threshold;
+  unsigned lanes = 0;
+  for (unsigned n = 0; n < TTSR_VECTOR_BYTES / sizeof(T); ++n) lanes |= unsigned(~below[n] & 1) << n;
+  return lanes;
+#endif
+}
+
 // True if a lane of one of the scores exceeds its threshold or is NaN.
 template <class T, int kRows>
 TTSR_INLINE bool any_above(const typename Simd<T>::Vector* scores,
@@ -164,10 +178,7 @@ TTSR_INLINE bool any_above(const typename Simd<T>::Vector* scores,
 #if TTSR_VECTOR_BYTES == 64
   unsigned above = 0;
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    above |= sizeof(T) == 4 ? _mm512_cmp_ps_mask((__m512)scores[r], (__m512)thresholds[r], _CMP_NLE_UQ)
-                            : _mm512_cmp_pd_mask((__m512d)scores[r], (__m512d)thresholds[r], _CMP_NLE_UQ);
-  }
+  for (int r = 0; r < kRows; ++r) above |= lanes_above<T>(scores[r], thresholds[r]);
   return above != 0;
 #else
   typename Simd<T>::Mask below = scores[0] <= thresholds[0];
@@ -266,11 +277,12 @@ struct BoxSum {
   // Merges the scores of keys `column` to `column + L`, not all of which need exist, into those of patch m.
   __attribute__((noinline)) void merge(const T* scores, int64_t m, int64_t column, T& limit) const {
     const Vector candidates = *(const Vector*)scores, threshold = Vector{} + limit;
-    if (!any_above<T, 1>(&candidates, &threshold)) return;
-    const int64_t end = column + L < columns ? column + L : columns;
-    for (int64_t n = column < 0 ? 0 : column; n < end; ++n) {
-      if (!valid[n]) continue;
-      insert_ranked(scores[n - column], index_begin + n, score + m, index + m, keep, keep_stride);
+    unsigned lanes = lanes_above<T>(candidates, threshold);
+    if (lanes == 0) return;
+    for (; lanes; lanes &= lanes - 1) {
+      const int64_t lane = __builtin_ctz(lanes), n = column + lane;
+      if (n < 0 || n >= columns || !valid[n]) continue;
+      insert_ranked(scores[lane], index_begin + n, score + m, index + m, keep, keep_stride);
     }
     limit = threshold_at(m, index_begin + column + L);
   }
