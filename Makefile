@@ -22,7 +22,7 @@ CUDA_WARNINGS := -Xcompiler='$(WARNINGS)' $(if $(filter -Werror,$(WARNINGS)),-We
 # GCC, because its run-time libraries are preloaded below.
 SANITIZED := build/sanitized/$(LIBRARY)
 SANITIZER := g++
-SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZER_FLAGS := -DTTSR_PORTABLE_TILES -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 WITH_SANITIZERS = LD_PRELOAD="$$($(SANITIZER) -print-file-name=libasan.so) $$($(SANITIZER) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	TTSR_FAST_LIBRARY=$(SANITIZED) TTSR_FAST_TEST_BACKENDS=cpp OMP_NUM_THREADS=1
@@ -84,6 +84,7 @@ format: env  ## rewrite the sources as `make check` wants them
 
 sanitize: sanitized  ## run the tests of the operators under AddressSanitizer and UBSan
 	$(WITH_SANITIZERS) $(BIN)/python -m pytest --quiet --capture=no $(SANITIZER_TESTS)
+	$(WITH_SANITIZERS) TTSR_FAST_ISA=amx $(BIN)/python -m pytest --quiet --capture=no tests/test_parts.py
 
 campaigns: build sanitized  ## run the long random tests, the operators under the sanitizers; an hour
 	$(WITH_SANITIZERS) $(BIN)/python -m tests.campaigns.fuzz_operators --calls 4000 --broken 1000

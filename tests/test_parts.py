@@ -4,6 +4,8 @@ For the instruction set amx. `test_backends` runs these tests with its tile unit
 processor with AVX-512.
 """
 
+from contextlib import suppress
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,11 @@ FEATURES = {
 
 @pytest.fixture(autouse=True)
 def on_a_tile_unit():
-    if library.load_library() is not None or library.instruction_set() != "amx":
+    instruction_set = None
+    if library.load_library() is None:
+        with suppress(RuntimeError):  # a processor without the one that is named
+            instruction_set = library.instruction_set()
+    if instruction_set != "amx":
         pytest.skip("for the instruction set amx; test_backends runs this with its tiles in C++")
 
 

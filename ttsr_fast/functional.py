@@ -90,8 +90,10 @@ def search(
               within 2**-8 of the maximum. The score returned is exact as above.
 
             A backend may be more accurate than asked: on the CPU only `"bf16"` differs from
-            `"fp32"`, where the processor multiplies bfloat16 (AVX512-BF16). `certified` marks the
-            choices that rounding cannot have changed. float64 inputs are searched in float64.
+            `"fp32"`, where the processor multiplies bfloat16 (AMX, AVX512-BF16) and the maps are
+            large enough for that to be faster. With AMX `"fp32"` multiplies bfloat16 parts, proves
+            the choice, and searches what it cannot prove again. `certified` marks the choices that
+            rounding cannot have changed. float64 inputs are searched in float64.
         backend: None chooses the fastest that can run; `"cpp"` (CPU), `"triton"` (CUDA and ROCm,
             not float64), `"torch"` or `"reference"` is used or raises an error if it cannot run.
             The environment variable `TTSR_FAST_BACKEND` does the same.
