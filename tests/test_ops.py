@@ -4,10 +4,14 @@ import shutil
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import cases
 from ttsr_fast import gather_fold, search
 from ttsr_fast.operators.patch import sum_dtype
+from ttsr_fast.operators.registry import is_plain
 
 ops = torch.ops.ttsr_fast
 SAMPLES = {
@@ -171,3 +175,47 @@ def test_version_counters_guard_saved_tensors(backend):
     key.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         score.sum().backward()
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+class FunctionCalls(TorchFunctionMode):
+    """The same, before autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name() if hasattr(function, "name") else "")
+        return function(*args, **(kwargs or {}))
+
+
+def test_modes_and_profiles_see_the_operator_that_plain_calls_pass_by(backend):
+    query, key = torch.randn(2, 3, 6, 7), torch.randn(2, 3, 5, 9)
+    assert is_plain(query, key, None) and is_plain(torch.nn.Parameter(query, requires_grad=False))
+    assert not is_plain(query, query.to("meta")) and not is_plain(query.clone().requires_grad_())
+    expected = search(query, key, backend=backend)
+    for mode in (Calls(), FunctionCalls()):
+        with mode:
+            match = search(query, key, backend=backend)
+        assert "ttsr_fast::search" in mode.names
+        assert all(map(torch.equal, match, expected))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        match = search(query, key, backend=backend)
+    assert "ttsr_fast::search" in {event.name for event in profiler.events()}
+    assert all(map(torch.equal, match, expected))
+    with torch.no_grad():
+        assert is_plain(query.clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_plain(query)

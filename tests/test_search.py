@@ -71,6 +71,28 @@ def test_one_key_for_a_batch(backend, masks):
     assert_same_choice(expanded, query, key[:1].expand_as(key), mask)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("key_batch", [1, 7])
+@pytest.mark.parametrize("size", [6, 24])
+def test_images_of_a_batch_do_not_depend_on_one_another(
+    backend, size, key_batch, threads, set_threads
+):
+    """Whether a thread takes whole images, or all threads each image."""
+    set_threads(threads)
+    query, key = features(((7, 4, size, size), (key_batch, 4, size, size + 1)))
+    query[3, 0, 2, 2] = float("nan")
+    for mask in (None, torch.rand(key_batch, size, size + 1) < 0.5):
+        together = search(query, key, key_mask=mask, backend=backend)
+        for n in range(7):
+            own = slice(n, n + 1) if key_batch > 1 else slice(None)
+            of_mask = None if mask is None else mask[own]
+            alone = search(query[n : n + 1], key[own], key_mask=of_mask, backend=backend)
+            assert torch.equal(together.index[n], alone.index[0])
+            torch.testing.assert_close(
+                together.score[n], alone.score[0], rtol=0, atol=1e-6, equal_nan=True
+            )
+
+
 def test_single_allowed_key(backend):
     query, key = features(((1, 3, 5, 6), (1, 3, 9, 40)))
     for only in (0, 39, 40, 359):

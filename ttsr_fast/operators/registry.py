@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 LIBRARY = torch.library.Library("ttsr_fast", "DEF")
+_PLAIN = (Tensor, torch.nn.Parameter)  # without the functions of a subclass
 NO_SECOND_DERIVATIVE = (
     "ttsr_fast: second derivatives of search and gather_fold are not implemented; "
     "ttsr_fast.reference has the same operations in plain PyTorch, which differentiates twice"
@@ -151,6 +152,31 @@ def _refuse_tangents(arguments: Any) -> None:
 
 
 # --- torch.func and forward mode ---
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """True if an operator only does its work: on the CPU, not recorded, transformed or traced.
+
+    The work can then be called itself. The two Python functions that the dispatcher calls on its
+    way there take as long as a search of a few pixels.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or under_transform()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return False
+    recorded = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and (
+            type(x) not in _PLAIN or not x.is_cpu or (recorded and x.requires_grad)
+        ):
+            return False
+    return True
 
 
 def under_transform() -> bool:

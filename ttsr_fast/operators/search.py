@@ -27,6 +27,7 @@ from ttsr_fast.operators.patch import (
 from ttsr_fast.operators.registry import (
     Function,
     call_without_derivative,
+    is_plain,
     register,
     register_derivative,
     register_without_derivative,
@@ -50,8 +51,7 @@ def _search(
 ) -> tuple[Tensor, Tensor]:  # [N, Ho, Wo] twice
     patch, scoring, precision, backend = _split(options)
     # On other devices this would synchronise.
-    on_cpu = query.device.type == "cpu"
-    if key_mask is not None and on_cpu and not bool(key_mask.flatten(1).any(1).all()):
+    if key_mask is not None and query.is_cpu and not bool(key_mask.flatten(1).any(1).all()):
         raise ValueError("key_mask must leave at least one key position True in every image")
     run = backends.choose("search", query, backend)
     match = _empty_match(query, patch)
@@ -232,5 +232,7 @@ register_derivative(search, Search.record)
 
 
 def call_search(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The operator, or under a transform of torch.func what that can differentiate."""
+    """The operator, or its work alone, or what a transform of torch.func can differentiate."""
+    if is_plain(*arguments[:3]):
+        return _search(*arguments)
     return untraced(Search.apply, *arguments) if under_transform() else search(*arguments)
