@@ -287,8 +287,9 @@ Element element_for(const Tensor& query, const Tensor& key, bool bfloat16, bool 
   if (query.scalar_type() == ScalarType::Double) return Element::kDouble;
   const Isa& isa = best_isa();
   const int64_t queries = query.size(2) * query.size(3), keys = key.size(2) * key.size(3);
-  // The choice among candidates, packing and blocks that are not full cost more than they save below.
-  const bool large = query.size(1) >= 8 && queries >= 256 && keys >= 1024;
+  // Below, packing, blocks that are not full and exact scores of rounded features cost more than they save.
+  const bool exact = query.scalar_type() == ScalarType::BFloat16;
+  const bool large = query.size(1) >= 8 && queries >= 256 && keys >= (exact ? 256 : 2048);
   if (bfloat16) return isa.bfloat16 && (large || kAnySize) ? Element::kBFloat16 : Element::kFloat;
   return isa.tiles && !second && (large || kAnySize) ? Element::kBFloat16Parts : Element::kFloat;
 }
