@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import CPU, instruction_set
+from machine import CPU
 from registry import OPERANDS, Candidate, Size, matmul_precision, noise, products_of
 from torch import Tensor
 
@@ -26,13 +26,6 @@ PRECISIONS = {
     "tf32": ("tf32", 1),
     "fp16": ("float16", 1),
     "bf16": ("bfloat16", 1),
-}
-# Products of bfloat16 that the compiled kernels sum, by precision and instruction set. Without any
-# they multiply float32. Queries that are searched again do not count.
-BFLOAT16_PRODUCTS = {
-    ("fp32", "amx"): 3,
-    ("bf16", "amx"): 1,
-    ("bf16", "avx512_bf16"): 1,
 }
 # Inner products of channels per pair; patches share those of their pixels, or those of three rows.
 ALGORITHMS = {"slab": 1, "rolled": 3, "direct": PIXELS}
@@ -77,7 +70,8 @@ def resolved(
 ) -> Candidate:
     """The candidate with what its backend chooses for these maps, on this processor."""
     if candidate.backend == "cpp":
-        products = BFLOAT16_PRODUCTS.get((candidate.precision, instruction_set()))
+        bfloat16 = candidate.precision == "bf16"
+        products = torch.ops.ttsr_fast.cpp_bfloat16_products(query, key, bfloat16)
         operands = "bfloat16" if products else "float32"
         return replace(candidate, operands=operands, products=products or 1)
     if candidate.backend != "triton":

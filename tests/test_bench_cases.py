@@ -115,9 +115,7 @@ def test_baseline_in_chunks(limit: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.compiled
-def test_row_names_the_instruction_set(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_names_the_instruction_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_search(tmp_path, "cpp-fp32", "cpp-bf16") == 0
     isa = library.instruction_set()
     printed = capsys.readouterr().out
@@ -126,17 +124,15 @@ def test_row_names_the_instruction_set(
         assert {row["instruction_set"] for row in case["rows"].values()} == {isa}
         assert ("bfloat16 16" in case["gemm_flop_per_s"]) == machine.multiplies_bfloat16()
         assert isa not in ("amx", "avx512_bf16") or machine.multiplies_bfloat16()
-    found = {}
-    for name in ("amx", "avx512_bf16", "avx2"):
-        monkeypatch.setattr(search_candidates, "instruction_set", lambda name=name: name)
-        maps = search_candidates.maps(SMALL)
-        rows = (search.resolved(search.CANDIDATES[x], *maps) for x in ("cpp-fp32", "cpp-bf16"))
-        found[name] = [(row.products, row.operands) for row in rows]
-    assert found == {
-        "amx": [(3, "bfloat16"), (1, "bfloat16")],
-        "avx512_bf16": [(1, "float32"), (1, "bfloat16")],
-        "avx2": [(1, "float32")] * 2,
-    }
+    maps = {size: search_candidates.maps(Size.parse(size)) for size in ("8x8", "16x16:48x48")}
+    for name, precision in (("cpp-fp32", "fp32"), ("cpp-bf16", "bf16")):
+        rows = {size: search.resolved(search.CANDIDATES[name], *x) for size, x in maps.items()}
+        assert (rows["8x8"].products, rows["8x8"].operands) == (1, "float32")
+        expected = {("amx", "fp32"): 3, ("amx", "bf16"): 1, ("avx512_bf16", "bf16"): 1}
+        products = expected.get((isa, precision))
+        large = rows["16x16:48x48"]
+        assert large.products == (products or 1)
+        assert large.operands == ("bfloat16" if products else "float32")
 
 
 def test_results_of_a_gpu() -> None:

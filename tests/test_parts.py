@@ -114,6 +114,13 @@ def test_sums_that_overflow_are_left_to_float():
     assert search(query, key).index.eq(expected.index).float().mean() > 0.99
 
 
+def test_what_is_multiplied():
+    maps = (torch.empty(1, 8, 16, 16), torch.empty(1, 8, 48, 48))
+    products = torch.ops.ttsr_fast.cpp_bfloat16_products
+    assert [products(*maps, bfloat16) for bfloat16 in (False, True)] == [3, 1]
+    assert products(*(x.double() for x in maps), False) == 0
+
+
 def test_nan_and_infinity():
     query, key = torch.randn(1, 5, 12, 33), torch.randn(1, 5, 13, 40)
     query[0, 2, 3, 4], query[0, 1, 8, 30] = float("nan"), float("inf")

@@ -96,23 +96,25 @@ struct ErrorBounds {
 
   ErrorBounds(const Packed& query_, const Largest& key_) : query(query_), key(key_) {
     // Roundings of a term on its way into a score: 16 of a tile's sum and its two halves, one for each tile
-    // and product, those of the box sum, of the factor and of its product; (1 + 2^-8)^2 bounds the parts.
+    // and product, those of the box sum, of the factor and of its product. The parts together are at
+    // most 1.02 times as large as the features.
     const double tiles = std::ceil(double(query.channels) / kTileChannels), taps = query.kernel_size;
     rounding = 1.02 * std::ldexp(17 + 3 * tiles + 2 * (taps - 1) + 2, -24);
     flushed = std::ldexp(taps * taps * (4 * kTileChannels * tiles + 64), -126) * key.factor;
   }
 
-  // Infinity where sums can overflow, NaN for patches that are not finite.
+  // 0 for patches of zeros, infinity where sums can overflow, NaN for patches that are not finite.
   std::vector<double> row(int64_t y) const {
     std::vector<double> bounds(query.grid_width, flushed);
     const auto add = [&](Packed::Norm which, double factor) {
-      const auto add_norm = [&](int64_t x, double norm) { bounds[x] += factor * norm; };
+      const auto add_norm = [&](int64_t x, double norm) { bounds[x] += 1.0001 * factor * norm; };
       query.patch_norms(y, 0, query.grid_width, add_norm, which);
     };
     add(Packed::kLowParts, key.low_parts);
     add(Packed::kLeftOut, key.features + key.left_out);
     add(Packed::kFeatures, key.left_out + rounding * key.features);
     query.patch_norms(y, 0, query.grid_width, [&](int64_t x, double norm) {
+      if (norm == 0) bounds[x] = 0;
       if (norm * key.norm >= 1e36) bounds[x] = INFINITY;
       if (!std::isfinite(norm)) bounds[x] = NAN;
     });
@@ -136,7 +138,7 @@ void choose_rows(const PairProducts<T>& products, const ErrorBounds& bounds, int
       result.score[j] = best;
       result.index[j] = candidates.index[j];
       if (certain) certain[j] = bound[x] != INFINITY;
-      if (std::isnan(best) || bound[x] == INFINITY) continue;
+      if (std::isnan(best) || bound[x] == INFINITY || (certain && bound[x] == 0)) continue;
       const double last = candidates.score[(candidates.keep - 1) * candidates.stride + j];
       for (int64_t r = 0; r < scored; ++r) {
         const int64_t at = r * candidates.stride + j;

@@ -45,16 +45,17 @@ struct KeyScale {
   static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
   explicit KeyScale(const Packed& key) {
-    int64_t size = kScalePadding * key.lanes;
+    const int64_t spare = kScalePadding * key.lanes;
+    int64_t size = 0;
     for (int64_t t = 0; t < key.tiles; ++t) {
-      begin.push_back(size);
-      stride.push_back(key.tile(t).columns + kScalePadding * key.lanes);
-      size += stride[t] * key.chunk_rows;
+      begin.push_back(size + spare);
+      stride.push_back(key.tile(t).columns + spare);
+      size = begin[t] + stride[t] * key.chunk_rows;
     }
     if (key.approximate()) factors.resize(key.grid_height * key.grid_width);
     scale = scratch(size * sizeof(T));
     valid = scratch(size * sizeof(Bits));
-    std::fill_n(mutable_data_of<T>(scale), kScalePadding * key.lanes, T(0));
+    for (int64_t first : begin) std::fill_n(mutable_data_of<T>(scale) + first - spare, spare, T(0));
   }
 
   void fill(const Packed& key, const std::optional<Tensor>& key_mask, int64_t n, const SearchOptions& o,

@@ -83,6 +83,17 @@ void split_rows(float* features, float* low, int64_t rows, int64_t pixels, int64
   }
 }
 
+// Bounds instead of the squares that can have vanished in float: |l| <= 1.004 2^-8 |x|, |e| <= 2^-16 |x|, or
+// less than the least normal number for each part that was a denormal.
+void bound_small_pixels(int64_t pixels, int64_t channels, double* const* square) {
+  for (int64_t u = 0; u < pixels; ++u) {
+    const double features = square[Packed::kFeatures][u];
+    if (features >= std::ldexp(1, -60)) continue;
+    square[Packed::kLowParts][u] = std::ldexp(1.01 * features, -16);
+    square[Packed::kLeftOut][u] = std::ldexp(features, -31) + std::ldexp(double(channels), -249);
+  }
+}
+
 // Packs kCount pixels of all rows as [rows][kCount].
 template <int kCount, class S>
 void pack_columns(const S* from, int64_t stride, int64_t rows, S* out) {
@@ -256,6 +267,7 @@ void Packed::fill_row(const Maps<const T>& maps, int64_t n, int64_t y) {
         pack_columns(block + u, stride, rows, panel, out + u * depth + first * panel);
       }
     }
+    if (two) bound_small_pixels(pixels, channels, square);
   }
 }
 

@@ -336,8 +336,19 @@ void cpp_search(const Tensor& query,                    // [N, C, H, W]
   }
 }
 
+// Products of bfloat16 that such a search sums for a product of two features; 0 if it multiplies these.
+int64_t cpp_bfloat16_products(const Tensor& query, const Tensor& key, bool bfloat16) {
+  check_map(query, "query");
+  check_map(key, "key");
+  const Element element = element_for(query, key, bfloat16, false);
+  return element == Element::kBFloat16Parts ? 3 : element == Element::kBFloat16 ? 1 : 0;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ttsr_fast, CPU, m) { m.impl("cpp_search", TORCH_BOX(&cpp_search)); }
+STABLE_TORCH_LIBRARY_IMPL(ttsr_fast, CPU, m) {
+  m.impl("cpp_search", TORCH_BOX(&cpp_search));
+  m.impl("cpp_bfloat16_products", TORCH_BOX(&cpp_bfloat16_products));
+}
 
 }  // namespace ttsr_fast

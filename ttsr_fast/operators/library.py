@@ -21,6 +21,7 @@ _SLAB = (
 # The operators with their results to fill; `csrc` implements them.
 for _schema in (
     "cpp_isa() -> str",
+    "cpp_bfloat16_products(Tensor query, Tensor key, bool bfloat16) -> int",
     "cpp_search(Tensor query, Tensor key, Tensor? key_mask, Tensor(a!) score, Tensor(b!) index, "
     f"{PATCH}, bool normalize_query, bool normalize_key, float eps, bool add_eps, bool bfloat16, "
     "Tensor(c!)? second=None, Tensor(d!)? certain=None, Tensor? stop=None) -> ()",
