@@ -133,3 +133,42 @@ def test_nan_and_infinity():
     assert certain.all()
     score, index, _ = found(query, key)
     assert score.isnan().all() and index[~missing].eq(5 * 40 + 6).all()
+
+
+def test_equal_patches_inside_and_at_the_border_tie():
+    """Their products are small differences of large terms, which the order of the sum decides."""
+    for _ in range(100):
+        key = torch.randn(1, 16, 8, 8)
+        key[:, :, 3] = 0
+        key[:, :, 4:6] = key[:, :, :2]
+        mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+        mask[0, 0, 4] = mask[0, 4, 4] = True
+        patch, query = key[:, :, 3:6, 3:6].double(), torch.randn(1, 16, 3, 3).double()
+        query -= (query * patch).sum() / patch.square().sum() * patch
+        assert search(query.float(), key, key_mask=mask).index[0, 1, 1] == 4
+
+
+@each("size", [2.0**-33, 2.0**-60, 2.0**-66])
+def test_proofs_hold_where_squares_of_low_parts_underflow(size):
+    """The key that two parts prefer is 2.5e-6 worse, the errors of all features add up to more."""
+    values = torch.tensor(
+        [1.0019607543945312, 1.0019760131835938]
+    )  # 2^-17 is left out, up and down
+    query = size * values.repeat_interleave(8).view(1, 16, 1, 1)
+    ratio = (values[0] / values[1]).double().item() * (1 - 2.5e-6)
+    key = -torch.ones(1, 16, 1, 12)
+    key[0, :8, 0, 11], key[0, 8:, 0, 11] = 1, 0
+    key[0, :8, 0, 0], key[0, 8:, 0, 0] = 0, 1
+    key[0, :2, 0, 0] = (4 * (ratio**-2 - 1)) ** 0.5 * torch.tensor([1.0, -1.0])
+    match = search(query, key, kernel_size=1, eps=1e-36)
+    assert_same_choice(match, query, key, kernel_size=1, eps=1e-36)
+
+
+@each("side", [0, 1])
+def test_features_that_bfloat16_rounds_to_infinity(side):
+    maps = [torch.randn(1, 8, 12, n) for n in (33, 34)]
+    maps[side][0, 0, 5, 5] = 3.4e38
+    maps[1 - side] *= 1e-4
+    match, expected = search(*maps), search(*(x.double() for x in maps))
+    assert match.index.equal(expected.index)
+    torch.testing.assert_close(match.score.double(), expected.score, atol=1e-6, rtol=0)

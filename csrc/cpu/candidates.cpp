@@ -19,6 +19,10 @@ struct Pair {
   double product = 0;
 };
 
+struct Range {
+  int64_t begin, end;
+};
+
 // A side of the pairs, and where its patches lie.
 template <class T>
 struct PatchMap {
@@ -60,19 +64,23 @@ class PairProducts {
     const Position q = query_.first_tap(pair.patch), k = key_.first_tap(pair.key);
     const T *a = query_.image + query_.at(q), *b = key_.image + key_.at(k);
     const int64_t size = query_.kernel_size;
+    if (size == 3 && query_.inside(q) && key_.inside(k)) return sum_taps(a, b, begin, end, {0, 3}, {0, 3});
+    const auto both = [size](int64_t from, int64_t other, int64_t extent, int64_t other_extent) {
+      return Range{std::max<int64_t>({0, -from, -other}),
+                   std::min({size, extent - from, other_extent - other})};
+    };
+    const Range rows = both(q.y, k.y, query_.maps.height, key_.maps.height);
+    const Range columns = both(q.x, k.x, query_.maps.width, key_.maps.width);
+    return sum_taps(a, b, begin, end, rows, columns);
+  }
+
+  // In one order everywhere: equal patches have bit-equal products at the border too.
+  TTSR_INLINE double sum_taps(const T* a, const T* b, int64_t begin, int64_t end, Range rows,
+                              Range columns) const {
     double sum = 0;
-    if (size == 3 && query_.inside(q) && key_.inside(k)) {
-      for (int64_t c = begin; c < end; ++c) {
-        for (int64_t y = 0; y < 3; ++y) {
-          for (int64_t x = 0; x < 3; ++x) sum += tap(a, b, c, y, x);
-        }
-      }
-      return sum;
-    }
-    for (int64_t y = 0; y < size; ++y) {
-      for (int64_t x = 0; x < size; ++x) {
-        if (!query_.has({q.y + y, q.x + x}) || !key_.has({k.y + y, k.x + x})) continue;
-        for (int64_t c = begin; c < end; ++c) sum += tap(a, b, c, y, x);
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t y = rows.begin; y < rows.end; ++y) {
+        for (int64_t x = columns.begin; x < columns.end; ++x) sum += tap(a, b, c, y, x);
       }
     }
     return sum;

@@ -38,9 +38,11 @@ void load_rows(const T* from, int64_t stride_c, int64_t stride_w, int64_t channe
   }
 }
 
-// Rounded to bfloat16, ties to even; denormals are 0, as a tile unit takes them.
+// Rounded to bfloat16, ties to even, at most to its largest number; denormals are 0, as a tile unit takes
+// them.
 inline float rounded_to_bfloat16(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  constexpr float kLargest = 0x1.fep127f;
+  const uint32_t bits = std::bit_cast<uint32_t>(std::clamp(x, -kLargest, kLargest));
   const float rounded = std::bit_cast<float>((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
   return std::fabs(rounded) < std::numeric_limits<float>::min() ? 0 : rounded;
 }
@@ -59,10 +61,11 @@ void pair_rows(float* rows, int64_t channels, int64_t stride) {
 }
 
 // Splits rows of features into two parts, and adds up the squares of the low parts and of what both leave
-// out.
+// out, or more: a square that underflows counts as the least normal number.
 void split_rows(float* features, float* low, int64_t rows, int64_t pixels, int64_t stride, double* low_square,
                 double* left_out_square) {
   constexpr int64_t kMost = kKeyTileBytes / sizeof(float);
+  const double underflow = double(rows) * std::numeric_limits<float>::min();
   float low_sum[kMost] = {}, left_out_sum[kMost] = {};
   for (int64_t r = 0; r < rows; ++r) {
     float *const high = features + r * stride, *const rest = low + r * stride;
@@ -78,8 +81,8 @@ void split_rows(float* features, float* low, int64_t rows, int64_t pixels, int64
     std::fill(rest + pixels, rest + stride, 0.f);
   }
   for (int64_t u = 0; u < pixels; ++u) {
-    low_square[u] += double(low_sum[u]);
-    left_out_square[u] += double(left_out_sum[u]);
+    low_square[u] += double(low_sum[u]) + underflow;
+    left_out_square[u] += double(left_out_sum[u]) + underflow;
   }
 }
 
