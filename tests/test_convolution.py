@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ttsr_fast.model import LTE, MainNet
@@ -70,11 +71,69 @@ def test_float32_is_rounded_as_in_training(alias):
         assert torch.equal(convolve(layer, x, add=add, relu=True, in_place=True), expected)
 
 
-def test_hooks_are_called():
-    layer, x, seen = nn.Conv2d(16, 16, 3, padding=1), channels_last(1, 16, 48, 37), []
-    layer.register_forward_hook(lambda module, inputs, out: seen.append(out) or 2 * out)
+@each("dtype", [FLOAT, BFLOAT])
+@each("everywhere", [False, True])
+def test_hooks_are_called(dtype, everywhere):
+    layer, x, seen = nn.Conv2d(16, 16, 3, padding=1), channels_last(1, 16, 48, 37, dtype=dtype), []
+    register = register_module_forward_hook if everywhere else layer.register_forward_hook
+    hook = register(lambda module, inputs, out: seen.append(out) or 2 * out)
     with torch.no_grad():
         assert torch.equal(convolve(layer, x), 2 * seen[0])
+    hook.remove()
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@each("size", [(5, 7), (48, 37)])
+@each("dtype", [FLOAT, BFLOAT])
+@each("change", ["class", "method", "padding", "same", "groups"])
+def test_what_stands_in_for_a_convolution_is_called(size, dtype, change):
+    padding, groups = "same" if change == "same" else 1, 4 if change == "groups" else 1
+    kind = Doubled if change == "class" else nn.Conv2d
+    layer = kind(16, 16, 3, padding=padding, groups=groups)
+    if change == "method":
+        forward = layer.forward
+        layer.forward = lambda x: 3 * forward(x)
+    elif change == "padding":
+        layer.padding_mode = "circular"
+    x = channels_last(1, 16, *size, dtype=dtype)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype, enabled=dtype != FLOAT):
+            expected = layer(x)
+        assert torch.equal(convolve(layer, x), expected)
+
+
+def test_tangents_are_kept_without_gradients():
+    net, image = LTE(), torch.rand(1, 3, 48, 40)
+    tangent = torch.randn_like(image)
+    expected = torch.func.jvp(net, (image,), (tangent,))[1]
+    with torch.no_grad():
+        for found, exact in zip(
+            torch.func.jvp(net, (image,), (tangent,))[1], expected, strict=True
+        ):
+            torch.testing.assert_close(found, exact)
+
+
+def test_blocks_keep_what_hooks_saw_and_what_passes_through():
+    def net() -> MainNet:
+        torch.manual_seed(0)
+        net = MainNet((4, 1, 1, 1))
+        net.SFE.RBs[1] = nn.Identity()
+        net.SFE.RBs[0] = nn.Identity()
+        return net
+
+    image, seen, expected = channels_last(1, 3, 48, 37), [], []
+    for model, outputs, gradients in ((net(), seen, False), (net(), expected, True)):
+        model.SFE.RBs[2].register_forward_hook(
+            lambda *args, outputs=outputs: outputs.append(args[2])
+        )
+        with torch.set_grad_enabled(gradients):
+            outputs.append(model.SFE(image))
+    for found, exact in zip(seen, expected, strict=True):
+        torch.testing.assert_close(found, exact)
 
 
 # --- bicubic ---

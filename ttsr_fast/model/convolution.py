@@ -7,10 +7,14 @@ concatenated maps.
 
 from collections.abc import Sequence
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ttsr_fast.operators.registry import under_transform
 
 _SMALL = 20480  # numbers of a map up to which PyTorch has convolutions of its own, too
 
@@ -29,19 +33,21 @@ def convolve(
     add: Tensor | None = None,
     relu: bool = False,
     in_place: bool = False,
+    inside: bool = False,
 ) -> Tensor:
     """`relu(layer(cat(maps)) + add)` in the type of `maps`, to which the weights are rounded.
 
     Args:
-        layer: a convolution padded with zeros.
+        layer: a convolution, or what stands in for one.
         maps: `[N, C, H, W]` each, all of one type and layout.
         add: a map of the shape of the result.
         relu: whether there is a ReLU.
         in_place: whether the result may overwrite `add`.
+        inside: whether the layer's own `forward` calls: it stands for the convolution alone then.
     """
-    if _is_fused(layer, maps if add is None else (*maps, add)):
+    if _is_fused(layer, maps if add is None else (*maps, add), inside):
         return _fused(layer, maps, add, relu, in_place)
-    out = _plain(layer, torch.cat(maps, 1) if len(maps) > 1 else maps[0])
+    out = _plain(layer, torch.cat(maps, 1) if len(maps) > 1 else maps[0], inside)
     if add is not None:
         out = out.add_(add) if out.dtype == add.dtype else out + add
     return out.relu_() if relu else out
@@ -69,12 +75,12 @@ def _fused(
     return out
 
 
-def _plain(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    weight, bias = layer.weight, layer.bias
-    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-        own = type(layer).forward is nn.Conv2d.forward or not isinstance(layer, nn.Conv2d)
-        return layer(x) if own else nn.Conv2d.forward(layer, x)
-    return layer._conv_forward(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def _plain(layer: nn.Conv2d, x: Tensor, inside: bool) -> Tensor:
+    device = x.device.type
+    if x.dtype != layer.weight.dtype and not torch.is_autocast_enabled(device):
+        with torch.autocast(device, x.dtype):
+            return _plain(layer, x, inside)
+    return nn.Conv2d.forward(layer, x) if inside else layer(x)
 
 
 def _sum(activation: str | None) -> tuple[Any, ...]:
@@ -82,17 +88,29 @@ def _sum(activation: str | None) -> tuple[Any, ...]:
     return "add", None, activation, [], None
 
 
-def _is_fused(layer: nn.Conv2d, maps: Sequence[Tensor]) -> bool:
+def _has_own_forward(layer: nn.Conv2d) -> bool:
+    """True for a convolution, False for a layer that computes more, or something else."""
+    return isinstance(layer, nn.Conv2d) and layer.forward == MethodType(nn.Conv2d.forward, layer)
+
+
+def _is_fused(layer: nn.Conv2d, maps: Sequence[Tensor], inside: bool) -> bool:
     """True where oneDNN can, and no hook waits for the result of the layer."""
     dtype = maps[0].dtype
     return (
         all(x.dtype == dtype and is_large_on_cpu(x) for x in maps)
         and torch.backends.mkldnn.is_available()
         and (dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16()))
-        and isinstance(layer, nn.Conv2d)
+        and (inside or _has_own_forward(layer))
+        and (layer.padding_mode, layer.groups) == ("zeros", 1)
+        and not isinstance(layer.padding, str)
         and layer.weight.device.type == "cpu"
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not has_hooks(layer)
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if functions beside the module see its inputs or results."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
 
 
 def is_large_on_cpu(x: Tensor) -> bool:
@@ -106,9 +124,10 @@ def is_large_on_cpu(x: Tensor) -> bool:
 
 
 def is_inference() -> bool:
-    """True without gradients, autocast, and programs that are compiled, traced or exported."""
+    """True without derivatives, autocast, and programs that are compiled, traced or exported."""
     return not (
         torch.is_grad_enabled()
+        or under_transform()
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()

@@ -18,6 +18,7 @@ from ttsr_fast.model.bicubic import bicubic_by_products
 from ttsr_fast.model.convolution import (
     channels_last_on_cpu,
     convolve,
+    has_hooks,
     is_inference,
     is_large_on_cpu,
 )
@@ -168,8 +169,8 @@ class Attention(nn.Conv2d):
         texture: Tensor,  # [N, channels, scale*H, scale*W]
     ) -> Tensor:  # as x
         if not self.soft:
-            return convolve(self, x, texture, add=x)
-        update, factor = convolve(self, x, texture), _up(S, self.scale)
+            return convolve(self, x, texture, add=x, inside=True)
+        update, factor = convolve(self, x, texture, inside=True), _up(S, self.scale)
         return update.mul_(factor).add_(x) if is_inference() else x + factor * update
 
 
@@ -197,11 +198,17 @@ class ResBlock(nn.Module):
 
 
 class ResBlocks(nn.Sequential):
-    """Residual blocks one after another; without gradients all but the first share memory."""
+    """Residual blocks one after another; in inference all but the first share memory.
+
+    Blocks with hooks do not, as hooks may keep maps, nor do modules of other classes.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        for number, block in enumerate(self):
-            x = block(x, in_place=number > 0)
+        shared = False  # x is the memory of a block, and nobody else has it
+        for block in self:
+            own = is_inference() and type(block) is ResBlock and not has_hooks(block)
+            x = block(x, in_place=True) if own and shared else block(x)
+            shared = own
         return x
 
 
