@@ -110,10 +110,10 @@ def search(
 
     Cost: `2 * C` FLOP per (query, key) pair instead of `2 * C * kernel_size**2` on the CPU; two,
     six or 18 times C on a GPU, where the algorithm depends on the size. Above inputs and outputs
-    the CPU takes one copy of the inputs and at most 16 MiB per thread, a GPU one copy (one and a
-    half for `"bf16"` of float32 features) and at most 64 MiB. Nothing synchronises: a
-    search can be captured in a CUDA graph. A long search on the CPU ends within a second of Ctrl-C,
-    or of another signal with a handler that raises.
+    the CPU takes one copy of the inputs (with AMX of channels rounded up to a multiple of 32) and
+    at most 16 MiB per thread, a GPU one copy (one and a half for `"bf16"` of float32 features) and
+    at most 64 MiB. Nothing synchronises: a search can be captured in a CUDA graph. A long search on
+    the CPU ends within a second of Ctrl-C, or of another signal with a handler that raises.
 
     Raises:
         TypeError: an argument is no tensor, or has another dtype than asked for.
