@@ -61,11 +61,10 @@ void pair_rows(float* rows, int64_t channels, int64_t stride) {
 }
 
 // Splits rows of features into two parts, and adds up the squares of the low parts and of what both leave
-// out, or more: a square that underflows counts as the least normal number.
+// out.
 void split_rows(float* features, float* low, int64_t rows, int64_t pixels, int64_t stride, double* low_square,
                 double* left_out_square) {
   constexpr int64_t kMost = kKeyTileBytes / sizeof(float);
-  const double underflow = double(rows) * std::numeric_limits<float>::min();
   float low_sum[kMost] = {}, left_out_sum[kMost] = {};
   for (int64_t r = 0; r < rows; ++r) {
     float *const high = features + r * stride, *const rest = low + r * stride;
@@ -81,8 +80,8 @@ void split_rows(float* features, float* low, int64_t rows, int64_t pixels, int64
     std::fill(rest + pixels, rest + stride, 0.f);
   }
   for (int64_t u = 0; u < pixels; ++u) {
-    low_square[u] += double(low_sum[u]) + underflow;
-    left_out_square[u] += double(left_out_sum[u]) + underflow;
+    low_square[u] += double(low_sum[u]);
+    left_out_square[u] += double(left_out_sum[u]);
   }
 }
 
