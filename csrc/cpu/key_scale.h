@@ -36,7 +36,9 @@ struct Largest {
 template <class T>
 struct KeyScale {
   using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  Tensor scale, valid;
+  Tensor memory;
+  T* scale;  // in `memory`, as the next
+  Bits* valid;
   std::vector<int64_t> begin, stride;  // of every tile
   int64_t first_valid;                 // lowest index of a valid key patch, or kNone
   Largest largest;                     // of the valid patches, if features have two parts
@@ -53,9 +55,10 @@ struct KeyScale {
       size = begin[t] + stride[t] * key.chunk_rows;
     }
     if (key.approximate()) factors.resize(key.grid_height * key.grid_width);
-    scale = scratch(size * sizeof(T));
-    valid = scratch(size * sizeof(Bits));
-    for (int64_t first : begin) std::fill_n(mutable_data_of<T>(scale) + first - spare, spare, T(0));
+    memory = scratch(size * int64_t(sizeof(T) + sizeof(Bits)));
+    scale = mutable_data_of<T>(memory);
+    valid = reinterpret_cast<Bits*>(scale + size);
+    for (int64_t first : begin) std::fill_n(scale + first - spare, spare, T(0));
   }
 
   void fill(const Packed& key, const std::optional<Tensor>& key_mask, int64_t n, const SearchOptions& o,
@@ -75,8 +78,8 @@ struct KeyScale {
       int64_t first = kNone;
       Largest own;
       for (int64_t t = 0; t < key.tiles; ++t) {
-        T* scales = mutable_data_of<T>(scale) + begin[t] + row * stride[t];
-        Bits* valids = mutable_data_of<Bits>(valid) + begin[t] + row * stride[t];
+        T* const scales = scale + begin[t] + row * stride[t];
+        Bits* const valids = valid + begin[t] + row * stride[t];
         std::fill(scales, scales + stride[t], T(0));
         std::fill(valids, valids + stride[t], Bits(0));
         const int64_t left = key.tile_begin(t);

@@ -150,8 +150,8 @@ Packed::Packed(Side side_, const Tensor& x, Element element_, int kernel_size_, 
   chunk_rows = std::min(kChunkBytes / row_bytes - kernel_size + 1, kChunkPatches / grid_width);
   chunk_rows = std::clamp<int64_t>(chunk_rows, 1, grid_height);
   const int64_t image_rows = std::min(chunk_rows + kernel_size - 1, height);
-  rows_ = scratch(image_rows * row_bytes);
-  squared_ = scratch(norms() * image_rows * width * sizeof(double));
+  squares_at_ = round_up(image_rows * row_bytes, 64);
+  memory_ = scratch(squares_at_ + norms() * image_rows * width * int64_t(sizeof(double)));
 }
 
 // Splits the columns into tiles of that many pixels, halo included. Returns the stored pixels of a row.
@@ -173,7 +173,8 @@ Tile Packed::tile(int64_t t) const {
   const int64_t first = tile_begin(t) - padding, start = std::max<int64_t>(first, 0);
   tile.left = start - first;
   tile.pixels = std::min(width, stop - padding + kernel_size - 1) - start;
-  tile.rows = data_of<char>(rows_) + offset_[t] * (row_end() - row_begin()) * depth * element_bytes(element);
+  tile.rows =
+      data_of<char>(memory_) + offset_[t] * (row_end() - row_begin()) * depth * element_bytes(element);
   tile.row_stride = stored_pixels(t) * depth;
   return tile;
 }

@@ -32,7 +32,7 @@ struct Packed {
   void fill(const Tensor& x, int64_t n, int64_t begin, int64_t end, int64_t threads, const int32_t* stop);
   Tile tile(int64_t t) const;
   int64_t tile_begin(int64_t t) const { return t ? padding + t * (tile_pixels - kernel_size + 1) : 0; }
-  int64_t bytes() const { return rows_.numel(); }
+  int64_t bytes() const { return memory_.numel(); }
 
   int64_t parts() const { return element == Element::kBFloat16Parts ? 2 : 1; }
 
@@ -57,8 +57,8 @@ struct Packed {
 
  private:
   std::vector<int64_t> offset_;  // of every tile, in pixels of a stored row
-  Tensor rows_;                  // [tiles][image rows][stored pixels of the tile]
-  Tensor squared_;               // [norms][image rows, width] double: squared norms of every pixel
+  Tensor memory_;                // [tiles][image rows][stored pixels of the tile], then
+  int64_t squares_at_;           // [norms][image rows, width] double: squared norms of every pixel
 
   int64_t row_begin() const { return std::max<int64_t>(begin - padding, 0); }
   int64_t row_end() const { return std::min(end - padding + kernel_size - 1, height); }
@@ -66,7 +66,8 @@ struct Packed {
   int64_t set_tiles(int64_t pixels);
   double* squares(int64_t y, Norm which) const {
     const int64_t rows = std::min(chunk_rows + kernel_size - 1, height);
-    return mutable_data_of<double>(squared_) + (which * rows + y - row_begin()) * width;
+    double* const first = reinterpret_cast<double*>(mutable_data_of<char>(memory_) + squares_at_);
+    return first + (which * rows + y - row_begin()) * width;
   }
   void set_norms(int64_t y, int64_t begin, int64_t count, Norm which, double* norms) const;
   template <class T>

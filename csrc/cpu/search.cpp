@@ -56,8 +56,8 @@ void search_chunk(const Packed& query, const Packed& key, const KeyScale<T>& sca
     p.stop = o.stop;
     for (int64_t k = 0; k < key.tiles; ++k) {
       p.key = key.tile(k);
-      p.scale = data_of<T>(scale.scale) + scale.begin[k];
-      p.valid = data_of<typename KeyScale<T>::Bits>(scale.valid) + scale.begin[k];
+      p.scale = scale.scale + scale.begin[k];
+      p.valid = scale.valid + scale.begin[k];
       p.scale_stride = scale.stride[k];
       p.index_begin = key.tile_begin(k);
       p.index_stride = key.grid_width;

@@ -320,7 +320,10 @@ void search_tiles(const SearchKernelParams& p) {
   box.columns = p.key.columns;
   box.keep = p.keep;
   box.keep_stride = p.keep_stride;
-  zero_rows(product, 1, 0, layout.product_size);
+  // What no product is written to: padding, and columns beside the tile that patches in the same vector read.
+  zero_rows(product + Layout::origin - kBoxRows - L,
+            p.query.columns + kKernel + (E::kTiles ? kTilePixels : 0), Layout::product_stride - 1,
+            p.key.columns + 2 * (L + kBoxRows) + kKernel);
   zero_rows(state, (p.offset_end - p.offset_begin) * (kKernel - 1) * p.query.columns, Layout::state_stride,
             round_up(p.key.columns + kBoxRows + L, L));
   const int64_t vectors = round_up(p.key.pixels, L) / L;
