@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
-
-from ttsr_fast.operators.registry import under_transform
 
 _SMALL = 20480  # numbers of a map up to which PyTorch has convolutions of its own, too
 
@@ -127,7 +126,8 @@ def is_inference() -> bool:
     """True without derivatives, autocast, and programs that are compiled, traced or exported."""
     return not (
         torch.is_grad_enabled()
-        or under_transform()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
