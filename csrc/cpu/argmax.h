@@ -34,14 +34,13 @@ template <class T>
 class ThreadMemory {
  public:
   ThreadMemory(int64_t threads, const Packed& query, int64_t keep)
-      : threads_(threads), patches_(query.chunk_rows * query.grid_width), keep_(keep) {
+      : patches_(query.chunk_rows * query.grid_width), keep_(keep) {
     const Workspace<T> layout(query.tile(0), query.kernel_size);
     workspace_bytes_ = round_up(layout.size(offsets_per_call(query.kernel_size)) * sizeof(T), 64);
     thread_bytes_ = workspace_bytes_ + (threads > 1 ? Argmax<T>::bytes(patches_, keep) : 0);
     memory_ = scratch(threads * thread_bytes_);
   }
 
-  int64_t threads() const { return threads_; }
   char* workspace(int64_t thread) const { return mutable_data_of<char>(memory_) + thread * thread_bytes_; }
   Argmax<T> argmax(int64_t thread, const Argmax<T>& result) const {
     if (thread == 0) return result;
@@ -49,7 +48,7 @@ class ThreadMemory {
   }
 
  private:
-  int64_t threads_, patches_, keep_, workspace_bytes_, thread_bytes_;
+  int64_t patches_, keep_, workspace_bytes_, thread_bytes_;
   Tensor memory_;
 };
 
